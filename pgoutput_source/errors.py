@@ -1,0 +1,149 @@
+"""Everything that this package raises on purpose, in one tree.
+
+::
+
+    PgOutputError                 what went wrong, where, and what to do next
+    ├── ConfigurationError        an option, an environment variable or a combination of them
+    ├── ServerError               PostgreSQL, or the way to it
+    │   ├── ConnectionFailed      no server, wrong password, no such database, TLS, a lost connection
+    │   ├── NotConfigured         wal_level, privileges, limits of the server
+    │   ├── SlotError             the replication slot
+    │   │   ├── SlotNotFound
+    │   │   ├── SlotInUse         another process streams from it
+    │   │   ├── SlotLost          invalidated: the WAL that it needs is gone
+    │   │   ├── SlotMismatch      another plugin, database, kind, or two_phase
+    │   │   └── SlotAhead         it was moved past what this consumer has durably seen
+    │   ├── PublicationError      missing now, or missing at the position in the WAL
+    │   └── EmbeddedError         the server in the box
+    ├── ProtocolError             bytes that are not what the protocol says
+    ├── DecodeError               text that is not a value of its column's type
+    ├── StateError                a resume state or recovery folder that can't be used
+    └── SinkError                 a destination
+
+Each carries `hint`, the next thing to do, and the places it knows: `lsn`, `table`, `column`, `type_name`.
+Row values never appear in a message, but for the first characters of a value that could not be decoded.
+"""
+
+from __future__ import annotations
+
+
+class PgOutputError(Exception):
+    """Base of all errors here; `str()` is the whole story: what, where and the hint, on separate lines.
+
+    >>> print(SlotNotFound("replication slot \\"orders\\" does not exist", hint="create it: SELECT …"))
+    replication slot "orders" does not exist
+    hint: create it: SELECT …
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        lsn: int | None = None,
+        table: str | None = None,
+        column: str | None = None,
+        type_name: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.lsn = lsn
+        self.table = table
+        self.column = column
+        self.type_name = type_name
+
+    def __str__(self) -> str:
+        where = [
+            f"{name} {value}"
+            for name, value in (
+                ("table", self.table),
+                ("column", self.column),
+                ("type", self.type_name),
+                ("LSN", None if self.lsn is None else f"{self.lsn >> 32:X}/{self.lsn & 0xFFFFFFFF:X}"),
+            )
+            if value is not None
+        ]
+        text = f"{self.message} (at {', '.join(where)})" if where else self.message
+        return f"{text}\nhint: {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders in clusters; keyword-only arguments need help to be pickled.
+        return _rebuild, (type(self), self.message, {k: v for k, v in self.__dict__.items() if k != "message"})
+
+
+def _rebuild(kind: type[PgOutputError], message: str, fields: dict[str, object]) -> PgOutputError:
+    error = kind(message)
+    error.__dict__.update(fields)
+    return error
+
+
+class ConfigurationError(PgOutputError):
+    """An option, an environment variable, or a combination of them, that can't be used."""
+
+
+class ServerError(PgOutputError):
+    """PostgreSQL, or the way to it, says no. `sqlstate` is the server's code where libpq passes it on."""
+
+    sqlstate: str | None = None
+
+
+class ConnectionFailed(ServerError):
+    """No server, wrong password, no such database, TLS refused, or a connection that was lost.
+
+    `transient` tells whether trying again may help (a server that restarts) or can't (a wrong password).
+    """
+
+    transient: bool = False
+
+
+class NotConfigured(ServerError):
+    """The server lacks something that logical replication needs: wal_level, a privilege, a free slot or sender."""
+
+
+class SlotError(ServerError):
+    """The replication slot can't be used."""
+
+
+class SlotNotFound(SlotError):
+    """There is no such slot."""
+
+
+class SlotInUse(SlotError):
+    """Another process streams from the slot."""
+
+
+class SlotLost(SlotError):
+    """The slot was invalidated: WAL that it needs is gone, and changes may be lost with it."""
+
+
+class SlotMismatch(SlotError):
+    """The slot is of another plugin, database or kind than this reader can use."""
+
+
+class SlotAhead(SlotError):
+    """The slot was moved past what this consumer has durably seen: somebody else consumed from it, or state was lost."""
+
+
+class PublicationError(ServerError):
+    """A publication is missing now, or did not exist yet at the slot's position in the WAL."""
+
+
+class EmbeddedError(ServerError):
+    """The embedded server could not be had, started or reached."""
+
+
+class ProtocolError(PgOutputError):
+    """Bytes that are not what the protocol says. `lsn` is where in the WAL; nothing after it was used."""
+
+
+class DecodeError(PgOutputError):
+    """Text that is not a value of its column's type, or a value that the column can't hold with on_misfit="error"."""
+
+
+class StateError(PgOutputError):
+    """A resume state or recovery folder that is corrupt, of another version, or of another database system."""
+
+
+class SinkError(PgOutputError):
+    """A destination can't be written, or holds something that must not be mixed with this run's output."""
