@@ -1,0 +1,1 @@
+"""PostgreSQL change data capture for Python: pgoutput, columnar, as a Bytewax source."""
