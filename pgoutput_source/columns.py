@@ -1,0 +1,397 @@
+"""The hot path: many Insert, Update and Delete frames of one version of one table → one `ChangeBatch`.
+
+All frames of a poll lie joined in one buffer. A tuple is walked column by column, left to right, *one step for all
+rows at once*: `kind = buf[pos]; length = u4[pos + 1]; start = pos + 5; pos = start + length`. A column's values are
+then gathered by Arrow in one C++ pass and parsed by Arrow as a whole. No row ever becomes a Python object.
+
+Three shapes of frames exist, and all share their first step:
+
+    Insert           'I' relid 'N' tuple
+    Update           'U' relid 'N' tuple         or 'U' relid ('K' | 'O') tuple 'N' tuple
+    Delete           'D' relid ('K' | 'O') tuple
+
+Every read is checked against the end of its own frame, so that hostile bytes end in `ProtocolError`.
+This file may be dense; the order of messages, positions and relations live elsewhere (`transactions`, `relations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pgoutput_source.changes import OP_CODE, OPS, ChangeBatch, Column, TableSchema
+from pgoutput_source.errors import DecodeError, ProtocolError
+from pgoutput_source.types import type_of
+from pgoutput_source.wire import PG_EPOCH_US, XLOG_DATA_HEADER
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_PADDING = bytes(32)  # a gather may look a few bytes past the last frame before its bounds are known
+_KEEPALIVE_SIZE = 18
+_N, _K, _O = b"NKO"
+_NULL, _UNCHANGED, _TEXT = b"nut"
+_INSERT, _UPDATE, _DELETE, _TRUNCATE = b"IUDT"
+
+_CODE = np.zeros(256, np.int8)
+for _op, _code in OP_CODE.items():
+    _CODE[ord(_op)] = _code
+_OPS = pa.array(OPS, pa.utf8())
+
+_MARKERS: dict[int, bytes] = {_INSERT: b"N", _UPDATE: b"NKO", _DELETE: b"KO"}
+_MARKER_OK = np.zeros((256, 256), np.bool_)
+for _tag, _allowed in _MARKERS.items():
+    _MARKER_OK[_tag, list(_allowed)] = True
+
+_SHOWN = 32  # characters of an undecodable value that an error may show
+
+
+class Frames:
+    """CopyData frames joined into one buffer, with readers of big-endian integers at any offset, for many at once.
+
+    `start` and `end` are the byte offsets of the XLogData frames; keepalives are left out. `tag` is the pgoutput
+    message's first byte, `lsn` the WAL start of its frame.
+
+    Raises:
+        ProtocolError: A frame is neither XLogData nor a keepalive, or has no payload.
+    """
+
+    def __init__(self, frames: Sequence[bytes | memoryview]) -> None:
+        self.raw = b"".join([*frames, _PADDING])
+        self.u1 = np.frombuffer(self.raw, np.uint8)
+        length = np.fromiter(map(len, frames), np.int64, len(frames))
+        end = np.cumsum(length)
+        start = end - length
+        kind = self.u1[start]
+        data = kind == ord("w")
+        if not data.all():
+            other = ~data
+            if not ((kind[other] == ord("k")) & (length[other] == _KEEPALIVE_SIZE)).all():
+                raise ProtocolError("a frame that is neither XLogData nor a keepalive")
+            start, end, length = start[data], end[data], length[data]
+        if (length <= XLOG_DATA_HEADER).any():
+            raise ProtocolError(f"XLogData: expected more than {XLOG_DATA_HEADER} bytes, got {length.min()}")
+        self.start: Ints = start
+        self.end: Ints = end
+        self.payload: Ints = start + XLOG_DATA_HEADER
+        self.tag: NDArray[np.uint8] = self.u1[self.payload]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def integers(self, dtype: str, offsets: Ints) -> NDArray[Any]:
+        """Big-endian integers of `dtype` at any byte offsets, in native byte order."""
+        kind = np.dtype(dtype)
+        # Element i is the integer that begins at byte i: a fancy index is an unaligned vector load.
+        view: NDArray[Any] = np.ndarray(len(self.raw) - kind.itemsize + 1, kind, buffer=self.raw, strides=(1,))
+        return view[offsets].astype(kind.newbyteorder("="))
+
+    @property
+    def lsn(self) -> NDArray[np.uint64]:
+        """WAL start of each frame."""
+        return self.integers(">u8", self.start + 1)
+
+    def message(self, index: int) -> bytes:
+        """One pgoutput message, for the rare kinds that are decoded one by one."""
+        return self.raw[self.payload[index] : self.end[index]]
+
+    def slices(self, start: Ints, length: Ints, valid: Bools | None) -> pa.BinaryArray:
+        """The byte ranges [start, start + length) as one array, gathered in C++; null where not valid.
+
+        Offsets that run start0, end0, start1, end1, … make value 2i the wanted range and value 2i + 1 the gap behind
+        it. Ranges must ascend, which they do: rows lie in the buffer in order.
+        """
+        n = len(start)
+        offsets = np.empty(2 * n, np.int32)
+        offsets[0::2] = start
+        np.add(start, length, out=offsets[1::2], casting="unsafe")
+        every = pa.BinaryArray.from_buffers(
+            pa.binary(), 2 * n - 1, [None, pa.py_buffer(offsets), pa.py_buffer(self.raw)]
+        )
+        even = np.arange(0, 2 * n, 2, dtype=np.int32)
+        return every.take(pa.array(even, mask=None if valid is None else ~valid))
+
+
+@dataclass(slots=True)
+class Rows:
+    """Which frames of a poll are rows of one table version, and where they stand in the total order.
+
+    All arrays have one element per row, in position order. `frame` indexes `Frames`; a truncate's frame stands for a
+    row without a tuple.
+    """
+
+    frame: Ints
+    commit_lsn: NDArray[np.uint64]
+    seq: NDArray[np.uint64]
+    xid: NDArray[np.uint32]
+    commit_ts: Ints
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def take(self, rows: Ints | slice) -> Rows:
+        """Some of the rows."""
+        return Rows(self.frame[rows], self.commit_lsn[rows], self.seq[rows], self.xid[rows], self.commit_ts[rows])
+
+
+@dataclass(slots=True)
+class _Tuples:
+    """One tuple per row: kind, start and length of each value, by column; `after` is where each tuple ends."""
+
+    kind: list[NDArray[np.uint8]]
+    start: list[Ints]
+    length: list[Ints]
+    after: Ints
+
+    def subset(self, rows: Ints | Bools) -> _Tuples:
+        return _Tuples(
+            [k[rows] for k in self.kind],
+            [s[rows] for s in self.start],
+            [n[rows] for n in self.length],
+            self.after[rows],
+        )
+
+
+def decode(frames: Frames, rows: Rows, schema: TableSchema, *, on_misfit: str = "raw") -> ChangeBatch:
+    """Rows of one table version as a batch; `columns` of DESIGN are described in `changes.metadata_fields`.
+
+    Raises:
+        ProtocolError: A frame doesn't hold the tuples that its message must have.
+        DecodeError: A value is not text of its column's type; or, with on_misfit="error", doesn't fit its Arrow type.
+    """
+    tag = frames.tag[rows.frame]
+    new, old, old_rows = _read(frames, rows.frame, tag, len(schema.columns), schema)
+    decoder = _Decoder(frames, rows, schema, on_misfit)
+    arrays = [
+        decoder.column(c, new.kind[i], new.start[i], new.length[i], None, i) for i, c in enumerate(schema.columns)
+    ]
+    before = _before(decoder, schema, old, old_rows, len(rows))
+    arrays += [
+        pa.DictionaryArray.from_arrays(pa.array(_CODE[tag]), _OPS),
+        pa.array(rows.commit_lsn),
+        pa.array(rows.seq),
+        pa.array(frames.integers(">u8", frames.start[rows.frame] + 1)),
+        pa.array(rows.xid),
+        pa.array(rows.commit_ts + PG_EPOCH_US).view(pa.timestamp("us", "UTC")),
+        before,
+        _unchanged(schema, new.kind, len(rows)),
+        decoder.raw_column(),
+    ]
+    return ChangeBatch(schema, pa.RecordBatch.from_arrays(arrays, schema=schema.arrow))
+
+
+def _read(
+    f: Frames, frame: Ints, tag: NDArray[np.uint8], width: int, schema: TableSchema
+) -> tuple[_Tuples, _Tuples, Ints]:
+    """The new row of each frame (a delete's: what is known of the old one), the old tuples, and the rows they are of."""
+    here = np.arange(len(frame))
+    if (tag == _TRUNCATE).any():
+        here = np.flatnonzero(tag != _TRUNCATE)
+    at, end, lsn = f.payload[frame[here]], f.end[frame[here]], f.start[frame[here]]
+    where = _Where(f, lsn, schema)
+    where.check(at + 8 <= end, "a change without a tuple")
+    marker = f.u1[at + 5]
+    where.check(_MARKER_OK[tag[here], marker], "a tuple of a kind that its message can't have")
+    first = _walk(f, at + 6, end, width, where)
+    has_old = marker != _N
+    both = has_old & (tag[here] == _UPDATE)
+    if both.any():
+        again = np.flatnonzero(both)
+        at2, end2, where2 = first.after[again], end[again], _Where(f, lsn[again], schema)
+        where2.check(at2 + 3 <= end2, "an update without its new tuple")
+        where2.check(f.u1[at2] == _N, "an update without its new tuple")
+        second = _walk(f, at2 + 1, end2, width, where2)
+        after = first.after.copy()
+        after[again] = second.after
+        new = _fill(first, second, again)
+    else:
+        again, after, new = here[:0], first.after, first
+    where.check(after == end, "bytes after the last tuple")
+    # An old tuple's 'n' in a K tuple is "not sent"; either way its cell in `_before` is null.
+    old_at = np.flatnonzero(has_old)
+    old = first.subset(old_at)
+    if len(here) != len(frame):
+        new = _spread(new, here, f.payload[frame])
+    return new, old, here[old_at]
+
+
+def _fill(first: _Tuples, second: _Tuples, again: Ints) -> _Tuples:
+    """The new tuples: those of `again` come second in their frame; their unchanged values come from the old tuple."""
+    kinds, starts, lengths = [], [], []
+    for k1, s1, n1, k2, s2, n2 in zip(
+        first.kind, first.start, first.length, second.kind, second.start, second.length, strict=True
+    ):
+        # An 'O' tuple holds every value and a 'K' tuple the key's: where the old value was sent, unchanged means this.
+        use_old = (k2 == _UNCHANGED) & (k1[again] == _TEXT)
+        kind, start, length = k1.copy(), s1.copy(), n1.copy()
+        kind[again] = np.where(use_old, k1[again], k2)
+        start[again] = np.where(use_old, s1[again], s2)
+        length[again] = np.where(use_old, n1[again], n2)
+        kinds.append(kind)
+        starts.append(start)
+        lengths.append(length)
+    return _Tuples(kinds, starts, lengths, first.after)
+
+
+def _spread(tuples: _Tuples, here: Ints, at: Ints) -> _Tuples:
+    """Tuples of the rows `here` among rows that have none (truncates), whose values are all NULL."""
+    kinds, starts, lengths = [], [], []
+    for k, s, n in zip(tuples.kind, tuples.start, tuples.length, strict=True):
+        kind, start, length = np.full(len(at), _NULL, np.uint8), at.copy(), np.zeros(len(at), np.int64)
+        kind[here], start[here], length[here] = k, s, n
+        kinds.append(kind)
+        starts.append(start)
+        lengths.append(length)
+    return _Tuples(kinds, starts, lengths, at)
+
+
+def _walk(f: Frames, pos: Ints, end: Ints, width: int, where: _Where) -> _Tuples:
+    """Walk one tuple of every row; `pos` points at the tuples' column counts."""
+    where.check(f.integers(">u2", pos) == width, f"a tuple that has not {width} columns")
+    pos = pos + 2
+    kinds, starts, lengths = [], [], []
+    for _ in range(width):
+        where.check(pos < end, "a tuple that ends early")
+        kind = f.u1[pos]
+        sent = kind == _TEXT
+        if sent.all():
+            length = f.integers(">i4", pos + 1).astype(np.int64)
+            start = pos + 5
+        else:
+            where.check(sent | (kind == _NULL) | (kind == _UNCHANGED), "a value of unknown kind")
+            length = np.where(sent, f.integers(">i4", pos + 1), 0).astype(np.int64)
+            start = pos + np.where(sent, 5, 1)
+        pos = start + length
+        where.check((length >= 0) & (pos <= end), "a value that is longer than its frame")
+        kinds.append(kind)
+        starts.append(start)
+        lengths.append(length)
+    return _Tuples(kinds, starts, lengths, pos)
+
+
+class _Where:
+    """Turns the first row that fails a check into an error that names its LSN."""
+
+    __slots__ = ("frames", "schema", "start")
+
+    def __init__(self, frames: Frames, start: Ints, schema: TableSchema) -> None:
+        self.frames, self.start, self.schema = frames, start, schema
+
+    def check(self, ok: Bools, problem: str) -> None:
+        if not ok.all():
+            bad = int(np.argmin(ok))
+            lsn = int(self.frames.integers(">u8", self.start[bad : bad + 1] + 1)[0])
+            raise ProtocolError(problem, table=self.schema.table, lsn=lsn)
+
+
+class _Decoder:
+    """Decodes one table version's columns and collects the values that their Arrow type can't hold."""
+
+    def __init__(self, frames: Frames, rows: Rows, schema: TableSchema, on_misfit: str) -> None:
+        self.frames, self.rows, self.schema, self.on_misfit = frames, rows, schema, on_misfit
+        self.misfits: dict[int, list[tuple[int, str, str]]] = {}
+
+    def column(
+        self, column: Column, kind: NDArray[np.uint8], start: Ints, length: Ints, rows: Ints | None, order: int
+    ) -> pa.Array:
+        """One column's values. `rows` maps the values to rows of the batch when they are the old tuples'."""
+        if not len(kind):
+            return pa.nulls(0, column.arrow)
+        sent = kind == _TEXT
+        every = bool(sent.all())
+        if not every and not sent.any():
+            return pa.nulls(len(kind), column.arrow)
+        text = self.frames.slices(start, length, None if every else sent)
+        decode_column = type_of(column.type_oid).decode
+        try:
+            values = decode_column(text, column.arrow)
+        except (ValueError, pa.ArrowException) as e:
+            bad = _first_bad(text, lambda part: decode_column(part, column.arrow))
+            raise self._error(column, rows, bad, text[bad].as_py(), "not a value of its type") from e
+        if values.null_count != text.null_count:
+            self._keep(column, values, text, rows, order)
+        return values
+
+    def _keep(self, column: Column, values: pa.Array, text: pa.BinaryArray, rows: Ints | None, order: int) -> None:
+        lost = pc.and_(pc.is_null(values), pc.is_valid(text))
+        name = column.name if rows is None else f"_before.{column.name}"
+        for i in np.flatnonzero(lost.to_numpy(zero_copy_only=False)):
+            exact = text[int(i)].as_py()
+            if self.on_misfit == "error":
+                raise self._error(column, rows, int(i), exact, f"a value that {column.arrow} can't hold")
+            row = int(i) if rows is None else int(rows[i])
+            place = order if rows is None else order + len(self.schema.columns)
+            self.misfits.setdefault(row, []).append((place, name, exact.decode()))
+
+    def _error(self, column: Column, rows: Ints | None, index: int, value: bytes, problem: str) -> DecodeError:
+        row = index if rows is None else int(rows[index])
+        frame = self.rows.frame[row : row + 1]
+        shown = value[:_SHOWN].decode(errors="replace") + ("…" if len(value) > _SHOWN else "")
+        return DecodeError(
+            f"{problem}: {shown!r}",
+            table=self.schema.table,
+            column=column.name,
+            type_name=column.type_name,
+            lsn=int(self.frames.integers(">u8", self.frames.start[frame] + 1)[0]),
+        )
+
+    def raw_column(self) -> pa.MapArray:
+        """`_raw`: the exact text of the values that were left null, by column."""
+        kind = pa.map_(pa.utf8(), pa.utf8())
+        if not self.misfits:
+            return pa.nulls(len(self.rows), kind)
+        found = {row: [(name, text) for _, name, text in sorted(items)] for row, items in self.misfits.items()}
+        return pa.array([found.get(i) for i in range(len(self.rows))], kind)
+
+
+def _first_bad(text: pa.BinaryArray, decode_part: Any) -> int:
+    """Index of the first value that fails to decode, found by halving."""
+    low, high = 0, len(text)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            decode_part(text.slice(low, middle - low))
+        except (ValueError, pa.ArrowException):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _before(decoder: _Decoder, schema: TableSchema, old: _Tuples, old_rows: Ints, n: int) -> pa.Array:
+    """`_before`: the old tuples as structs, null in rows that have none."""
+    if not len(old_rows):
+        return pa.nulls(n, schema.row_type)
+    children = [
+        decoder.column(c, old.kind[i], old.start[i], old.length[i], old_rows, i) for i, c in enumerate(schema.columns)
+    ]
+    if children:
+        rows = pa.StructArray.from_arrays(children, fields=list(schema.row_type))
+    else:
+        rows = pa.array([{}] * len(old_rows), schema.row_type)
+    if len(old_rows) == n:
+        return rows
+    index = np.zeros(n, np.int64)
+    index[old_rows] = np.arange(len(old_rows))
+    missing = np.ones(n, np.bool_)
+    missing[old_rows] = False
+    return rows.take(pa.array(index, mask=missing))
+
+
+def _unchanged(schema: TableSchema, kinds: list[NDArray[np.uint8]], n: int) -> pa.ListArray:
+    """`_unchanged`: the columns whose value PostgreSQL did not send, null where it sent them all."""
+    masks = [k == _UNCHANGED for k in kinds]
+    if not any(m.any() for m in masks):
+        return pa.nulls(n, pa.list_(pa.utf8()))
+    table = np.stack(masks, axis=1)
+    offsets = np.zeros(n + 1, np.int32)
+    np.cumsum(table.sum(axis=1), out=offsets[1:])
+    names = pa.array([c.name for c in schema.columns], pa.utf8())
+    values = names.take(pa.array(np.nonzero(table)[1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(~table.any(axis=1)))

@@ -1,0 +1,65 @@
+"""Relation messages → versioned table schemas.
+
+PostgreSQL sends a Relation message before the first change of a table on each connection, and again whenever its
+catalogue entry was invalidated: a changed column, but an ANALYZE or a new index as well. Only a changed fingerprint
+makes a new version. Type messages give names to the types that the type table does not know.
+"""
+
+from __future__ import annotations
+
+from pgoutput_source import messages
+from pgoutput_source.changes import Column, TableSchema
+from pgoutput_source.errors import ProtocolError
+from pgoutput_source.types import OPAQUE, type_of
+
+
+class Relations:
+    """The current `TableSchema` of every relation that was announced.
+
+    `origin` (name, value pairs such as system, database and slot) is written into the metadata of each batch.
+    """
+
+    def __init__(self, origin: tuple[tuple[str, str], ...] = ()) -> None:
+        self.origin = origin
+        self._current: dict[int, TableSchema] = {}
+        self._type_names: dict[int, str] = {}
+
+    def current(self, relation_id: int) -> TableSchema:
+        """The version that is valid now.
+
+        Raises:
+            ProtocolError: No Relation message announced it.
+        """
+        try:
+            return self._current[relation_id]
+        except KeyError:
+            raise ProtocolError(f"a change of relation {relation_id}, which no Relation message announced") from None
+
+    def find(self, relation_id: int) -> TableSchema | None:
+        """The version that is valid now, None if no Relation message announced it."""
+        return self._current.get(relation_id)
+
+    def announce(self, relation: messages.Relation) -> TableSchema | None:
+        """Take note of a Relation message; the new version, or None if nothing has changed."""
+        schema = TableSchema(
+            relation_id=relation.relation_id,
+            namespace=relation.namespace or "pg_catalog",  # the protocol's way to save a few bytes
+            name=relation.name,
+            replica_identity=relation.replica_identity,
+            columns=tuple(map(self._column, relation.columns)),
+            origin=self.origin,
+        )
+        known = self._current.get(schema.relation_id)
+        if known is not None and known.fingerprint == schema.fingerprint:
+            return None
+        self._current[schema.relation_id] = schema
+        return schema
+
+    def name_type(self, message: messages.Type) -> None:
+        """Take note of a Type message. A domain's carries the domain's OID with its base type's name."""
+        self._type_names[message.type_oid] = f"{message.namespace or 'pg_catalog'}.{message.name}"
+
+    def _column(self, column: messages.RelationColumn) -> Column:
+        kind = type_of(column.type_oid)
+        name = self._type_names.get(column.type_oid, f"oid {column.type_oid}") if kind is OPAQUE else kind.name
+        return Column(column.name, column.type_oid, column.typmod, column.key, name, kind.arrow(column.typmod))
