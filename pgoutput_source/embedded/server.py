@@ -313,10 +313,12 @@ class Server:
 
         Args:
             slot: The physical replication slot that is created for it here.
-            settings: Its server settings. `sync_replication_slots` (17 and newer) finds what else it needs in place.
+            settings: Its server settings, over those of this server. What else `sync_replication_slots` of 17 and
+                newer needs is in place.
         """
         other = Server.__new__(Server)
-        other._build(self.binaries, None, self.tcp, {"hot_standby_feedback": True} | dict(settings or {}))
+        ours = self.settings | {"hot_standby_feedback": True}
+        other._build(self.binaries, None, self.tcp, ours | dict(settings or {}))
         other.password = self.password
         try:
             # pg_basebackup of 17 and newer writes the dbname of -d into primary_conninfo, for slot synchronisation.
@@ -363,7 +365,6 @@ class Server:
         return options
 
     def _prepare(self) -> None:
-        kept_password = self.data.with_name(self.data.name + ".password")
         marker = self.data / "PG_VERSION"
         if marker.exists():
             have = marker.read_text().strip()
@@ -373,13 +374,7 @@ class Server:
                     hint=f"set PG_BINDIR to a PostgreSQL {have}, or move the folder away to start with an empty one",
                 )
             if not self.password:
-                try:
-                    self.password = kept_password.read_text().strip()
-                except OSError as error:
-                    raise EmbeddedError(
-                        f"the password of {self.data} can't be read: {error}",
-                        hint="run as the user who made it, or move the folder away to start with an empty one",
-                    ) from error
+                self.password = read_password(self.data)
             return
         self.password = secrets.token_urlsafe(18)
         self.data.parent.mkdir(parents=True, exist_ok=True)
@@ -396,7 +391,7 @@ class Server:
                 f"--pwfile={secret}", *(["--no-sync"] if self.throw_away else []),
             )  # fmt: skip
             if not self.throw_away:
-                _write_private(kept_password, self.password)
+                _write_private(_password_file(self.data), self.password)
             fresh.rename(self.data)
         finally:
             secret.unlink(missing_ok=True)
@@ -437,6 +432,21 @@ class Server:
         except OSError:
             return False
         return len(lines) >= 8 and lines[0].strip() == str(self.pid) and lines[7].strip() in ("ready", "standby")
+
+
+def read_password(data: Path) -> str:
+    """The superuser's password of a kept cluster."""
+    try:
+        return _password_file(data).read_text().strip()
+    except OSError as error:
+        raise EmbeddedError(
+            f"the password of {data} can't be read: {error}",
+            hint="run as the user who made it, or move the folder away to start with an empty one",
+        ) from error
+
+
+def _password_file(data: Path) -> Path:
+    return data.with_name(data.name + ".password")
 
 
 def _setting(value: Setting) -> str:
