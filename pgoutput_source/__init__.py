@@ -1,1 +1,51 @@
-"""PostgreSQL change data capture for Python: pgoutput, columnar, as a Bytewax source."""
+"""PostgreSQL change data capture for Python: pgoutput, columnar, as a Bytewax source.
+
+The names here are loaded when they are first used: the reader, `peek` and the nouns work without Bytewax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from pgoutput_source.changes import ChangeBatch, ChangeSet, Position, TableSchema
+    from pgoutput_source.errors import PgOutputError
+    from pgoutput_source.sinks.parquet import ParquetSink
+    from pgoutput_source.source import PgOutputSource
+    from pgoutput_source.wire import Lsn
+
+__version__ = "0.1.0"
+
+_HOME: Final = {
+    "ChangeBatch": "changes",
+    "ChangeSet": "changes",
+    "Lsn": "wire",
+    "ParquetSink": "sinks.parquet",
+    "PgOutputError": "errors",
+    "PgOutputSource": "source",
+    "Position": "changes",
+    "TableSchema": "changes",
+}
+
+__all__ = [
+    "ChangeBatch",
+    "ChangeSet",
+    "Lsn",
+    "ParquetSink",
+    "PgOutputError",
+    "PgOutputSource",
+    "Position",
+    "TableSchema",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -130,7 +130,7 @@ class TableSchema:
                 f"column {clash[0]!r} has the name of a metadata column",
                 table=self.table,
                 column=clash[0],
-                hint="leave it out with a column list: ALTER PUBLICATION … SET TABLE … (columns), on PostgreSQL 15 or newer",
+                hint="leave it out of the publication with a column list (PostgreSQL 15 or newer)",
             )
         meta = {"pg.table": self.table, "pg.relation_id": str(self.relation_id), "pg.identity": self.replica_identity}
         meta |= {f"pg.{k}": v for k, v in self.origin}

@@ -189,7 +189,7 @@ def decode(frames: Frames, rows: Rows, schema: TableSchema, *, on_misfit: str = 
 def _read(
     f: Frames, frame: Ints, tag: NDArray[np.uint8], width: int, schema: TableSchema
 ) -> tuple[_Tuples, _Tuples, Ints]:
-    """The new row of each frame (a delete's: what is known of the old one), the old tuples, and the rows they are of."""
+    """The new row of each frame (a delete's: what is known of the old), the old tuples, and the rows these are of."""
     here = np.arange(len(frame))
     if (tag == _TRUNCATE).any():
         here = np.flatnonzero(tag != _TRUNCATE)

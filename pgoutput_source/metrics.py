@@ -1,0 +1,22 @@
+"""Every metric's name, in one place. Bytewax's own `/metrics` page shows them beside its own.
+
+All carry the label `slot`. Positions are bytes of WAL, so that differences between them are lags in bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge
+
+CHANGES: Final = Counter("pgoutput_changes", "Changes given to the dataflow", ["slot"])
+SKIPPED: Final = Counter(
+    "pgoutput_changes_skipped", "Changes that the server sent again and that were dropped", ["slot"]
+)
+TRANSMITTED: Final = Counter("pgoutput_received_bytes", "Bytes of CopyData received", ["slot"])
+RECONNECTS: Final = Counter("pgoutput_reconnects", "Replication connections that were lost and replaced", ["slot"])
+RECEIVED: Final = Gauge("pgoutput_received_lsn", "Highest position received", ["slot"])
+ACKNOWLEDGED: Final = Gauge("pgoutput_acknowledged_lsn", "Position that PostgreSQL was told it may forget", ["slot"])
+LAG: Final = Gauge("pgoutput_lag_bytes", "WAL received and not yet acknowledged", ["slot"])
+COMMIT_TIME: Final = Gauge("pgoutput_last_commit_timestamp_seconds", "Commit time of the last change", ["slot"])
+GATE_TIME: Final = Gauge("pgoutput_last_gate_timestamp_seconds", "When an epoch was last known to be durable", ["slot"])

@@ -1,0 +1,377 @@
+"""`PgOutputSource`: a replication slot as a Bytewax source of `ChangeSet`s, one partition per slot.
+
+The one thing that this file is about is *when PostgreSQL may forget*. Bytewax calls `next_batch()`, or the next
+`snapshot()`, only once the epoch that the last `snapshot()` closed is durable on every worker: its state is in the
+recovery store and its output is staged. This moment is the gate. So
+
+    snapshot()     stages the position up to which everything was given out, and returns the resume state;
+    the gate       lets the sinks of this process publish, and only then acknowledges the staged position.
+
+Nothing is acknowledged in `snapshot()` itself (the epoch may never become durable) and nothing in `close()` (which
+Bytewax also calls on errors, and at the end of a run before the last commit).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from types import FrameType, TracebackType
+from typing import Any
+
+from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
+
+from pgoutput_source import catalog, gate, metrics
+from pgoutput_source.changes import ChangeSet, Position
+from pgoutput_source.errors import PgOutputError, SlotAhead, StateError
+from pgoutput_source.replication import ReplicationStream
+from pgoutput_source.settings import SourceSettings
+from pgoutput_source.transactions import Assembler
+from pgoutput_source.wire import Lsn
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+"""A resume state: builtins only, with the version of its shape under "v"."""
+
+STATE_VERSION = 1
+
+_IDLE = timedelta(milliseconds=10)  # far less would cost a core, far more would keep epochs from closing
+_EPOCH_BYTES = 256 << 20  # with several workers queues are unbounded within an epoch; a single one has no queues
+
+
+class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
+    """The committed changes of a publication, from a replication slot, as `ChangeSet`s in commit order.
+
+    Partitions are replication slots: there is one, named like the slot. With recovery (`-r`) the run resumes at the
+    exact change, also in the middle of a transaction. Without it the slot is the only memory and delivery is at least
+    once. PostgreSQL may forget what an epoch brought as soon as this epoch is durable, and not before.
+
+    Nothing is read and nothing is connected before Bytewax builds the partition.
+
+    Args:
+        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables.
+        slot: The replication slot's name.
+        publication: One name or several.
+        create: Create the publication (for all tables) and then the slot where they are missing.
+        until: None runs for ever; "current" stops once everything committed before the start is published; an LSN
+            such as "0/16B3748" stops there.
+        options: The other fields of `SourceSettings`.
+
+    Raises:
+        ConfigurationError: An option has no meaning or a wrong value.
+
+    Example:
+        >>> PgOutputSource("postgresql://localhost/shop", slot="orders", publication="shop", until="current")
+        PgOutputSource(slot='orders', publication=('shop',))
+        >>> PgOutputSource("postgresql://localhost/shop", slot="Orders!", publication="shop")
+        Traceback (most recent call last):
+        pgoutput_source.errors.ConfigurationError: ...
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        slot: str,
+        publication: str | Iterable[str],
+        create: bool = False,
+        until: str | None = None,
+        **options: Any,
+    ) -> None:
+        settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication, create=create, until=until, **options)
+        self._settings: Callable[[], SourceSettings] = lambda: settings
+        self._shown: SourceSettings | None = settings
+        _catch_signals()
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> PgOutputSource:
+        """A source that is configured by the environment when the dataflow starts, never at import.
+
+        `PGOUTPUT_DSN` (or libpq's own `PGHOST`, `PGSERVICE` …), `PGOUTPUT_SLOT`, `PGOUTPUT_PUBLICATION`,
+        `PGOUTPUT_CREATE`, `PGOUTPUT_UNTIL` and the rest of `SourceSettings`. `overrides` win over the environment.
+        With no connection configured at all the source runs on an embedded PostgreSQL with a small shop in it.
+        """
+        source = cls.__new__(cls)
+        resolved: list[SourceSettings] = []
+
+        def settings() -> SourceSettings:
+            if not resolved:
+                resolved.append(SourceSettings.from_env(**overrides))
+            return resolved[0]
+
+        source._settings = settings
+        source._shown = None
+        _catch_signals()
+        return source
+
+    def __repr__(self) -> str:
+        if self._shown is None:
+            return "PgOutputSource.from_env()"
+        return f"PgOutputSource(slot={self._shown.slot!r}, publication={self._shown.publication!r})"
+
+    def list_parts(self) -> list[str]:
+        """The slot's name, which keys the resume state as well."""
+        _show_errors()
+        return [self._settings().slot]
+
+    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _Partition:
+        """Connect, compare the slot with the resume state, and start to stream."""
+        return _Partition(self._settings(), resume_state)
+
+
+class _Partition(StatefulSourcePartition[ChangeSet, State]):
+    def __init__(self, settings: SourceSettings, resume: State | None) -> None:
+        _show_log()
+        self.settings = settings
+        self.slot = settings.slot
+        dsn = settings.connection()
+        with catalog.connect(dsn) as conn:
+            if settings.create and resume is None:
+                catalog.create(conn, settings)
+            slot = catalog.check(conn, settings)
+            system = catalog.identify(conn)
+            self.until = _target(settings, conn)
+        position, acknowledged = _reconcile(resume, settings, slot, system)
+        self.system = system
+        origin = (("system", str(system.system_id)), ("database", system.database), ("slot", self.slot))
+        self.assembler = Assembler(origin, skip_until=position, on_misfit=settings.on_misfit)
+        self.stream = ReplicationStream(
+            dsn,
+            slot=self.slot,
+            publications=settings.publication,
+            status_interval=settings.status_interval,
+            reconnect_seconds=settings.reconnect_seconds,
+        )
+        self.stream.start(acknowledged)
+        self.acknowledged = acknowledged
+        self.staged: Lsn | None = None
+        self.final = False  # the last snapshot covers all that this partition will give out
+        self.done = False
+        self.reached = False
+        self.bytes_in_epoch = 0
+        self.generation = self.stream.generation
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+        self._awake: datetime | None = None
+        _running.add(self)
+        gate.source_opened()
+        logger.info(
+            "slot %s: streaming from %s%s", self.slot, acknowledged, f" until {self.until}" if self.until else ""
+        )
+
+    # -- Bytewax calls these ------------------------------------------------------------------------------------
+
+    def next_batch(self) -> list[ChangeSet]:
+        self._gate()
+        if self.done:
+            return self._leave()
+        if self._ending() or self._full():
+            self._awake = datetime.now(UTC) + _IDLE
+            return []
+        frames = self.stream.poll(max_frames=self.settings.max_frames, max_bytes=self.settings.max_bytes, timeout=0.0)
+        if self.stream.generation != self.generation:
+            self.generation = self.stream.generation
+            self.assembler.reconnected()
+            metrics.RECONNECTS.labels(self.slot).inc()
+        self._awake = None if frames else datetime.now(UTC) + _IDLE
+        if not frames:
+            return []
+        changes = self.assembler.feed(frames)
+        self._count(changes)
+        return [changes] if len(changes) or changes.messages else []
+
+    def next_awake(self) -> datetime | None:
+        return self._awake
+
+    def snapshot(self) -> State:
+        self._gate()
+        self.final = self._ending()
+        self.staged = self._safe()
+        self.bytes_in_epoch = 0
+        position = self.assembler.position
+        return {
+            "v": STATE_VERSION,
+            "system": self.system.system_id,
+            "timeline": self.system.timeline,
+            "slot": self.slot,
+            "commit_lsn": None if position is None else int(position.commit_lsn),
+            "seq": None if position is None else position.seq,
+            "lsn": int(self.staged),
+        }
+
+    def close(self) -> None:
+        if self in _running:
+            _running.discard(self)
+            gate.source_closed()
+        self.stream.close()
+
+    # -- positions ----------------------------------------------------------------------------------------------
+
+    def _safe(self) -> Lsn:
+        """Up to here everything was given out: what may be acknowledged once the epoch is durable.
+
+        While no transaction is open that is what the server has looked through, even if it sent nothing of it:
+        otherwise a quiet publication would keep the WAL of a busy database for ever.
+        """
+        end = max(self.acknowledged, self.assembler.end_lsn)
+        return end if self.assembler.in_transaction else max(end, self.stream.keepalive_lsn)
+
+    def _gate(self) -> None:
+        """What the last snapshot staged is durable now: publish, then acknowledge, in this order."""
+        if self.staged is None:
+            return
+        lsn, self.staged = self.staged, None
+        gate.opened()
+        metrics.GATE_TIME.labels(self.slot).set(time.time())
+        if self.final and not self.done:
+            self.done = True
+        self.acknowledged = max(self.acknowledged, lsn)
+        self.stream.acknowledge(self.acknowledged)
+        metrics.ACKNOWLEDGED.labels(self.slot).set(self.acknowledged)
+        metrics.LAG.labels(self.slot).set(max(0, self.stream.received - self.acknowledged))
+
+    def _ending(self) -> bool:
+        """Whether nothing more is to be given out: a signal came, or the position to stop at was reached."""
+        if self.until is not None and not self.reached and not self.assembler.in_transaction:
+            self.reached = self._safe() >= self.until
+        return self.reached or _stop.is_set()
+
+    def _full(self) -> bool:
+        return not self.in_main_thread and self.bytes_in_epoch > _EPOCH_BYTES
+
+    def _leave(self) -> list[ChangeSet]:
+        """Everything is published and acknowledged: end the stream, so that the server surely knows, and the run."""
+        if self in _running:
+            if self.reached:
+                gate.drain()
+            self.stream.close(graceful=True)
+            _running.discard(self)
+            gate.source_closed()
+            logger.info("slot %s: stopped at %s, all published and acknowledged", self.slot, self.acknowledged)
+        if self.reached:
+            gate.source_finished()
+            raise StopIteration
+        if _running:
+            self._awake = datetime.now(UTC) + _IDLE
+            return []
+        gate.drain()
+        # StopIteration would close all windows and keep them closed in the recovery store. An abort leaves the state
+        # of the last epoch, which is all there is; in a cluster of threads only an interrupt reaches the others.
+        raise AbortExecution if self.in_main_thread else KeyboardInterrupt
+
+    def _count(self, changes: ChangeSet) -> None:
+        size = sum(b.data.nbytes for b in changes.batches) if not self.in_main_thread else 0
+        self.bytes_in_epoch += size
+        metrics.CHANGES.labels(self.slot).inc(len(changes))
+        metrics.RECEIVED.labels(self.slot).set(self.stream.received)
+        if self.assembler.skipped:
+            metrics.SKIPPED.labels(self.slot).inc(self.assembler.skipped)
+            self.assembler.skipped = 0
+
+
+def _target(settings: SourceSettings, conn: Any) -> Lsn | None:
+    if settings.until is None:
+        return None
+    return catalog.current_lsn(conn) if settings.until == "current" else Lsn(settings.until)
+
+
+def _reconcile(
+    resume: State | None, settings: SourceSettings, slot: catalog.SlotState, system: catalog.System
+) -> tuple[Position | None, Lsn]:
+    """The position to go on behind, and the position that is acknowledged already.
+
+    Raises:
+        StateError: The state is of another shape, slot or database system.
+        SlotAhead: The slot was moved past the state, so changes in between are lost to this flow.
+    """
+    confirmed = slot.confirmed_flush_lsn or Lsn(0)
+    if resume is None:
+        return None, confirmed
+    if not isinstance(resume, dict) or resume.get("v") != STATE_VERSION:
+        raise StateError(
+            "the resume state is of another version",
+            hint="run the version that wrote it, or start afresh with a new recovery folder",
+        )
+    if resume["system"] != system.system_id:
+        raise StateError(
+            f"the resume state belongs to database system {resume['system']}, this server is {system.system_id}",
+            hint="check the connection; for another database use another recovery folder",
+        )
+    lsn = Lsn(resume["lsn"])
+    if confirmed > lsn:
+        raise SlotAhead(
+            f"slot {settings.slot!r} was moved to {confirmed}, past {lsn}, the last position in the recovery folder",
+            hint="somebody else consumed from the slot, or an old recovery folder was restored: the changes between "
+            "are gone from the slot. Repair the gap, then start afresh with a new recovery folder",
+        )
+    position = None
+    if resume["commit_lsn"] is not None:
+        position = Position(Lsn(resume["commit_lsn"]), resume["seq"])
+    return position, lsn
+
+
+# -- the end of a run -------------------------------------------------------------------------------------------
+
+_running: set[_Partition] = set()
+_stop = threading.Event()
+_previous: dict[int, Any] = {}
+
+
+def _catch_signals() -> None:
+    """SIGTERM and Ctrl-C drain while a partition runs; without one, and the second time, they do what they did.
+
+    Handlers can only be installed by the main thread, which with several workers only ever constructs the source.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handler = signal.getsignal(number)
+        if handler is not _on_signal and handler is not None:
+            _previous[number] = handler
+            signal.signal(number, _on_signal)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _running and not _stop.is_set():
+        _stop.set()
+        logger.info("%s: draining; what is staged will be published when the epoch closes", signal.Signals(number).name)
+        return
+    previous = _previous.get(number, signal.SIG_DFL)
+    if callable(previous):
+        previous(number, frame)
+    elif previous == signal.SIG_DFL:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
+# -- what a person sees -----------------------------------------------------------------------------------------
+
+
+def _show_log() -> None:
+    """Log lines go to standard error if nobody configured logging: they are few, and each is meant to be read."""
+    package = logging.getLogger("pgoutput_source")
+    if not logging.getLogger().handlers and not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+
+
+def _show_errors() -> None:
+    """An error of this package that ends the program is shown as itself, not as thirty lines of traceback."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _excepthook
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, PgOutputError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None or logger.isEnabledFor(logging.DEBUG):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"{type(cause).__name__}: {cause}", file=sys.stderr)
