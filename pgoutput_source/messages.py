@@ -50,9 +50,6 @@ class TupleData:
     kinds: bytes
     values: tuple[bytes | None, ...]
 
-    def __len__(self) -> int:
-        return len(self.kinds)
-
 
 _SENT: Final = b"tb"
 

@@ -62,7 +62,8 @@ class Lsn(int):
         return f"Lsn('{self}')"
 
     def __format__(self, spec: str) -> str:
-        return format(str(self), spec) if not spec or spec[-1] in "s<>^" else super().__format__(spec)
+        # The type that a spec ends with tells whether it is meant for a number: {lsn:d}, {lsn:>20}.
+        return super().__format__(spec) if spec[-1:] in "bcdeEfFgGnoxX%" and spec else format(str(self), spec)
 
 
 def pg_now() -> int:
