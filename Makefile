@@ -1,0 +1,57 @@
+# Needs make, a POSIX shell and Python 3.11 or 3.12; everything else goes into .venv.
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+SECONDS := 15
+ARGS    :=
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo lint types bench lock clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+test: $(READY)  ## Run the tests on real PostgreSQL servers of every supported major; ARGS= goes to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+demo: $(READY)  ## Run a shop, capture its changes to Parquet for SECONDS=15, and verify every row
+	@$(BIN)/python -m pgoutput_source demo --seconds $(SECONDS) $(ARGS)
+
+lint: $(READY)  ## Check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY)  ## Check types
+	@$(BIN)/mypy
+
+bench: $(READY)  ## Measure throughput against pg_recvlogical
+	@$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+lock: $(READY)  ## Resolve the dependencies again into requirements.lock
+	@command -v $(BIN)/uv >/dev/null || $(BIN)/python -m pip install -q uv
+	@$(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --no-annotate --no-header \
+	    --no-emit-index-url --no-emit-find-links --extra dev pyproject.toml -o requirements.lock
+
+clean:  ## Remove .venv and every cache; the data in .pgoutput and out stays
+	@rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A name on PATH may be a shim without a Python behind it, so each one must show that it runs.
+$(READY): requirements.lock pyproject.toml
+	@fits='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; \
+	if ! $(BIN)/python -c "$$fits" 2>/dev/null; then \
+	    for python in $(PYTHON) python3.12 python3.11 python3; do \
+	        if $$python -c "$$fits" 2>/dev/null; then found=$$python; break; fi; \
+	    done; \
+	    if [ -z "$$found" ]; then \
+	        echo "Python 3.11 or 3.12 with its venv module is needed; name it with: make PYTHON=/path/to/python" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Making $(VENV) with $$($$found --version)"; \
+	    $$found -m venv --clear $(VENV); \
+	fi
+	@echo "Installing requirements.lock into $(VENV)"
+	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
