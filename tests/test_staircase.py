@@ -1,0 +1,130 @@
+"""The shape of the package: who may import whom, what is documented, how long a file may be, and that examples run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "pgoutput_source"
+ROOT = Path(__file__).parents[1] / PACKAGE
+
+# A module imports only what stands before it here. A package is one step; its files are free among themselves.
+STAIRCASE = (
+    "errors",
+    "metrics",
+    "settings",
+    "wire",
+    "messages",
+    "schema",
+    "types",
+    "events",
+    "changes",
+    "relations",
+    "columns",
+    "transactions",
+    "embedded",
+    "shop",
+    "catalog",
+    "replication",
+    "snapshot",
+    "reader",
+    "gate",
+    "source",
+    "sinks",
+    "operators",
+    PACKAGE,  # the package itself, which hands out names of the modules above
+    "demo",
+    "cli",
+    "__main__",
+)
+WITHOUT_BYTEWAX = STAIRCASE[: STAIRCASE.index("reader") + 1]
+LONGEST = 600
+
+FILES = sorted(ROOT.rglob("*.py"))
+NAMES = [".".join((PACKAGE, *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for file in FILES]
+IMPORTABLE = [name for name in NAMES if not name.endswith("__main__")]
+BY_NAME = pytest.mark.parametrize("name", NAMES)
+
+
+def file_of(name: str) -> Path:
+    return FILES[NAMES.index(name)]
+
+
+def step_of(name: str) -> str:
+    """The step of the staircase that a module is part of."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else PACKAGE
+
+
+def imports_of(name: str) -> Iterator[str]:
+    """Every module of ours that the file imports, wherever in it, for types only or for use."""
+    for node in ast.walk(ast.parse(file_of(name).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} line {node.lineno}: write the import with its full name"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in NAMES else str(node.module)
+
+
+@BY_NAME
+def test_a_module_imports_only_what_stands_above_it(name: str) -> None:
+    step = step_of(name)
+    assert step in STAIRCASE, f"{name} has no place on the staircase yet: give it one in STAIRCASE"
+    if name == PACKAGE:
+        return
+    for imported in imports_of(name):
+        if imported.split(".")[0] == PACKAGE and step_of(imported) != step:
+            assert STAIRCASE.index(step_of(imported)) < STAIRCASE.index(step), f"{name} imports {imported}"
+
+
+def test_everything_up_to_the_reader_works_without_bytewax() -> None:
+    names = [name for name in IMPORTABLE if step_of(name) in WITHOUT_BYTEWAX]
+    program = "import sys; sys.modules['bytewax'] = None\n" + "\n".join(f"import {name}" for name in names)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@BY_NAME
+def test_public_names_say_what_they_are(name: str) -> None:
+    tree = ast.parse(file_of(name).read_text())
+    assert ast.get_docstring(tree), f"{name} has no docstring"
+    if name not in IMPORTABLE:
+        return
+    module = importlib.import_module(name)
+    definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    silent = []
+    for node in tree.body:
+        if not isinstance(node, definitions) or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node):  # read from the file: dataclasses invent one
+            silent.append(node.name)
+        if isinstance(node, ast.ClassDef):
+            owner = getattr(module, node.name)
+            for inner in node.body:
+                if not isinstance(inner, definitions) or inner.name.startswith("_"):
+                    continue
+                # A method that keeps the promise of its base class inherits the words, too.
+                if not ast.get_docstring(inner) and not inspect.getdoc(getattr(owner, inner.name)):
+                    silent.append(f"{node.name}.{inner.name}")
+    assert not silent
+
+
+@BY_NAME
+def test_a_file_can_be_read_in_one_sitting(name: str) -> None:
+    assert len(file_of(name).read_text().splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("name", IMPORTABLE)
+def test_examples_in_docstrings_run(name: str) -> None:
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
