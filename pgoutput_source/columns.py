@@ -200,6 +200,10 @@ def _read(
     where.check(_MARKER_OK[tag[here], marker], "a tuple of a kind that its message can't have")
     first = _walk(f, at + 6, end, width, where)
     has_old = marker != _N
+    if has_old.any():
+        # The server detoasts what it logs of an old row: one value that was not sent would look like a NULL.
+        for kind in first.kind:
+            where.check(~has_old | (kind != _UNCHANGED), "an old tuple with a value that was not sent")
     both = has_old & (tag[here] == _UPDATE)
     if both.any():
         again = np.flatnonzero(both)

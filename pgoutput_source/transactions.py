@@ -22,7 +22,7 @@ from pgoutput_source.changes import ChangeBatch, ChangeSet, Message, Position, T
 from pgoutput_source.columns import Frames, Rows, decode
 from pgoutput_source.errors import ProtocolError
 from pgoutput_source.relations import Relations
-from pgoutput_source.wire import Lsn, pg_datetime
+from pgoutput_source.wire import PG_EPOCH_US, Lsn, pg_datetime
 
 BETWEEN, INSIDE = "between transactions", "inside a transaction"
 STATES: Final = (BETWEEN, INSIDE)
@@ -38,6 +38,7 @@ for _state, _row in TRANSITIONS.items():
     _LEGAL[STATES.index(_state), [ord(t) for t in _row]] = True
 
 _BEGIN_SIZE, _COMMIT_SIZE = 21, 26
+_LAST_MOMENT = 2**63 - 1 - PG_EPOCH_US
 _B, _C, _I, _U, _D, _T = b"BCIUDT"
 _RARE = np.zeros(256, np.bool_)
 _RARE[list(b"RYOTM")] = True
@@ -69,7 +70,7 @@ class Assembler:
         self.position = skip_until
         self.end_lsn = Lsn(0)
         self.skipped = 0
-        self._last_commit = Lsn(0)
+        self._last_end = Lsn(0)
         self._open: tuple[int, int, int, int] | None = None  # commit_lsn, commit_ts, xid and changes so far
 
     @property
@@ -80,7 +81,7 @@ class Assembler:
     def reconnected(self) -> None:
         """A new connection starts: the server begins with a whole transaction and may repeat what was given out."""
         self._open = None
-        self._last_commit = Lsn(0)
+        self._last_end = Lsn(0)
 
     def feed(self, frames: Sequence[bytes | memoryview]) -> ChangeSet:
         """What these frames say; `frames` are CopyData payloads with their header, keepalives are passed over.
@@ -93,17 +94,17 @@ class Assembler:
         if not len(f):
             return ChangeSet(())
         begins, commits = f.tag == _B, f.tag == _C
-        self._check_order(f, begins | commits)
+        inside = self._check_order(f, begins | commits)
         transactions = self._transactions(f, begins, commits)
-        versions, truncates, found = self._rare(f, transactions)
+        versions, truncates, found = self._rare(f, transactions, inside)
         rows, relation = _rows(f, transactions, truncates, self.position)
         self.skipped += transactions.changes - len(rows)
         batches = self._batches(f, rows, relation, versions)
         self._advance(f, transactions, begins, commits, rows)
         return ChangeSet(tuple(batches), tuple(found))
 
-    def _check_order(self, f: Frames, ends: NDArray[np.bool_]) -> None:
-        """Begin and Commit say in which state all that follows is, up to the next of them."""
+    def _check_order(self, f: Frames, ends: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Begin and Commit say in which state all that follows is, up to the next of them: who is inside."""
         last = np.maximum.accumulate(np.where(ends, np.arange(1, len(f) + 1), 0))
         before = np.concatenate([[0], last[:-1]])
         state = np.where(before > 0, f.tag[before - 1] == _B, self.in_transaction).astype(np.int8)
@@ -113,6 +114,8 @@ class Assembler:
             raise ProtocolError(
                 f"a message {chr(f.tag[bad])!r} {STATES[state[bad]]}", lsn=int(f.lsn[bad]), hint=_REPORT
             )
+        inside: NDArray[np.bool_] = state == STATES.index(INSIDE)
+        return inside
 
     def _transactions(self, f: Frames, begins: NDArray[np.bool_], commits: NDArray[np.bool_]) -> _Transactions:
         b, c = np.flatnonzero(begins), np.flatnonzero(commits)
@@ -132,20 +135,29 @@ class Assembler:
             xid=np.concatenate([np.array(carry[2:3], np.uint32), f.integers(">u4", p + 17)]),
             carried=carry[3],
         )
-        ordered = np.concatenate([np.array([self._last_commit], np.uint64), t.commit_lsn[1:]])
-        if (ordered[1:] <= ordered[:-1]).any():
-            bad = b[int(np.argmax(ordered[1:] <= ordered[:-1]))]
-            raise ProtocolError("transactions that are not in commit order", lsn=int(f.lsn[bad]), hint=_REPORT)
+        late = np.flatnonzero(t.commit_ts > _LAST_MOMENT)
+        if len(late):
+            # A replication origin may set any moment. Added to Unix's epoch this one would wrap around.
+            raise ProtocolError(
+                "Begin.commit_ts: expected a moment that 64 bits can hold",
+                lsn=int(t.commit_lsn[late[0]]),
+                hint="look at what sets this transaction's time: pg_replication_origin_xact_setup()",
+            )
         q = f.payload[c]
         commit_lsn, t.end_lsn = f.integers(">u8", q + 2), f.integers(">u8", q + 10)
         fits = (commit_lsn == t.commit_lsn[t.index[c]]) & (t.end_lsn > commit_lsn) & (f.u1[q + 1] == 0)
         if not fits.all():
             bad = c[int(np.argmin(fits))]
             raise ProtocolError("a Commit that does not fit its Begin", lsn=int(f.lsn[bad]), hint=_REPORT)
+        ends = np.concatenate([np.array([self._last_end], np.uint64), t.end_lsn])
+        early = (t.commit_lsn[1:] < ends[np.searchsorted(c, b)]) | (t.commit_lsn[1:] == 0)
+        if early.any():
+            bad = b[int(np.argmax(early))]
+            raise ProtocolError("transactions that are not in commit order", lsn=int(f.lsn[bad]), hint=_REPORT)
         return t
 
     def _rare(
-        self, f: Frames, t: _Transactions
+        self, f: Frames, t: _Transactions, inside: NDArray[np.bool_]
     ) -> tuple[dict[int, list[tuple[int, TableSchema]]], dict[int, tuple[int, ...]], list[Message]]:
         """Schema versions by relation (first frame, schema), truncated relations by frame, and logical messages."""
         versions: dict[int, list[tuple[int, TableSchema]]] = {}
@@ -165,18 +177,18 @@ class Assembler:
                     case messages.Truncate(relation_ids=ids):
                         truncates[i] = ids
                     case messages.Message() as m:
-                        found += self._message(f, t, i, m)
+                        found += self._message(t, i, m, inside=bool(inside[i]))
             except ProtocolError as e:
                 e.lsn = e.lsn if e.lsn is not None else int(f.lsn[i])
                 raise
         return versions, truncates, found
 
-    def _message(self, f: Frames, t: _Transactions, i: int, m: messages.Message) -> list[Message]:
+    def _message(self, t: _Transactions, i: int, m: messages.Message, *, inside: bool) -> list[Message]:
         if not m.transactional:
             return [Message(m.lsn, m.prefix, m.content, False)]
         k = int(t.index[i])
         commit_lsn = int(t.commit_lsn[k])
-        if k == 0 and self._open is None:
+        if not inside:
             raise ProtocolError("a transactional Message outside a transaction", lsn=int(m.lsn), hint=_REPORT)
         if self.position is not None and commit_lsn < self.position.commit_lsn:
             return []
@@ -190,7 +202,7 @@ class Assembler:
         relation: NDArray[np.uint32],
         versions: dict[int, list[tuple[int, TableSchema]]],
     ) -> list[ChangeBatch]:
-        groups: list[tuple[int, Rows, TableSchema]] = []
+        groups: list[tuple[Position, Rows, TableSchema]] = []
         if len(rows):
             one = bool((relation == relation[0]).all())
             for relation_id in relation[:1].tolist() if one else np.unique(relation).tolist():
@@ -213,9 +225,8 @@ class Assembler:
         if len(rows):
             self.position = Position(Lsn(int(rows.commit_lsn[-1])), int(rows.seq[-1]))
         if commits.any():
-            self.end_lsn = max(self.end_lsn, Lsn(int(t.end_lsn[-1])))
-        if len(t.commit_lsn) > 1:
-            self._last_commit = Lsn(int(t.commit_lsn[-1]))
+            self._last_end = Lsn(int(t.end_lsn[-1]))
+            self.end_lsn = max(self.end_lsn, self._last_end)
         if is_open:
             self._open = (int(t.commit_lsn[-1]), int(t.commit_ts[-1]), int(t.xid[-1]), t.last_count)
         else:
@@ -275,18 +286,19 @@ def _rows(
     return rows, relation
 
 
-def _cut(f: Frames, rows: Rows, cuts: list[tuple[int, TableSchema]]) -> list[tuple[int, Rows, TableSchema]]:
+def _cut(f: Frames, rows: Rows, cuts: list[tuple[int, TableSchema]]) -> list[tuple[Position, Rows, TableSchema]]:
     """Rows of one relation, cut where its schema changes."""
     bounds = [*np.searchsorted(rows.frame, [at for at, _ in cuts]).tolist(), len(rows)]
     if bounds[0] > 0:
         raise ProtocolError(
             "a change of a relation before its Relation message", lsn=int(f.lsn[rows.frame[0]]), hint=_REPORT
         )
-    parts: list[tuple[int, Rows, TableSchema]] = []
+    parts: list[tuple[Position, Rows, TableSchema]] = []
     for (_, schema), low, high in zip(cuts, bounds, bounds[1:], strict=False):
         if high > low:
             part = rows if (low, high) == (0, len(rows)) else rows.take(slice(low, high))
-            parts.append((int(part.frame[0]), part, schema))
+            # One truncate's frame can be the first change of several tables, so the frame would not order them.
+            parts.append((Position(Lsn(int(part.commit_lsn[0])), int(part.seq[0])), part, schema))
     return parts
 
 

@@ -112,17 +112,14 @@ def value_of(column: m.RelationColumn, raw: bytes) -> object:
 
 
 def plain(array: pa.Array) -> list[Any]:
-    """An Arrow array's values as Python's, moments as the integers that they are, structs as dicts."""
+    """An Arrow array's values as Python's, moments as the integers that they are, structs as lists."""
     if isinstance(array, pa.ExtensionArray):
         return plain(array.storage)
     if pa.types.is_timestamp(array.type):
         return list(array.cast(pa.int64()).to_pylist())
     if pa.types.is_struct(array.type):
-        fields = [(array.type.field(i).name, plain(array.field(i))) for i in range(array.type.num_fields)]
-        return [
-            {name: values[i] for name, values in fields} if valid else None
-            for i, valid in enumerate(array.is_valid().to_pylist())
-        ]
+        columns = [plain(array.field(i)) for i in range(array.type.num_fields)]
+        return [[c[i] for c in columns] if valid else None for i, valid in enumerate(array.is_valid().to_pylist())]
     return list(array.to_pylist())
 
 
@@ -148,7 +145,6 @@ class Scalar:
     begin: m.Begin | None = None
 
     _relations: dict[int, m.Relation] = field(default_factory=dict)
-    _last_commit: int = 0
     _seq: int = 0
 
     def feed(self, frames: Sequence[bytes | memoryview]) -> None:
@@ -166,9 +162,11 @@ class Scalar:
         if isinstance(message, m.Message):
             self._logical(message)
         elif isinstance(message, m.Begin):
-            if self.begin is not None or message.final_lsn <= self._last_commit:
+            if self.begin is not None or message.final_lsn < self.end_lsn or message.final_lsn == 0:
                 raise ProtocolError("Begin inside a transaction, or out of order")
-            self.begin, self._last_commit, self._seq = message, message.final_lsn, 0
+            if message.commit_ts + wire.PG_EPOCH_US >= 2**63:
+                raise ProtocolError("a moment that Arrow can't hold")
+            self.begin, self._seq = message, 0
         elif self.begin is None:
             raise ProtocolError(f"{type(message).__name__} outside a transaction")
         elif isinstance(message, m.Commit):
@@ -209,10 +207,6 @@ class Scalar:
                 raise ProtocolError("a row that has not its relation's columns")
             if data is not None and b"b" in data.kinds:
                 raise ProtocolError("a binary value, which was not asked for")
-        commit_ts = self.begin.commit_ts + wire.PG_EPOCH_US
-        if not -(2**63) <= commit_ts < 2**63:
-            raise ProtocolError("a moment that Arrow can't hold")
-
         unchanged: list[str] = []
         raw: list[tuple[str, str]] = []
         values = [self._cell(c, i, new, old, unchanged, raw) for i, c in enumerate(relation.columns)]
@@ -226,7 +220,7 @@ class Scalar:
             "_seq": self._seq,
             "_lsn": lsn,
             "_xid": self.begin.xid,
-            "_commit_ts": commit_ts,
+            "_commit_ts": self.begin.commit_ts + wire.PG_EPOCH_US,
             "_before": before,
             "_unchanged": unchanged or None,
             "_raw": raw or None,

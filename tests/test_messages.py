@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from streams import ENCODERS, encode, messages_of, text_tuple
 
 from pgoutput_source.errors import ProtocolError
 from pgoutput_source.messages import (
@@ -31,7 +32,6 @@ from pgoutput_source.messages import (
     decode,
 )
 from pgoutput_source.wire import Lsn
-from streams import ENCODERS, encode, messages_of, text_tuple
 
 KINDS = typing.get_args(AnyMessage)
 MODES = [{"in_stream": s, "parallel": p} for s in (False, True) for p in (False, True)]
