@@ -7,7 +7,7 @@ The rule that everything rests on: **no value is ever silently wrong.** `decode`
 text (UTF-8, NULL is null) and the Arrow type, and returns an array of this type and the same length in which
 
 - a NULL is null,
-- a legitimate value that the Arrow type can't hold (NaN in a decimal, infinity, 24:00, a BC date in …) is null as well:
+- a legitimate value that the Arrow type can't hold (NaN in a decimal, infinity in a date, 24:00 …) is null as well:
   the caller sees it by the difference in nulls and keeps its exact text in `_raw`,
 - and for bytes that are no text of the type, a ValueError (pa.ArrowInvalid is one) is raised, never a value returned.
 
@@ -16,36 +16,22 @@ https://www.postgresql.org/docs/current/datatype.html
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pyarrow as pa
 
-Decode = Callable[[pa.BinaryArray, pa.DataType], pa.Array]
+from pgoutput_source.types import base
+from pgoutput_source.types.base import Decode, PgType
+from pgoutput_source.types.binary import BINARY
+from pgoutput_source.types.datetime import DATETIME
+from pgoutput_source.types.identifiers import IDENTIFIERS
+from pgoutput_source.types.numbers import NUMBERS
+from pgoutput_source.types.text import TEXT
 
+__all__ = ["OPAQUE", "TYPES", "Decode", "PgType", "type_of"]
 
-@dataclass(frozen=True, slots=True)
-class PgType:
-    """One row of the table.
-
-    `oid` is PostgreSQL's; `arrow` gives the canonical Arrow type for a typmod (-1: none); `decode` is described above.
-    """
-
-    oid: int
-    name: str
-    arrow: Callable[[int], pa.DataType]
-    decode: Decode
-
-
-def text(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
-    """PostgreSQL's text as it is. Raises pa.ArrowInvalid where it is not UTF-8."""
-    return values.cast(kind)
-
-
-OPAQUE = PgType(0, "unknown", lambda typmod: pa.utf8(), text)
+OPAQUE = PgType(0, "unknown", base.always(pa.utf8()), base.text)
 """A type that the table does not know: its exact text."""
 
-TYPES: dict[int, PgType] = {}
+TYPES: dict[int, PgType] = {row.oid: row for row in (*NUMBERS, *TEXT, *BINARY, *DATETIME, *IDENTIFIERS)}
 
 
 def type_of(oid: int) -> PgType:

@@ -1,0 +1,173 @@
+"""Dates and times.
+
+The plain shapes, ``2024-02-29`` and ``2024-02-29 12:34:56.789``, are parsed by Arrow, the whole column at once.
+Infinities are found by comparing the whole column. What then remains, years above 9999 and before Christ, is parsed
+value by value.
+https://www.postgresql.org/docs/current/datatype-datetime.html
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pgoutput_source.types.base import Bools, Decode, Ints, PgType, Texts, always, dense, one_of, refuse, with_misfits
+
+_INFINITY = (b"infinity", b"-infinity")
+_DAY = 86_400_000_000
+_YEAR_ONE = -719_162  # 0001-01-01 in days since 1970-01-01: Arrow would also read a year 0000.
+_FIRST_DAY = -2_440_588  # 4714-11-24 BC, PostgreSQL's first
+_DATE = re.compile(rb"([1-9]\d{4,6}|\d{4})-(\d\d)-(\d\d)")
+_TIME = re.compile(rb"(\d\d):(\d\d):(\d\d)(?:\.(\d{1,6}))?")
+_DAYS_IN_MONTH = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+
+
+def _parse_date(value: bytes, before_christ: bool, last_year: int) -> int:
+    """Days since 1970-01-01, in the Gregorian calendar also where it was not yet in use."""
+    if (match := _DATE.fullmatch(value)) is None:
+        refuse("date")
+    year, month, day = map(int, match.groups())
+    # PostgreSQL counts 1 BC right before 1 AD; year 0 of the arithmetic here is 1 BC.
+    year_0 = 1 - year if before_christ else year
+    leap = year_0 % 4 == 0 and (year_0 % 100 != 0 or year_0 % 400 == 0)
+    if not (1 <= year <= last_year and 1 <= month <= 12 and 1 <= day <= _DAYS_IN_MONTH[month - 1]):
+        refuse("date")
+    if month == 2 and day == 29 and not leap:
+        refuse("date")
+    # Years are counted from March, so that a leap day is the last day of one.
+    shifted, month_0 = year_0 - (month <= 2), (month + 9) % 12
+    days = 365 * shifted + shifted // 4 - shifted // 100 + shifted // 400 + (153 * month_0 + 2) // 5 + day - 1 - 719_468
+    if days < _FIRST_DAY:
+        refuse("date")
+    return days
+
+
+def _parse_time(value: bytes) -> int:
+    """Microseconds since midnight."""
+    if (match := _TIME.fullmatch(value)) is None:
+        refuse("time")
+    hour, minute, second = map(int, match.group(1, 2, 3))
+    if hour > 23 or minute > 59 or second > 59:
+        refuse("time")
+    return ((hour * 60 + minute) * 60 + second) * 1_000_000 + int((match[4] or b"").ljust(6, b"0"))
+
+
+def _rare_date(value: bytes) -> int:
+    date = value.removesuffix(b" BC")
+    return _parse_date(date, date != value, 5_874_897)
+
+
+def _rare_timestamp(zone: bytes) -> Callable[[bytes], int]:
+    def parse(value: bytes) -> int:
+        moment = value.removesuffix(b" BC")
+        if not moment.endswith(zone):
+            refuse("timestamp")
+        date, _, time = moment.removesuffix(zone).partition(b" ")
+        return _parse_date(date, moment != value, 294_276) * _DAY + _parse_time(time)
+
+    return parse
+
+
+def _decoder(
+    name: str, is_plain: Callable[[Texts], Bools], rare: Callable[[bytes], int], width: pa.DataType, earliest: int
+) -> Decode:
+    """A decoder of plain values by Arrow, and of the others by `rare`; `width` is the Arrow type's integer."""
+    limits = np.iinfo(width.to_pandas_dtype())
+
+    def plain(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        parsed = values.cast(pa.utf8()).cast(kind)
+        if len(parsed) and pc.min(parsed.view(width)).as_py() < earliest:
+            refuse(name)
+        return parsed
+
+    @dense
+    def decode(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        common = is_plain(Texts(values))
+        if common.all():
+            return plain(values, kind)
+        out: Ints = np.zeros(len(values), limits.dtype)
+        held = np.ones(len(values), bool)
+        out[common] = plain(values.filter(pa.array(common)), kind).view(width).to_numpy(zero_copy_only=False)
+        infinite = one_of(values, *_INFINITY) >= 0
+        held[infinite] = False
+        others = np.flatnonzero(~(common | infinite))
+        for at, value in zip(others.tolist(), values.take(pa.array(others)).to_pylist(), strict=True):
+            number = rare(value)
+            held[at] = limits.min <= number <= limits.max
+            out[at] = number if held[at] else 0
+        return pa.array(out, width, mask=~held).view(kind)
+
+    return decode
+
+
+def _plain_date(t: Texts) -> Bools:
+    plain: Bools = t.lengths == 10
+    return plain
+
+
+def _plain_timestamp(zone: bytes) -> Callable[[Texts], Bools]:
+    def is_plain(t: Texts) -> Bools:
+        """Arrow takes the ``T``, leaves out seconds and knows other zones: only PostgreSQL's own form is plain."""
+        shortest = 19 + len(zone)
+        plain: Bools = (t.lengths >= shortest) & (t.lengths != shortest + 1) & (t.lengths <= shortest + 7)
+        starts = t.starts if plain.all() else t.starts[plain]
+        ends = t.ends if plain.all() else t.ends[plain]
+        shape = t.data[starts + 4] == ord("-")
+        for at, character in ((10, " "), (13, ":"), (16, ":")):
+            shape &= t.data[starts + at] == ord(character)
+        for at, byte in enumerate(zone, -len(zone)):
+            shape &= t.data[ends + at] == byte
+        if not zone:
+            shape &= t.data[ends - 1] != ord("C")
+        plain[plain] = shape
+        return plain
+
+    return is_plain
+
+
+def _time(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+    t = Texts(values)
+    if len(t) and (t.lengths.min() < 8 or (t.lengths == 9).any() or t.lengths.max() > 15):
+        refuse("time")
+    if (t.at(2) != ord(":")).any() or (t.at(5) != ord(":")).any():
+        refuse("time")
+    # Arrow parses no times, but does parse timestamps: of the first day of its calendar both are the same number.
+    moments = pc.binary_join_element_wise(pa.scalar("1970-01-01"), values.cast(pa.utf8()), " ")
+    return moments.cast(pa.timestamp("us")).view(kind)
+
+
+_TIMESTAMP, _TIMESTAMPTZ = (
+    _decoder(name, _plain_timestamp(zone), _rare_timestamp(zone), pa.int64(), _YEAR_ONE * _DAY)
+    for name, zone in (("timestamp", b""), ("timestamp with time zone", b"+00"))
+)
+
+DATETIME = (
+    PgType(
+        1082,
+        "date",
+        always(pa.date32()),
+        _decoder("date", _plain_date, _rare_date, pa.int32(), _YEAR_ONE),
+        misfits="infinity, -infinity",
+    ),
+    PgType(
+        1083, "time without time zone", always(pa.time64("us")), with_misfits(_time, b"24:00:00"), misfits="24:00:00"
+    ),
+    PgType(
+        1114,
+        "timestamp without time zone",
+        always(pa.timestamp("us")),
+        _TIMESTAMP,
+        misfits="infinity, -infinity, after 294247-01-10 04:00:54.775807",
+    ),
+    PgType(
+        1184,
+        "timestamp with time zone",
+        always(pa.timestamp("us", "UTC")),
+        _TIMESTAMPTZ,
+        misfits="infinity, -infinity, after 294247-01-10 04:00:54.775807+00",
+    ),
+)

@@ -1,0 +1,183 @@
+"""Numbers and booleans.
+
+https://www.postgresql.org/docs/current/datatype-numeric.html
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from pgoutput_source.types.base import Bools, Decode, PgType, Texts, always, dense, nulled, one_of, refuse, with_misfits
+
+_ZERO, _MINUS, _DOT = ord("0"), ord("-"), ord(".")
+_SPECIAL = (b"NaN", b"Infinity", b"-Infinity")
+
+
+@dense
+def boolean(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+    """``t`` and ``f``."""
+    t = Texts(values)
+    true = t.data == ord("t")
+    if not (t.lengths == 1).all() or not (true | (t.data == ord("f"))).all():
+        refuse("boolean")
+    return pa.Array.from_buffers(kind, len(t), [None, pa.py_buffer(np.packbits(true, bitorder="little"))])
+
+
+def _leading_zeros(t: Texts, minus: Bools) -> bool:
+    """Whether a value begins with a zero that is neither its only digit nor right before the point."""
+    at = t.starts + minus
+    several = t.lengths - minus > 1
+    at = at[several]
+    return bool(((t.data[at] == _ZERO) & (t.data[at + 1] != _DOT)).any())
+
+
+def _check_plain(t: Texts, scale: int, name: str) -> None:
+    """Every value is digits, perhaps behind a minus, with exactly `scale` of them behind a point.
+
+    Positions where a minus or a point may stand are looked at; then all the other bytes must be digits, and it is
+    enough to count those of the whole column.
+    """
+    point = scale + 1 if scale else 0
+    if not len(t):
+        return
+    if t.lengths.min() <= point:
+        refuse(name)
+    minus = t.at(0) == _MINUS
+    digits = np.count_nonzero((t.data - _ZERO) < 10)
+    if digits + np.count_nonzero(minus) + (len(t) if scale else 0) != len(t.data):
+        refuse(name)
+    if (t.lengths - minus <= point).any() or (scale and (t.at(-point) != _DOT).any()) or _leading_zeros(t, minus):
+        refuse(name)
+
+
+def _integer(name: str) -> Decode:
+    @dense
+    def integer(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        _check_plain(Texts(values), 0, name)
+        return values.cast(pa.utf8()).cast(kind)
+
+    return integer
+
+
+def _floating(name: str) -> Decode:
+    @dense
+    def floating(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        special = None
+        if Texts(values).without(b"0123456789-.e+"):
+            special = one_of(values, *_SPECIAL)
+            values = nulled(values, special >= 0)
+            if Texts(values.drop_null()).without(b"0123456789-.e+"):
+                refuse(name)
+        # Arrow's parser rounds to the nearest value as PostgreSQL does, but gives infinity and zero for what is out of
+        # range, where PostgreSQL would have raised an error: so neither may come out unless it stands there.
+        numbers = values.cast(pa.utf8()).cast(kind)
+        out = numbers.fill_null(1).to_numpy(zero_copy_only=False)
+        if not np.isfinite(out).all():
+            refuse(name)
+        zero = out == 0
+        if zero.any() and (one_of(values.filter(pa.array(zero)), b"0", b"-0") < 0).any():
+            refuse(name)
+        if special is None:
+            return numbers
+        return pa.array(np.where(special < 0, out, np.array([np.nan, np.inf, -np.inf], out.dtype)[special]))
+
+    return floating
+
+
+def precision_and_scale(typmod: int) -> tuple[int, int]:
+    """What stands in the brackets of ``numeric(p,s)``.
+
+    >>> precision_and_scale(655366), precision_and_scale(329729), precision_and_scale(196617)
+    ((10, 2), (5, -3), (3, 5))
+    """
+    return (typmod - 4) >> 16 & 0xFFFF, (((typmod - 4) & 0x7FF) ^ 1024) - 1024
+
+
+def numeric_arrow(typmod: int) -> pa.DataType:
+    """The narrowest decimal for ``numeric(p,s)``; utf8 where there is none.
+
+    Parquet knows no negative scale and no scale above the precision: ``numeric(5,-3)`` needs 8 digits before the point,
+    ``numeric(3,5)`` five behind it. Without bounds, or with more than 76 digits, no Arrow type holds every value.
+
+    >>> numeric_arrow(655366), numeric_arrow(329729), numeric_arrow(-1)
+    (Decimal128Type(decimal128(10, 2)), Decimal128Type(decimal128(8, 0)), DataType(string))
+    """
+    if typmod < 4:
+        return pa.utf8()
+    precision, scale = precision_and_scale(typmod)
+    digits, scale = (max(precision, scale), scale) if scale >= 0 else (precision - scale, 0)
+    if digits > 76:
+        return pa.utf8()
+    return pa.decimal128(digits, scale) if digits <= 38 else pa.decimal256(digits, scale)
+
+
+def _exact(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+    t = Texts(values)
+    _check_plain(t, kind.scale, "numeric")
+    if len(t):
+        # Digits before the point. Arrow's cast overflows without a word, so there may not be one too many.
+        minus = t.at(0) == _MINUS
+        whole = t.lengths - minus - (kind.scale + 1 if kind.scale else 0)
+        room = kind.precision - kind.scale
+        if whole.max() > max(room, 1) or (room == 0 and (t.data[t.starts + minus] != _ZERO).any()):
+            refuse(f"numeric({kind.precision},{kind.scale})")
+    if kind.precision > 18:
+        return values.cast(pa.utf8()).cast(kind)
+    # Up to 18 digits: without their points the values are int64s, twice as fast to parse as decimals.
+    unscaled = values
+    if kind.scale:
+        edges = np.append(t.starts, len(t.data)) - np.arange(len(t) + 1)
+        buffers = [None, pa.py_buffer(edges.astype(np.int32)), pa.py_buffer(t.without(b"."))]
+        unscaled = pa.Array.from_buffers(pa.binary(), len(t), buffers)
+    integers = unscaled.cast(pa.utf8()).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    words = np.empty((len(t), 2), "<i8")  # A decimal128 is a little-endian 128-bit integer.
+    words[:, 0] = integers
+    words[:, 1] = integers >> 63
+    return pa.Array.from_buffers(kind, len(t), [None, pa.py_buffer(words)])
+
+
+_exact_or_misfit = with_misfits(_exact, b"NaN")  # Infinity has no place in numeric(p,s).
+
+
+@dense
+def _any_numeric(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+    strings = values.cast(kind)
+    t = Texts(values)
+    if len(t):
+        # Each value is a special one or digits, perhaps behind a minus, with at most one point between them.
+        special = one_of(values, *_SPECIAL) >= 0
+        finite = Texts(values.filter(pa.array(~special))) if special.any() else t
+        points = np.flatnonzero(finite.data == _DOT)
+        owner = np.searchsorted(finite.starts, points, "right") - 1  # Empty values share a start, but are refused.
+        minus = finite.at(0) == _MINUS if len(finite) and finite.lengths.min() else np.zeros(0, bool)
+        digits = np.count_nonzero((finite.data - _ZERO) < 10)
+        if (
+            len(minus) != len(finite)
+            or digits + len(points) + np.count_nonzero(minus) != len(finite.data)
+            or (owner[1:] == owner[:-1]).any()
+            # A digit stands on each side of a point, and behind a minus.
+            or (points - finite.starts[owner] - minus[owner] < 1).any()
+            or (points + 1 == finite.ends[owner]).any()
+            or (finite.lengths <= minus).any()
+            or _leading_zeros(finite, minus)
+        ):
+            refuse("numeric")
+    return strings
+
+
+def numeric(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+    """Decimals of a fixed scale, or the exact text."""
+    return (_exact_or_misfit if pa.types.is_decimal(kind) else _any_numeric)(values, kind)
+
+
+NUMBERS = (
+    PgType(16, "boolean", always(pa.bool_()), boolean),
+    PgType(21, "smallint", always(pa.int16()), _integer("smallint")),
+    PgType(23, "integer", always(pa.int32()), _integer("integer")),
+    PgType(20, "bigint", always(pa.int64()), _integer("bigint")),
+    PgType(700, "real", always(pa.float32()), _floating("real")),
+    PgType(701, "double precision", always(pa.float64()), _floating("double precision")),
+    PgType(1700, "numeric", numeric_arrow, numeric, misfits="NaN, where the precision is declared"),
+    PgType(26, "oid", always(pa.uint32()), _integer("oid")),
+)
