@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pgoutput_source.changes import OP_CODE, OPS, ChangeBatch, Column, TableSchema
-from pgoutput_source.errors import DecodeError, ProtocolError
+from pgoutput_source.errors import ConfigurationError, DecodeError, ProtocolError
 from pgoutput_source.types import type_of
 from pgoutput_source.wire import PG_EPOCH_US, XLOG_DATA_HEADER
 
@@ -34,6 +34,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _PADDING = bytes(32)  # a gather may look a few bytes past the last frame before its bounds are known
+_MOST_BYTES = 2**31 - 1 - len(_PADDING)
 _KEEPALIVE_SIZE = 18
 _N, _K, _O = b"NKO"
 _NULL, _UNCHANGED, _TEXT = b"nut"
@@ -60,12 +61,18 @@ class Frames:
 
     Raises:
         ProtocolError: A frame is neither XLogData nor a keepalive, or has no payload.
+        ConfigurationError: More than 2 GiB at once.
     """
 
     def __init__(self, frames: Sequence[bytes | memoryview]) -> None:
+        length = np.fromiter(map(len, frames), np.int64, len(frames))
+        if length.sum() > _MOST_BYTES:
+            raise ConfigurationError(
+                f"{length.sum()} bytes of frames in one feed; Arrow's offsets end at {_MOST_BYTES}",
+                hint="feed fewer frames at a time; PostgreSQL never sends more than 1 GiB in one",
+            )
         self.raw = b"".join([*frames, _PADDING])
         self.u1 = np.frombuffer(self.raw, np.uint8)
-        length = np.fromiter(map(len, frames), np.int64, len(frames))
         end = np.cumsum(length)
         start = end - length
         kind = self.u1[start]

@@ -16,7 +16,7 @@ from streams import frame, stream, streams, text_tuple
 
 from pgoutput_source import messages as m
 from pgoutput_source.changes import METADATA_COLUMNS, ChangeBatch, ChangeSet, Message, Position
-from pgoutput_source.errors import DecodeError, PgOutputError, ProtocolError
+from pgoutput_source.errors import ConfigurationError, DecodeError, PgOutputError, ProtocolError
 from pgoutput_source.transactions import Assembler
 from pgoutput_source.wire import Lsn, XLogData
 
@@ -311,6 +311,13 @@ def test_a_value_that_is_not_of_its_type_names_where_it_stands() -> None:
 
     e = caught.value
     assert (e.table, e.column, e.type_name, e.lsn) == ("public.t", "id", "integer", 503)
+
+
+def test_more_bytes_than_arrow_can_count_are_refused_before_they_are_copied() -> None:
+    frames = [memoryview(bytes(2**20))] * 2048
+
+    with pytest.raises(ConfigurationError, match="in one feed"):
+        Assembler().feed(frames)
 
 
 def test_a_value_of_zero_bytes_is_not_null() -> None:
