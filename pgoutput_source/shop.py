@@ -6,7 +6,8 @@ It is what the demonstration, the notebooks and the benchmarks capture. `create(
     python -m pgoutput_source.shop
 
 reads a connection string from the first line of its standard input (arguments would show the password to everybody),
-works until that input ends, and prints what it did: so it ends with the process that started it.
+works until that input ends, and prints what it did, as a line of JSON each second and at the end. So it ends with the
+process that started it.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ def _insert(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the workload as a process of its own, until standard input ends; prints `Totals` as JSON."""
+    """Run the workload as a process of its own, until standard input ends; prints `Totals` as lines of JSON."""
     parser = argparse.ArgumentParser(prog="python -m pgoutput_source.shop", description="The shop's workload.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=None, help="changed rows per second (default: no limit)")
@@ -274,15 +275,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as head:
         dsn = head.readline().decode().strip()
 
+    workload = Workload(dsn, seed=arguments.seed, rate=arguments.rate)
+    told = time.monotonic()
+
+    def tell() -> None:
+        print(json.dumps(dataclasses.asdict(workload.totals)), flush=True)
+
     def ended(seconds: float) -> bool:
+        nonlocal told
+        if time.monotonic() - told >= 1:
+            told = time.monotonic()
+            tell()
         return bool(select.select([sys.stdin.fileno()], [], [], seconds)[0])
 
     try:
-        totals = Workload(dsn, seed=arguments.seed, rate=arguments.rate).run(ended)
+        workload.run(ended)
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1
-    print(json.dumps(dataclasses.asdict(totals)))
+    tell()
     return 0
 
 

@@ -114,7 +114,7 @@ def test_the_process_ends_with_its_standard_input_and_tells_what_it_did(db: Data
     timer.cancel()
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
-    assert json.loads(out)["inserted"] > 0
+    assert json.loads(out.splitlines()[-1])["inserted"] > 0
 
 
 def test_no_shop_and_no_server_are_errors_that_say_so(db: Database, pg: Server) -> None:
