@@ -1,0 +1,279 @@
+"""`SourceSettings`: everything that a reader or a source can be told, checked before anything connects.
+
+An option that does not exist, a value that has no meaning and a DSN that libpq can't parse are each a
+`ConfigurationError` that names the option (or the environment variable) and says what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, Literal
+
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
+
+from pgoutput_source.errors import ConfigurationError
+
+ENV_PREFIX: Final = "PGOUTPUT_"
+
+OTHER_VARIABLES: Final = {
+    "PGOUTPUT_OUT": "the folder that the flows write into",
+}
+"""Variables with our prefix that are read elsewhere than here: name and meaning."""
+
+LIBPQ_VARIABLES: Final = ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGPORT", "PGDATABASE", "PGUSER")
+"""If one of them is set, libpq knows where to connect and the embedded server stays away."""
+
+EMBEDDED_NAME: Final = "pgoutput"
+"""The slot and the publication of a source that was told nothing at all and runs on the embedded server."""
+
+
+def describe(dsn: str) -> str:
+    """Database, host and user of a connection string, without anything secret.
+
+    >>> describe("host=db1,db2 port=5433 dbname=shop password=secret")
+    'shop on db1,db2:5433'
+    """
+    try:
+        parts = conninfo_to_dict(dsn)
+    except psycopg.Error:
+        return "a server"
+    if not parts:
+        return "libpq's defaults"
+    place = parts.get("host") or parts.get("hostaddr") or "the default host"
+    text = f"{parts.get('dbname') or 'the default database'} on {place}"
+    if parts.get("port"):
+        text += f":{parts['port']}"
+    if parts.get("service"):
+        text += f" of service {parts['service']}"
+    if parts.get("user"):
+        text += f" as {parts['user']}"
+    return text
+
+
+def _checked_dsn(dsn: str | None) -> str | None:
+    # libpq's texts about a malformed string quote it, and what they quote may be a piece of the password. So does the
+    # text about a host that can't be resolved when the password holds an @ that is not encoded.
+    if not dsn:
+        return dsn
+    encode = "write the special characters of user name and password as %40 for @, %2F for /, %3A for :, %23 for #"
+    try:
+        parts = conninfo_to_dict(dsn)
+    except psycopg.Error:
+        known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+        for word in re.findall(r"(?:^|[\s?&])([a-z_]+)\s*=", dsn):
+            near = difflib.get_close_matches(word, known, 1)
+            if word not in known and near:
+                raise ValueError(f"libpq has no connection option {word!r}|did you mean {near[0]}?") from None
+        raise ValueError(
+            "not a connection string that libpq can read|write it as postgresql://user@host:5432/database "
+            f"or as host=… dbname=… user=…; {encode}"
+        ) from None
+    is_url = dsn.startswith(("postgresql://", "postgres://"))
+    port = str(parts.get("port") or "")
+    if (is_url and dsn.partition("?")[0].count("@") > 1) or (port and not re.fullmatch(r"[0-9]*(,[0-9]*)*", port)):
+        raise ValueError(f"user name, password, host and port of the URL can't be told apart|{encode}")
+    return dsn
+
+
+def _checked_slot(slot: str) -> str:
+    # https://www.postgresql.org/docs/current/logicaldecoding-explanation.html
+    if not re.fullmatch(r"[a-z0-9_]{1,63}", slot):
+        raise ValueError(
+            f"{slot!r} is not the name of a replication slot|use 1 to 63 lower-case letters, digits and underscores"
+        )
+    return slot
+
+
+def _one_or_several(names: object) -> object:
+    return (names,) if isinstance(names, str) else names
+
+
+def _checked_publications(names: tuple[str, ...]) -> tuple[str, ...]:
+    # PostgreSQL 17 and newer accept an empty list of publications, and then send nothing at all.
+    for name in names:
+        if not 0 < len(name.encode()) <= 63 or "\0" in name:
+            raise ValueError(f"{name!r} is not the name of a publication|a name has 1 to 63 bytes")
+    if not names:
+        raise ValueError("no publication is named|name at least one: publication='shop'")
+    if len(set(names)) < len(names):
+        raise ValueError("a publication is named twice|name each once")
+    return names
+
+
+def _lsn_text(until: object) -> object:
+    if isinstance(until, int) and not isinstance(until, bool):
+        return f"{until >> 32:X}/{until & 0xFFFFFFFF:X}"
+    return until
+
+
+def _checked_until(until: str | None) -> str | None:
+    if until is None or until == "current" or re.fullmatch(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}", until):
+        return until
+    raise ValueError(f"{until!r} is not a position to stop at|use 'current', or an LSN such as 0/16B3748")
+
+
+class SourceSettings(BaseModel):
+    """Where changes come from, from which position on, and how much at a time. Frozen; the DSN is never shown.
+
+    >>> SourceSettings(dsn="postgresql://alice:secret@db.internal/shop", slot="orders", publication="shop")
+    SourceSettings(slot='orders', publication=('shop',), server='shop on db.internal as alice')
+    >>> SourceSettings(dsn="", slot="orders", publicaton="shop")
+    Traceback (most recent call last):
+    pgoutput_source.errors.ConfigurationError: publicaton: there is no such option; publication: is missing
+    hint: did you mean publication?
+
+    Attributes:
+        dsn: A libpq connection string or URL. "" leaves everything to libpq's own environment variables and service
+            files. None stands for the embedded server.
+        slot: Name of the replication slot.
+        publication: Names of the publications; a str is one name.
+        create: Create publication and slot where they are missing.
+        until: None runs for ever, "current" up to everything committed before the start, an LSN up to there.
+        status_interval: Seconds between two reports to the server; it is lowered to a third of the server's
+            wal_sender_timeout where that is less.
+        max_frames: Most messages that one poll hands out.
+        max_bytes: Bytes after which a poll hands out what it has: the bound of memory, but for a single larger row.
+        reconnect_seconds: How long a lost connection is tried again before the run fails.
+        slot_wait_seconds: How long to wait at the start for a slot that another process still holds.
+        on_misfit: What happens to a value that its column's Arrow type can't hold: "raw" leaves the cell null and
+            keeps the exact text in `_raw`, "error" stops.
+
+    Raises:
+        ConfigurationError: An unknown option or a value that can't be used; nothing was connected.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
+
+    dsn: Annotated[str | None, AfterValidator(_checked_dsn)] = Field(default=None, repr=False)
+    slot: Annotated[str, AfterValidator(_checked_slot)]
+    publication: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_one_or_several),
+        AfterValidator(_checked_publications),
+    ]
+    create: bool = False
+    until: Annotated[
+        str | None,
+        BeforeValidator(_lsn_text),
+        AfterValidator(_checked_until),
+    ] = None
+    status_interval: float = Field(default=10.0, gt=0, le=3600, allow_inf_nan=False)
+    max_frames: int = Field(default=65_536, ge=1)
+    max_bytes: int = Field(default=16 << 20, ge=1)
+    reconnect_seconds: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+    slot_wait_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    on_misfit: Literal["raw", "error"] = "raw"
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        # Only what differs from the default, and the server without anything secret.
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if field.repr and (field.is_required() or value != field.default):
+                yield name, value
+        yield "server", self.server
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    @property
+    def server(self) -> str:
+        """Where this connects to, for log lines and errors: database, host and user, never a password."""
+        return "the embedded server" if self.dsn is None else describe(self.dsn)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[SourceSettings]) -> SourceSettings:
+        try:
+            return handler(data)
+        except ValidationError as e:
+            raise _configuration_error(e) from None
+
+    @classmethod
+    def of(cls, **options: Any) -> SourceSettings:
+        """The same as the constructor, for options that come out of a dictionary."""
+        return cls.model_validate(options)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ, **overrides: Any) -> SourceSettings:
+        """The settings that the environment describes; `overrides` win over it.
+
+        Every field is read from `PGOUTPUT_` and its name in capitals: `PGOUTPUT_DSN`, `PGOUTPUT_SLOT`,
+        `PGOUTPUT_PUBLICATION` (names separated by commas), `PGOUTPUT_CREATE` (true or false), `PGOUTPUT_UNTIL` …
+        An empty variable counts as not set. Without `PGOUTPUT_DSN` the DSN is "" if one of libpq's own variables
+        (`PGHOST`, `PGSERVICE` …) says where to connect; otherwise it is None, the embedded server, and slot and
+        publication are both "pgoutput" and made when missing, unless something else is said.
+
+        >>> SourceSettings.from_env({"PGSERVICE": "shop", "PGOUTPUT_SLOT": "orders", "PGOUTPUT_PUBLICATION": "a,b"})
+        SourceSettings(slot='orders', publication=('a', 'b'), server="libpq's defaults")
+        >>> SourceSettings.from_env({"PGOUTPUT_SLOTT": "orders"})
+        Traceback (most recent call last):
+        pgoutput_source.errors.ConfigurationError: PGOUTPUT_SLOTT: there is no such environment variable
+        hint: did you mean PGOUTPUT_SLOT?
+
+        Raises:
+            ConfigurationError: A variable or override that does not exist or can't be used.
+        """
+        names = {ENV_PREFIX + name.upper(): name for name in cls.model_fields}
+        for variable in sorted(environ):
+            if variable.startswith(ENV_PREFIX) and variable not in names and variable not in OTHER_VARIABLES:
+                raise ConfigurationError(
+                    f"{variable}: there is no such environment variable",
+                    hint=_nearest(variable, [*names, *OTHER_VARIABLES], "variables"),
+                )
+        found = {name: environ[variable] for variable, name in names.items() if environ.get(variable)}
+        options: dict[str, Any] = dict(found)
+        if "publication" in options:
+            options["publication"] = [name.strip() for name in found["publication"].split(",")]
+        options |= overrides
+        if "dsn" not in options and any(environ.get(variable) for variable in LIBPQ_VARIABLES):
+            options["dsn"] = ""
+        if options.get("dsn") is None:
+            options = {"slot": EMBEDDED_NAME, "publication": EMBEDDED_NAME, "create": True} | options
+        variables = {name: variable for variable, name in names.items() if name not in overrides}
+        try:
+            return cls.model_validate(options)
+        except ConfigurationError as e:
+            message, hint = e.message, e.hint
+            for name, variable in variables.items():
+                message = re.sub(rf"(^|; ){name}:", rf"\1{variable}:", message)
+                hint = hint and re.sub(rf"\b{name}=", f"{variable}=", hint)
+            raise ConfigurationError(message, hint=hint) from None
+
+
+def _configuration_error(error: ValidationError) -> ConfigurationError:
+    """One error for all that pydantic found; our own validators put their hint behind a bar."""
+    texts: list[str] = []
+    hints: list[str] = []
+    for problem in error.errors(include_url=False, include_input=False):
+        name = ".".join(str(part) for part in problem["loc"][:1]) or "settings"
+        kind = problem["type"]
+        if kind == "extra_forbidden":
+            texts.append(f"{name}: there is no such option")
+            hints.append(_nearest(name, SourceSettings.model_fields, "options"))
+            continue
+        if kind == "missing":
+            texts.append(f"{name}: is missing")
+            hints.append(f"give {name}=…")
+            continue
+        text, _, hint = problem["msg"].removeprefix("Value error, ").partition("|")
+        texts.append(f"{name}: {text[:1].lower()}{text[1:]}")
+        if hint:
+            hints.append(hint)
+    # Unknown options come first: the missing one was often only misspelled.
+    order = sorted(range(len(texts)), key=lambda i: "no such option" not in texts[i])
+    near = [hint for hint in hints if hint.startswith("did you mean")]
+    return ConfigurationError("; ".join(texts[i] for i in order), hint="; ".join(near or hints) or None)
+
+
+def _nearest(name: str, names: Iterable[str], what: str) -> str:
+    # The prefix that all variables share would make any two of them alike.
+    valid = {each.removeprefix(ENV_PREFIX): each for each in names}
+    near = difflib.get_close_matches(name.removeprefix(ENV_PREFIX), valid, 1, 0.7)
+    return f"did you mean {valid[near[0]]}?" if near else f"the {what} are {', '.join(valid.values())}"

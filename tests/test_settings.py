@@ -1,0 +1,182 @@
+"""Settings: what they accept, and that each refusal names the option, says what to do and keeps the password."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from typing import Any
+
+import pytest
+
+from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.settings import LIBPQ_VARIABLES, OTHER_VARIABLES, SourceSettings, describe
+from pgoutput_source.wire import Lsn
+
+SECRET = "hunter2"
+GOOD: dict[str, Any] = {
+    "dsn": f"postgresql://alice:{SECRET}@db.internal:5433/shop",
+    "slot": "orders",
+    "publication": "shop",
+}
+
+
+def test_what_is_given_is_what_is_there() -> None:
+    settings = SourceSettings(**GOOD, until=Lsn("1/16B3748"), on_misfit="error")  # type: ignore[arg-type]
+
+    assert settings.publication == ("shop",)
+    assert settings.until == "1/16B3748"
+    assert settings.on_misfit == "error"
+    assert settings.create is False
+    assert SourceSettings.of(**GOOD | {"publication": ["a", "b"]}).publication == ("a", "b")
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+def test_the_password_is_in_no_text() -> None:
+    settings = SourceSettings(**GOOD)
+
+    for text in (repr(settings), str(settings), settings.server, repr(pickle.loads(pickle.dumps(settings)))):
+        assert SECRET not in text
+    assert settings.server == "shop on db.internal:5433 as alice"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"slott": "x"}, ["slott: there is no such option", "did you mean slot?"]),
+        ({"status_intervall": 5}, ["status_intervall", "did you mean status_interval?"]),
+        ({"zzz": 5}, ["zzz", "the options are dsn, slot, publication"]),
+        ({"slot": "Orders"}, ["slot: 'Orders'", "lower-case"]),
+        ({"slot": "a" * 64}, ["slot:", "63"]),
+        ({"slot": ""}, ["slot:"]),
+        ({"publication": ()}, ["publication: no publication", "at least one"]),
+        ({"publication": ""}, ["publication: ''"]),
+        ({"publication": ["a", "a"]}, ["publication", "twice"]),
+        ({"publication": "ö" * 32}, ["publication", "63 bytes"]),
+        ({"create": "perhaps"}, ["create:"]),
+        ({"until": "now"}, ["until: 'now'", "current"]),
+        ({"until": "16B3748"}, ["until", "0/16B3748"]),
+        ({"until": True}, ["until"]),
+        ({"status_interval": 0}, ["status_interval"]),
+        ({"status_interval": float("nan")}, ["status_interval"]),
+        ({"max_frames": 0}, ["max_frames"]),
+        ({"max_bytes": -1}, ["max_bytes"]),
+        ({"reconnect_seconds": float("inf")}, ["reconnect_seconds"]),
+        ({"on_misfit": "ignore"}, ["on_misfit", "'raw' or 'error'"]),
+        ({"dsn": f"host=x password={SECRET} {SECRET}"}, ["dsn: not a connection string", "postgresql://"]),
+        ({"dsn": f"hots=x password={SECRET}"}, ["dsn", "'hots'", "did you mean host"]),
+        ({"dsn": f"postgresql://u:{SECRET}@{SECRET}@host/db"}, ["dsn", "%40"]),
+        ({"dsn": f"postgresql://u:{SECRET}/x@host/db"}, ["dsn", "%2F"]),
+        ({"dsn": f"postgresql://u:pass%zz{SECRET}@host/db"}, ["dsn", "%40"]),
+        ({"dsn": f"host=h port={SECRET}"}, ["dsn"]),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error(change: dict[str, Any], says: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        SourceSettings(**GOOD | change)
+
+    shown = "".join(traceback.format_exception(caught.value))
+    assert [part for part in says if part not in str(caught.value)] == []
+    assert caught.value.hint or "input should" in str(caught.value)
+    assert SECRET not in shown.replace(str(change), "")
+
+
+def test_a_missing_option_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="slot: is missing"):
+        SourceSettings.of(dsn="", publication="p")
+
+
+def test_settings_are_frozen() -> None:
+    settings = SourceSettings(**GOOD)
+
+    with pytest.raises(Exception, match="frozen"):
+        settings.slot = "other"
+
+
+def test_the_environment_names_every_field() -> None:
+    environ = {
+        "PGOUTPUT_DSN": "dbname=shop",
+        "PGOUTPUT_SLOT": "orders",
+        "PGOUTPUT_PUBLICATION": "a, b",
+        "PGOUTPUT_CREATE": "true",
+        "PGOUTPUT_UNTIL": "current",
+        "PGOUTPUT_STATUS_INTERVAL": "2.5",
+        "PGOUTPUT_MAX_FRAMES": "1000",
+        "PGOUTPUT_MAX_BYTES": "2000",
+        "PGOUTPUT_RECONNECT_SECONDS": "7",
+        "PGOUTPUT_SLOT_WAIT_SECONDS": "3",
+        "PGOUTPUT_ON_MISFIT": "error",
+        "PGOUTPUT_OUT": "out",
+        "HOME": "/",
+    }
+    settings = SourceSettings.from_env(environ)
+
+    assert {f"PGOUTPUT_{name.upper()}" for name in SourceSettings.model_fields} == {
+        name for name in environ if name.startswith("PGOUTPUT_") and name not in OTHER_VARIABLES
+    }
+    assert settings.model_dump() == {
+        "dsn": "dbname=shop",
+        "slot": "orders",
+        "publication": ("a", "b"),
+        "create": True,
+        "until": "current",
+        "status_interval": 2.5,
+        "max_frames": 1000,
+        "max_bytes": 2000,
+        "reconnect_seconds": 7.0,
+        "slot_wait_seconds": 3.0,
+        "on_misfit": "error",
+    }
+    assert SourceSettings.from_env(environ, slot="other", until=None).slot == "other"
+
+
+@pytest.mark.parametrize("variable", LIBPQ_VARIABLES)
+def test_a_variable_of_libpq_keeps_the_embedded_server_away(variable: str) -> None:
+    settings = SourceSettings.from_env({variable: "x"}, slot="s", publication="p")
+
+    assert settings.dsn == ""
+    assert settings.create is False
+
+
+def test_with_nothing_configured_the_embedded_server_is_meant() -> None:
+    settings = SourceSettings.from_env({"PGPASSWORD": SECRET, "PGOUTPUT_DSN": ""})
+
+    assert settings.dsn is None
+    assert (settings.slot, settings.publication, settings.create) == ("pgoutput", ("pgoutput",), True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"PGOUTPUT_SLOTS": "x"}, ["PGOUTPUT_SLOTS", "did you mean PGOUTPUT_SLOT?"]),
+        ({"PGOUTPUT_FOLDER": "x"}, ["PGOUTPUT_FOLDER", "PGOUTPUT_DSN, PGOUTPUT_SLOT"]),
+        ({"PGOUTPUT_CREATE": "perhaps"}, ["PGOUTPUT_CREATE:"]),
+        ({"PGOUTPUT_SLOT": "A"}, ["PGOUTPUT_SLOT: 'A'"]),
+        ({"PGOUTPUT_DSN": f"password={SECRET} {SECRET}"}, ["PGOUTPUT_DSN:"]),
+        ({"PGOUTPUT_DSN": "host=x"}, ["PGOUTPUT_SLOT: is missing", "PGOUTPUT_PUBLICATION=…"]),
+        ({"PGOUTPUT_PUBLICATION": "a,,b"}, ["PGOUTPUT_PUBLICATION: ''"]),
+    ],
+)
+def test_a_wrong_variable_is_one_clear_error(environ: dict[str, str], says: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        SourceSettings.from_env(environ)
+
+    assert [part for part in says if part not in str(caught.value)] == []
+    assert SECRET not in "".join(traceback.format_exception(caught.value)).replace(str(environ), "")
+
+
+def test_an_override_is_named_as_it_was_written() -> None:
+    with pytest.raises(ConfigurationError, match=r"^slot: 'A'"):
+        SourceSettings.from_env({}, slot="A")
+
+
+@pytest.mark.parametrize(
+    ("dsn", "text"),
+    [
+        ("", "libpq's defaults"),
+        ("service=shop", "the default database on the default host of service shop"),
+        (f"postgresql://u:{SECRET}@/db?host=/tmp&sslpassword={SECRET}", "db on /tmp as u"),
+        ("nonsense", "a server"),
+    ],
+)
+def test_a_description_holds_what_helps_and_no_secret(dsn: str, text: str) -> None:
+    assert describe(dsn) == text
