@@ -1,0 +1,86 @@
+"""Nanoseconds per value of each type's decoder, text in, Arrow out.
+
+python -m benchmarks.type_table [rows]
+"""
+
+from __future__ import annotations
+
+import datetime
+import random
+import sys
+import time
+import uuid
+from collections.abc import Callable
+
+import pyarrow as pa
+
+from pgoutput_source.types import type_of
+
+
+def columns(rng: random.Random) -> dict[str, tuple[int, int, Callable[[], str]]]:
+    """By name: OID, typmod, and a maker of values in PostgreSQL's text."""
+    start = datetime.datetime(2020, 1, 1)
+
+    def moment() -> datetime.datetime:
+        return start + datetime.timedelta(microseconds=rng.randrange(200_000_000_000_000))
+
+    def decimals(digits: int, scale: int) -> Callable[[], str]:
+        return lambda: f"{rng.randrange(10 ** (digits - scale))}.{rng.randrange(10**scale):0{scale}}"
+
+    return {
+        "boolean": (16, -1, lambda: rng.choice("tf")),
+        "smallint": (21, -1, lambda: str(rng.randint(-(2**15), 2**15 - 1))),
+        "integer": (23, -1, lambda: str(rng.randrange(10**6))),
+        "bigint": (20, -1, lambda: str(rng.randrange(10**12))),
+        "real": (700, -1, lambda: f"{rng.random() * 1000:.6g}"),
+        "double precision": (701, -1, lambda: repr(rng.random() * 1000)),
+        "numeric(12,2)": (1700, (12 << 16 | 2) + 4, decimals(8, 2)),
+        "numeric(38,10)": (1700, (38 << 16 | 10) + 4, decimals(30, 10)),
+        "numeric": (1700, -1, decimals(8, 2)),
+        "text, 20 bytes": (25, -1, lambda: rng.randbytes(10).hex()),
+        "jsonb, 40 bytes": (3802, -1, lambda: f'{{"id": {rng.randrange(10**9)}, "name": "{rng.randbytes(6).hex()}"}}'),
+        "bytea, 16 bytes": (17, -1, lambda: "\\x" + rng.randbytes(16).hex()),
+        "date": (1082, -1, lambda: str(moment().date())),
+        "date, 1 in 100 infinite": (1082, -1, lambda: str(moment().date()) if rng.random() > 0.01 else "infinity"),
+        "time": (1083, -1, lambda: str(moment().time())),
+        "timestamp": (1114, -1, lambda: str(moment())),
+        "timestamptz": (1184, -1, lambda: f"{moment()}+00"),
+        "timestamptz, half infinite": (1184, -1, lambda: rng.choice((f"{moment()}+00", "infinity"))),
+        "timestamptz, 1 in 100 BC": (
+            1184,
+            -1,
+            lambda: "0044-03-15 12:00:00+00 BC" if rng.random() < 0.01 else f"{moment()}+00",
+        ),
+        "uuid": (2950, -1, lambda: str(uuid.UUID(bytes=rng.randbytes(16)))),
+    }
+
+
+def best(run: Callable[[], object], seconds: float = 0.3) -> float:
+    """The fastest of several runs, in seconds."""
+    fastest, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        run()
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
+
+
+def main(rows: int = 100_000) -> None:
+    """Print the table."""
+    print(f"{'type':<28}{'ns per value':>14}{'with NULLs':>14}")
+    for name, (oid, typmod, make) in columns(random.Random(1)).items():
+        row = type_of(oid)
+        texts = [make().encode() for _ in range(rows)]
+        kind = row.arrow(typmod)
+        times = [
+            best(lambda row=row, kind=kind, column=column: row.decode(column, kind)) / rows * 1e9  # type: ignore[misc]
+            for column in (
+                pa.array(texts, pa.binary()),
+                pa.array([None if i % 3 == 0 else text for i, text in enumerate(texts)], pa.binary()),
+            )
+        ]
+        print(f"{name:<28}{times[0]:>14.0f}{times[1]:>14.0f}")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
