@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from pgoutput_source.events import ChangeEvent, events_of
 from pgoutput_source.schema import METADATA_COLUMNS, OP_CODE, OPS, Column, Position, TableSchema, metadata_fields
 from pgoutput_source.wire import Lsn
 
@@ -71,6 +72,10 @@ class ChangeBatch:
         row %= len(self)
         return Position(Lsn(self.data.column("_commit_lsn")[row].as_py()), self.data.column("_seq")[row].as_py())
 
+    def events(self) -> Iterator[ChangeEvent]:
+        """Each change as an event, in position order; rows become objects some thousand at a time."""
+        return events_of([self])
+
     def replace(self, data: pa.RecordBatch) -> ChangeBatch:
         """The same table with other rows or columns, as `data`."""
         return ChangeBatch(self.schema, data)
@@ -112,6 +117,10 @@ class ChangeSet:
     def tables(self) -> tuple[str, ...]:
         """Names of the tables that changed, in order of their first change."""
         return tuple(dict.fromkeys(b.table for b in self.batches))
+
+    def events(self) -> Iterator[ChangeEvent]:
+        """Each change of all tables as an event, in the exact order in which PostgreSQL sent them."""
+        return events_of(self.batches)
 
     def of(self, table: str) -> tuple[ChangeBatch, ...]:
         """The batches of `table`: none if it did not change, several if its schema changed within the set."""
