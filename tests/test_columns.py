@@ -313,6 +313,20 @@ def test_a_value_that_is_not_of_its_type_names_where_it_stands() -> None:
     assert (e.table, e.column, e.type_name, e.lsn) == ("public.t", "id", "integer", 503)
 
 
+def test_a_negative_length_that_leads_back_into_its_own_frame_is_a_protocol_error() -> None:
+    # The first value ends twelve bytes before it starts, in the relation's id. Read from there, the id's bytes are
+    # the second value, of 78 bytes, which ends exactly where the frame does.
+    relation_id = 0x74000000
+    table = m.Relation(relation_id, "public", "t", "d", COLUMNS)
+    insert = b"I" + relation_id.to_bytes(4, "big") + b"N" + b"\0\2" + b"t" + (-12).to_bytes(4, "big", signed=True)
+    hostile = XLogData(Lsn(1), Lsn(1), 0, insert.ljust(84, b"x")).encode()
+
+    with pytest.raises(ProtocolError):
+        Assembler().feed([frame(BEGIN), frame(table), hostile])
+    with pytest.raises(ProtocolError):
+        Scalar().feed([frame(BEGIN), frame(table), hostile])
+
+
 def test_more_bytes_than_arrow_can_count_are_refused_before_they_are_copied() -> None:
     frames = [memoryview(bytes(2**20))] * 2048
 
