@@ -17,6 +17,9 @@ from bytewax.outputs import FixedPartitionedSink
 
 from pgoutput_source.changes import ChangeBatch, ChangeSet
 from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.windows import WindowStream, window
+
+__all__ = ["WindowStream", "filter", "output", "table", "window"]
 
 Predicate: TypeAlias = Callable[[pa.RecordBatch], pa.BooleanArray]
 Batch: TypeAlias = ChangeBatch | pa.RecordBatch

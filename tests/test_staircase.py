@@ -33,6 +33,7 @@ STAIRCASE = (
     "transactions",
     "embedded",
     "shop",
+    "connection",
     "catalog",
     "replication",
     "snapshot",
