@@ -53,7 +53,7 @@ class _Run:
     openings: dict[str, int] = field(default_factory=dict)  # of each source that is open
     highest: int = 0
     finished: set[str] = field(default_factory=set)
-    aborted: bool = False
+    aborted: set[str] = field(default_factory=set)
     needs: dict[Publisher, int] = field(default_factory=dict)  # the number of the opening that proves its last snapshot
     ended: dict[Publisher, int] = field(default_factory=dict)  # the same, for parts that were closed at their end
 
@@ -94,8 +94,9 @@ def source_opened(source: str = "") -> None:
             # A new run. Sink parts may have been built before this source, so those registered stay.
             _run.openings.clear()
             _run.finished.clear()
+            _run.aborted.clear()
             _run.ended.clear()
-            _run.highest, _run.aborted = 0, False
+            _run.highest = 0
         _run.openings[source] = 0
 
 
@@ -133,10 +134,10 @@ def source_finished(source: str = "") -> None:
 
 
 def source_closed(source: str = "") -> None:
-    """`source` was closed: regularly after `source_finished`, otherwise because the run was aborted."""
+    """`source` was closed: regularly if it calls `source_finished` as well, otherwise because the run was aborted."""
     with lock:
         if _run.openings.pop(source, None) is not None and source not in _run.finished:
-            _run.aborted = True
+            _run.aborted.add(source)
 
 
 def hosted() -> bool:

@@ -1,0 +1,7 @@
+"""Destinations, one a file, each with its guarantee in the first paragraph of its class."""
+
+from __future__ import annotations
+
+from pgoutput_source.sinks.parquet import ParquetSink, read
+
+__all__ = ["ParquetSink", "read"]

@@ -1,0 +1,402 @@
+"""`ParquetSink`: Arrow batches into a folder of Parquet files, exactly once, of which readers see only whole ones.
+
+Two phases. In ``snapshot()`` everything of the epoch becomes *staged* parts: complete Parquet files, synced, invisible.
+Behind the gate, when the epoch is durable, they are marked *committed*, and what is due is *published*: a part that is
+large is only renamed, small ones are merged until they make a file worth having. The resume state lists the parts that
+are staged or committed, so that a crash at any moment leads back to one of these phases (see `folder`):
+
+    before the epoch is durable       its parts are not in the resume state: deleted, their rows come again
+    durable, not yet published        they are in the resume state: published when due
+    published, not yet deleted        the published file's footer lists them: deleted
+    no resume state                   committed parts may have been acknowledged: published; staged ones come again
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
+
+from pgoutput_source import gate
+from pgoutput_source.changes import ChangeBatch
+from pgoutput_source.errors import ConfigurationError, SinkError, StateError
+from pgoutput_source.sinks.folder import COMMITTED, MERGING, STAGED, UNPROVEN, Folder, FolderInUse, Part, origin_of
+from pgoutput_source.sinks.writing import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Codec, PartWriter, merge
+
+logger = logging.getLogger(__name__)
+
+Item: TypeAlias = ChangeBatch | pa.RecordBatch | pa.Table
+State: TypeAlias = dict[str, Any]
+
+STATE_VERSION: Final = 1
+
+MAX_PARTS: Final = 64
+"""Parts that wait for a common file: as many epochs, at most, are merged at once."""
+
+
+class ParquetSink(FixedPartitionedSink[Item, State]):
+    """Arrow batches as Parquet files in a folder.
+
+    There is no parallelism: one partition writes the folder. With recovery (``-r``) every row is in exactly one
+    published file. Without it nothing is lost, and rows may be there twice after a crash. Readers see only whole files
+    of committed epochs, which never change: ``folder/*.parquet``, `read`, or the lines of ``folder/_index.jsonl``.
+
+    A file holds rows of one Arrow schema: of one version of one table. It is published when one of the limits is
+    reached, and when a run ends; in between its rows wait, durably, in ``folder/_staging``. Names sort by the position
+    of the first change. A folder belongs to one sink of one running process, and to the database and slot that its
+    changes come from; a run over a folder that has files already continues behind them.
+
+    Args:
+        folder: The folder; it is created when the dataflow starts.
+        max_rows: Rows in a file, up to one row group more.
+        max_bytes: Bytes in a file, up to one row group more.
+        max_age: How long a row waits for others before it is published. Zero publishes every epoch.
+        compression: A codec's name as Parquet and Arrow write it: "zstd", "snappy", "lz4", "gzip", "brotli", "none".
+        compression_level: The codec's level; codecs without levels ignore it.
+
+    Raises:
+        ConfigurationError: An option has no meaning.
+
+    Example:
+        >>> ParquetSink("out/orders", max_age=timedelta(seconds=10))
+        ParquetSink('out/orders')
+        >>> ParquetSink("out/orders", compression="zip")
+        Traceback (most recent call last):
+        pgoutput_source.errors.ConfigurationError: compression 'zip' is not one that Parquet and this Arrow know
+        hint: zstd is fast and small
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_rows: int = 1_000_000,
+        max_bytes: int = 128 * 1024 * 1024,
+        max_age: timedelta = timedelta(seconds=60),
+        compression: str = "zstd",
+        compression_level: int | None = 1,
+    ) -> None:
+        for name, value in (("max_rows", max_rows), ("max_bytes", max_bytes)):
+            if value < 1:
+                raise ConfigurationError(f"{name} is {value}", hint=f"{name} is at least 1")
+        if max_age < timedelta(0):
+            raise ConfigurationError(f"max_age is {max_age}", hint="zero publishes every epoch")
+        self.folder = Path(folder)
+        self.max_rows = max_rows
+        self.max_bytes = max_bytes
+        self.max_age = max_age.total_seconds()
+        self.codec = Codec.of(compression, compression_level)
+
+    def __repr__(self) -> str:
+        return f"ParquetSink({str(self.folder)!r})"
+
+    def list_parts(self) -> list[str]:
+        """One, always of this name: it keys the resume state."""
+        return ["parquet"]
+
+    def part_fn(self, item_key: str) -> int:
+        """Every key goes to the one partition."""
+        return 0
+
+    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _Partition:
+        """Open and repair the folder.
+
+        Raises:
+            SinkError: The folder can't be used, or does not fit the resume state.
+            StateError: The resume state is of another version.
+        """
+        return _Partition(self, resume_state)
+
+
+class _Partition(StatefulSinkPartition[Item, State]):
+    """Owns the folder. What the gate looks at changes only under the gate's lock."""
+
+    def __init__(self, sink: ParquetSink, resume: State | None) -> None:
+        if resume is not None and resume.get("v") != STATE_VERSION:
+            raise StateError(
+                f"the resume state of {sink} is of another version",
+                hint="run the version that wrote it, or start afresh with a new recovery folder",
+            )
+        self.sink = sink
+        self.folder: Folder = Folder(sink.folder)
+        self.open: list[PartWriter] = []  # one for each schema
+        self.closed: list[Part] = []  # of the current epoch
+        self.staged: list[Part] = []  # of the last snapshot
+        self.committed_parts: list[Part] = []
+        self.ended = False
+        try:
+            self.lineage: str = secrets.token_hex(4) if resume is None else resume["lineage"]
+            self.next: int = 1 if resume is None else resume["next"]
+            self.known = self.folder.origins
+            if self.folder.entries:
+                logger.info("%s; continuing after them", self.folder)
+            self._restore([] if resume is None else [Part.from_state(part) for part in resume["parts"]])
+        except BaseException:
+            self.folder.close()
+            raise
+        gate.register(self)
+
+    # -- Bytewax calls these ------------------------------------------------------------------------------------
+
+    def write_batch(self, values: list[Item]) -> None:
+        for item in values:
+            for batch in _batches(item):
+                if batch.num_rows:
+                    self._add(batch)
+
+    def snapshot(self) -> State:
+        with gate.lock:
+            # A snapshot proves the one before. With a gate in this process that was published already.
+            self.committed()
+        while self.open:
+            self._close(self.open[0])
+        self.folder.sync()
+        with gate.lock:
+            self.staged, self.closed = self.closed, []
+            gate.staged(self)
+            waiting = [part.state() for part in (*self.committed_parts, *self.staged)]
+        return {"v": STATE_VERSION, "lineage": self.lineage, "next": self.next, "parts": waiting}
+
+    def close(self) -> None:
+        complete = not self.open and not self.closed
+        for writing in self.open:
+            writing.abandon()
+        with gate.lock:
+            if complete and gate.finishing() and (self.staged or self.committed_parts):
+                # The last epoch is not durable yet, but it may be acknowledged without another call to this part.
+                self.ended = True
+                self._commit()
+                gate.ended(self)
+            else:
+                gate.unregister(self)
+            self.folder.close()
+
+    # -- the gate calls these -----------------------------------------------------------------------------------
+
+    def committed(self) -> None:
+        if not self.ended:
+            self._commit()
+            self._publish(self._due())
+
+    def drain(self) -> None:
+        if not self.ended:
+            self._publish(self._groups())
+            return
+        # This part was closed and has left the folder to others, who publish the same from the resume state.
+        try:
+            self.folder = Folder(self.sink.folder)
+        except FolderInUse as e:
+            logger.info("%s; %d parts are left to it", e.message, len(self.committed_parts))
+            return
+        try:
+            there, done = self.folder.staged, self.folder.done
+            self.committed_parts = [p for p in self.committed_parts if p.name in there and p.name not in done]
+            self._publish(self._groups())
+        finally:
+            self.folder.close()
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def _add(self, batch: pa.RecordBatch) -> None:
+        step = min(ROW_GROUP_ROWS, self.sink.max_rows)
+        for start in range(0, batch.num_rows, step):
+            writing = self._writing(batch.schema)
+            writing.add(batch.slice(start, step) if batch.num_rows > step else batch)
+            if writing.waiting_rows >= step or writing.waiting_bytes >= ROW_GROUP_BYTES:
+                writing.flush()
+                if writing.part.rows >= self.sink.max_rows or writing.part.size >= self.sink.max_bytes:
+                    self._close(writing)
+        while sum(writing.waiting_bytes for writing in self.open) >= ROW_GROUP_BYTES:
+            max(self.open, key=lambda writing: writing.waiting_bytes).flush()
+
+    def _writing(self, schema: pa.Schema) -> PartWriter:
+        for writing in self.open:
+            if writing.schema.equals(schema, check_metadata=True):
+                return writing
+        self._check_origin(schema)
+        name = f"{self.lineage}-{self.next:08d}"
+        self.next += 1
+        self.open.append(PartWriter(self.sink.codec, name, self.folder.writing(name), schema))
+        return self.open[-1]
+
+    def _close(self, writing: PartWriter) -> None:
+        part = writing.close()
+        self.open.remove(writing)
+        self.folder.stage(part.name, STAGED if gate.hosted() else UNPROVEN)
+        self.closed.append(part)
+
+    def _check_origin(self, schema: pa.Schema) -> None:
+        origin = origin_of(schema.metadata)
+        if self.known and origin is not None and origin not in self.known:
+            there = " and ".join(_origin_text(known) for known in sorted(self.known))
+            raise SinkError(
+                f"{self.sink.folder} holds changes of {there}, these are of {_origin_text(origin)}",
+                hint="give each database and slot a folder of its own, or move the old files away",
+                table=(schema.metadata or {}).get(b"pg.table", b"").decode() or None,
+            )
+
+    # -- committing and publishing ------------------------------------------------------------------------------
+
+    def _commit(self) -> None:
+        self.folder.commit(self.staged)
+        self.committed_parts += self.staged
+        self.staged = []
+
+    def _groups(self) -> list[list[Part]]:
+        """The committed parts as the files that they will make, in the order of their first part."""
+        groups: list[list[Part]] = []
+        growing: dict[str, list[Part]] = {}
+        for part in self.committed_parts:
+            group = growing.get(part.schema)
+            if group is None or self._full(group) or self._large(part) or not self._fits([*group, part]):
+                group = growing[part.schema] = []
+                groups.append(group)
+            group.append(part)
+        return groups
+
+    def _due(self) -> list[list[Part]]:
+        """Groups that are full or old, and those of the same table before them: a table's files appear in order."""
+        groups = self._groups()
+        growing = {group[0].schema: index for index, group in enumerate(groups)}
+        last: dict[str, int] = {}
+        for index, group in enumerate(groups):
+            old = time.time() - group[0].arrived >= self.sink.max_age
+            if old or self._full(group) or growing[group[0].schema] != index:
+                last[group[0].table] = index
+        return [group for index, group in enumerate(groups) if index <= last.get(group[0].table, -1)]
+
+    def _fits(self, group: list[Part]) -> bool:
+        return _rows(group) <= self.sink.max_rows and _size(group) <= self.sink.max_bytes
+
+    def _large(self, part: Part) -> bool:
+        """Large enough to be a file by itself: merging it would write it twice for little."""
+        return part.rows * 8 >= self.sink.max_rows or part.size * 8 >= self.sink.max_bytes
+
+    def _full(self, group: list[Part]) -> bool:
+        enough = _rows(group) >= self.sink.max_rows or _size(group) >= self.sink.max_bytes
+        return enough or len(group) >= MAX_PARTS or self._large(group[0])
+
+    def _publish(self, groups: list[list[Part]]) -> None:
+        for group in groups:
+            if len(group) == 1:
+                part, source = group[0], self.folder.staged[group[0].name]
+            else:
+                files = [self.folder.staged[part.name] for part in group]
+                source = self.folder.staging / f"{group[0].name}{MERGING}"
+                part = merge(self.sink.codec, group, files, source)
+                self.folder.sync(source)
+            self.folder.publish(part, source)
+            self.committed_parts = [p for p in self.committed_parts if p.name not in part.names]
+            logger.debug("published %s: %d rows, %d parts", part.file, part.rows, len(part.names))
+
+    # -- resuming -----------------------------------------------------------------------------------------------
+
+    def _restore(self, listed: list[Part]) -> None:
+        """Bring the folder back to the resume state; without one, to what may have been acknowledged."""
+        folder = self.folder
+        folder.sweep()
+        self._check_ahead()
+        waiting = [part for part in listed if part.name not in folder.done]
+        for part in waiting:
+            if part.name not in folder.staged:
+                raise SinkError(
+                    f"part {part.name} with {part.rows} rows is gone: it is neither in {folder.staging} nor published",
+                    hint="somebody removed it. Put it back; or start afresh: a new folder, recovery folder and slot",
+                )
+        adopted: list[Part] = []
+        for name, file in folder.staged.items():
+            own = name.startswith(f"{self.lineage}-")
+            if not own and name not in folder.done and file.suffix in (COMMITTED, UNPROVEN):
+                adopted += filter(None, [Part.read(file)])
+        keep = {part.name for part in (*adopted, *waiting)}
+        dropped = [name for name in folder.staged if name not in keep]
+        again = sum(name not in folder.done for name in dropped)
+        if again:
+            logger.info("%s: deleted %d staged parts of epochs that never became durable", folder.path, again)
+        folder.discard(dropped)
+        if adopted:
+            logger.info("%s: publishing %d parts that an earlier run left committed", folder.path, len(adopted))
+            self.committed_parts = sorted(adopted, key=lambda part: (part.arrived, part.name))
+            folder.commit(self.committed_parts)
+            self._publish(self._groups())
+        folder.commit(waiting)
+        self.committed_parts = waiting
+        self.known |= {part.origin for part in (*adopted, *waiting) if part.origin}
+
+    def _check_ahead(self) -> None:
+        """Published parts that the resume state does not know yet would come twice."""
+        prefix = f"{self.lineage}-"
+        known, ahead = self.next, []
+        for file, entry in sorted(self.folder.entries.items()):
+            numbers = [int(name.removeprefix(prefix)) for name in entry["parts"] if name.startswith(prefix)]
+            if numbers and max(numbers) >= known and (self.folder.path / file).exists():
+                ahead.append(file)
+            # A number is never used twice: the index may still hold it when the file was moved away.
+            self.next = max([self.next, *(number + 1 for number in numbers)])
+        if ahead:
+            raise SinkError(
+                f"{self.folder.path} is ahead of the recovery folder: {ahead[0]} holds changes that will come again",
+                hint="an old recovery folder was restored, or a run that had failed published its last files. "
+                f"Move away {' and '.join(ahead)}, and start again",
+            )
+
+
+def _batches(item: Item) -> Iterator[pa.RecordBatch]:
+    match item:
+        case ChangeBatch():
+            yield item.data
+        case pa.RecordBatch():
+            yield item
+        case pa.Table():
+            yield from item.to_batches()
+        case _:
+            raise SinkError(
+                f"a Parquet sink takes ChangeBatch, pyarrow.RecordBatch or pyarrow.Table, not {type(item).__name__}",
+                hint="take a table's batches with cdc.table(…); make batches of rows with pa.RecordBatch.from_pylist",
+            )
+
+
+def _rows(parts: list[Part]) -> int:
+    return sum(part.rows for part in parts)
+
+
+def _size(parts: list[Part]) -> int:
+    return sum(part.size for part in parts)
+
+
+def _origin_text(origin: tuple[str, ...]) -> str:
+    system, database, slot = origin
+    return f"database {database!r}, slot {slot!r}, system {system}"
+
+
+def read(folder: str | Path) -> ds.Dataset:
+    """The published files of a `ParquetSink` as one dataset, with a schema that fits all versions of the table.
+
+    A column that a file does not have is null in its rows. The dataset is what is published now; call again for more.
+
+    Raises:
+        SinkError: Two files have a column of types that can't be brought together: read them one by one.
+
+    Example:
+        >>> read("out/nothing-yet").count_rows()
+        0
+    """
+    files = sorted(Path(folder).glob("*.parquet"))
+    try:
+        schemas = [pq.read_schema(file) for file in files] or [pa.schema([])]
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowTypeError as e:
+        raise SinkError(
+            f"the files in {folder} don't fit together: {e}",
+            hint="a column has changed its type; read the files of each version by themselves",
+        ) from e
+    return ds.dataset([str(file) for file in files], schema=schema, format="parquet")
