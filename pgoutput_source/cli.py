@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pgoutput_source import __version__, catalog, demo, embedded
+from pgoutput_source import __version__, catalog, demo
 from pgoutput_source.errors import PgOutputError
 from pgoutput_source.settings import SourceSettings
 
@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pgoutput-source {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    show = commands.add_parser("demo", help="a PostgreSQL, a shop that takes orders, a dataflow and a check of its files")
+    show = commands.add_parser(
+        "demo", help="a PostgreSQL, a shop that takes orders, a dataflow and a check of its files"
+    )
     show.add_argument("--seconds", type=_seconds, default=15.0, help="how long the shop takes orders (default: 15)")
     show.add_argument("--folder", type=Path, default=Path("out/demo"), help="where the files go (default: out/demo)")
     show.set_defaults(run=lambda a: demo.run(a.seconds, a.folder))
@@ -64,8 +66,7 @@ def _seconds(text: str) -> float:
 def _check(arguments: argparse.Namespace) -> int:
     given = {k: v for k in ("dsn", "slot", "publication") if (v := getattr(arguments, k)) is not None}
     settings = SourceSettings.from_env(**given)
-    dsn = embedded.default_dsn() if settings.dsn is None else settings.dsn
-    with catalog.connect(dsn) as conn:
+    with catalog.connect(catalog.connection_string(settings)) as conn:
         slot = catalog.check(conn, settings)
         now = catalog.current_lsn(conn)
     lag = now - (slot.confirmed_flush_lsn or now)

@@ -7,7 +7,7 @@ stream of batches is an ordinary Bytewax stream. None of them keeps state.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -72,7 +72,7 @@ def filter(step_id: str, up: Stream[ChangeBatch], where: pc.Expression | Predica
 
 
 @operator
-def output(step_id: str, up: Stream[Batch], sink: FixedPartitionedSink[Batch, object]) -> None:
+def output(step_id: str, up: Stream[Batch], sink: FixedPartitionedSink[Any, Any]) -> None:
     """Write batches to a sink of this package, or to any sink with fixed partitions that takes batches.
 
     Batches are keyed by their table, so that all changes of a table go to one partition of the sink, in order.

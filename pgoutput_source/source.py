@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any
 
 from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
 
-from pgoutput_source import catalog, gate, metrics
+from pgoutput_source import catalog, gate, metrics, shop
 from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.errors import PgOutputError, SlotAhead, StateError
 from pgoutput_source.replication import ReplicationStream
@@ -129,7 +130,9 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         _show_log()
         self.settings = settings
         self.slot = settings.slot
-        dsn = settings.connection()
+        dsn = catalog.connection_string(settings)
+        if settings.dsn is None:
+            _open_shop(dsn)
         with catalog.connect(dsn) as conn:
             if settings.create and resume is None:
                 catalog.create(conn, settings)
@@ -151,14 +154,15 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.acknowledged = acknowledged
         self.staged: Lsn | None = None
         self.final = False  # the last snapshot covers all that this partition will give out
-        self.done = False
+        self.done = False  # … and it is durable
+        self.left = False
         self.reached = False
         self.bytes_in_epoch = 0
         self.generation = self.stream.generation
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self._awake: datetime | None = None
         _running.add(self)
-        gate.source_opened()
+        gate.source_opened(self.slot)
         logger.info(
             "slot %s: streaming from %s%s", self.slot, acknowledged, f" until {self.until}" if self.until else ""
         )
@@ -206,7 +210,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
     def close(self) -> None:
         if self in _running:
             _running.discard(self)
-            gate.source_closed()
+            gate.source_closed(self.slot)
         self.stream.close()
 
     # -- positions ----------------------------------------------------------------------------------------------
@@ -225,10 +229,9 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         if self.staged is None:
             return
         lsn, self.staged = self.staged, None
-        gate.opened()
+        gate.opened(self.slot)
         metrics.GATE_TIME.labels(self.slot).set(time.time())
-        if self.final and not self.done:
-            self.done = True
+        self.done = self.done or self.final
         self.acknowledged = max(self.acknowledged, lsn)
         self.stream.acknowledge(self.acknowledged)
         metrics.ACKNOWLEDGED.labels(self.slot).set(self.acknowledged)
@@ -244,18 +247,16 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         return not self.in_main_thread and self.bytes_in_epoch > _EPOCH_BYTES
 
     def _leave(self) -> list[ChangeSet]:
-        """Everything is published and acknowledged: end the stream, so that the server surely knows, and the run."""
-        if self in _running:
-            if self.reached:
-                gate.drain()
+        """Everything is durable and acknowledged: end the stream, so that the server surely knows it, and the run."""
+        if not self.left:
+            self.left = True
             self.stream.close(graceful=True)
-            _running.discard(self)
-            gate.source_closed()
-            logger.info("slot %s: stopped at %s, all published and acknowledged", self.slot, self.acknowledged)
+            logger.info("slot %s: stopped, all up to %s is published and acknowledged", self.slot, self.acknowledged)
         if self.reached:
-            gate.source_finished()
+            gate.drain()
+            gate.source_finished(self.slot)
             raise StopIteration
-        if _running:
+        if any(not other.left for other in _running):
             self._awake = datetime.now(UTC) + _IDLE
             return []
         gate.drain()
@@ -312,6 +313,22 @@ def _reconcile(
     if resume["commit_lsn"] is not None:
         position = Position(Lsn(resume["commit_lsn"]), resume["seq"])
     return position, lsn
+
+
+def _open_shop(dsn: str) -> None:
+    """The embedded server would have nothing to say: it gets a shop, which takes orders for as long as this runs."""
+    if _shops:
+        return
+    shop.create(dsn)
+    command = [sys.executable, "-m", "pgoutput_source.shop", "--rate", "500"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stdin is not None
+    process.stdin.write(dsn + "\n")  # not an argument: it holds the password
+    process.stdin.flush()
+    _shops.append(process)  # and its standard input stays open: when we are gone, it closes
+
+
+_shops: list[subprocess.Popen[str]] = []
 
 
 # -- the end of a run -------------------------------------------------------------------------------------------

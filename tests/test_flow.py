@@ -1,0 +1,266 @@
+"""The whole path of a change, on real servers: what the Parquet files say, replayed, is what the tables hold."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Database
+from workload import Workload, replayed, tables
+
+from pgoutput_source.sinks.parquet import read
+
+ROOT = Path(__file__).parent.parent
+
+
+class Flow:
+    """A dataflow as users start it: a process of its own with an environment."""
+
+    def __init__(self, db: Database, folder: Path, *, module: str = "tests.all_tables", **environ: str) -> None:
+        self.folder = folder
+        self.out = folder / "out"
+        self.module = module
+        self.environ = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "BYTEWAX"))},
+            "PGOUTPUT_DSN": db.dsn,
+            "PGOUTPUT_SLOT": "cdc",
+            "PGOUTPUT_PUBLICATION": "cdc",
+            "PGOUTPUT_OUT": str(self.out),
+            **environ,
+        }
+
+    def recovery(self) -> tuple[str, ...]:
+        """Arguments that make the flow recoverable; the folder is made at the first call."""
+        folder = self.folder / "recovery"
+        if not folder.exists():
+            folder.mkdir()
+            subprocess.run([sys.executable, "-m", "bytewax.recovery", folder, "1"], check=True)
+        return ("-r", str(folder), "-b", "0")
+
+    def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
+        """Start it; the interval between epochs must be among the arguments."""
+        command = [sys.executable, "-m", "bytewax.run", self.module, *arguments]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.environ | environ, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+
+    def run(self, *arguments: str, **environ: str) -> str:
+        """Run to the end, expect success, and give what it said."""
+        process = self.start(*arguments, **environ)
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+        return said
+
+
+@contextmanager
+def following(process: subprocess.Popen[str]) -> Iterator[list[str]]:
+    """The lines that a process has written to standard error so far."""
+    lines: list[str] = []
+    assert process.stderr is not None
+
+    def read(stream: Any) -> None:
+        for line in stream:
+            lines.append(line)
+
+    thread = threading.Thread(target=read, args=(process.stderr,), daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        thread.join()
+        process.stderr.close()
+
+
+def wait_for(lines: list[str], text: str, process: subprocess.Popen[str], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not any(text in line for line in lines):
+        assert process.poll() is None, "".join(lines)
+        assert time.monotonic() < deadline, "".join(lines)
+        time.sleep(0.01)
+
+
+def publish(db: Database) -> None:
+    with db.connect() as connection:
+        connection.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
+        connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+
+
+def confirmed(db: Database) -> int:
+    with db.connect() as connection:
+        row = connection.execute(
+            "SELECT confirmed_flush_lsn - '0/0'::pg_lsn FROM pg_replication_slots WHERE slot_name = 'cdc'"
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+@pytest.mark.slow
+def test_files_replayed_equal_the_tables(any_db: Database, tmp_path: Path) -> None:
+    workload = Workload(any_db.dsn, seed=any_db.server.major)
+    workload.create()
+    publish(any_db)
+    made = workload.run(100_000)
+    flow = Flow(any_db, tmp_path, PGOUTPUT_UNTIL="current")
+    flow.run("-s", "1")
+
+    found, count = replayed(flow.out)
+    names = [t.name for t in workload.tables]
+    expected = tables(workload.connection, names)
+
+    assert {name: rows for name, rows in expected.items() if rows} == {n: r for n, r in found.items() if r}
+    assert count >= made
+
+
+@pytest.mark.slow
+def test_kill_9_loses_and_repeats_nothing(db: Database, tmp_path: Path) -> None:
+    rng = random.Random(9)
+    flow = Flow(db, tmp_path)
+    with busy(db, seed=9) as workload:
+        for _ in range(20):
+            process = flow.start("-s", rng.choice(["1", "1", "0"]), *flow.recovery())
+            with following(process) as lines:
+                if rng.random() < 0.8:
+                    wait_for(lines, "streaming from", process)
+                time.sleep(rng.uniform(0, 2))
+                process.send_signal(signal.SIGKILL)
+    flow.run("-s", "1", *flow.recovery(), PGOUTPUT_UNTIL="current")
+
+    found, count = replayed(flow.out)
+
+    assert count > 10_000
+    assert {n: r for n, r in found.items() if r} == {
+        n: r for n, r in tables(workload.connection, [t.name for t in workload.tables]).items() if r
+    }
+
+
+@pytest.mark.slow
+def test_an_acknowledgement_in_snapshot_would_be_noticed(db: Database, tmp_path: Path) -> None:
+    rng = random.Random(9)
+    flow = Flow(db, tmp_path)
+    with busy(db, seed=9):
+        for _ in range(40):
+            process = flow.start("-s", "0", *flow.recovery(), BREAK="acknowledge early")
+            with following(process) as lines:
+                deadline = time.monotonic() + 20
+                while not any("streaming from" in line or "SlotAhead" in line for line in lines):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                if any("SlotAhead" in line for line in lines):
+                    return
+                time.sleep(rng.uniform(0.3, 1))
+                process.send_signal(signal.SIGKILL)
+    pytest.fail("40 kills, and the early acknowledgements were never noticed")
+
+
+@contextmanager
+def busy(db: Database, *, seed: int) -> Iterator[Workload]:
+    """A workload that goes on in a thread until the block ends."""
+    workload = Workload(db.dsn, seed=seed, tables=6, largest=2_000)
+    workload.create()
+    publish(db)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.02):
+            workload.transaction()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield workload
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_publishes_and_acknowledges(db: Database, tmp_path: Path, number: signal.Signals) -> None:
+    workload = Workload(db.dsn, seed=1, tables=3, largest=100)
+    workload.create()
+    publish(db)
+    flow = Flow(db, tmp_path)
+    process = flow.start("-s", "1", *flow.recovery())
+    with following(process) as lines:
+        wait_for(lines, "streaming from", process)
+        workload.run(2_000)
+        time.sleep(0.5)
+        process.send_signal(number)
+        assert process.wait(20) == 0, "".join(lines)
+    after_first = confirmed(db)
+    before_second = set(flow.out.glob("*.parquet"))
+    workload.run(2_000)
+    flow.run("-s", "1", *flow.recovery(), PGOUTPUT_UNTIL="current")
+
+    found, _ = replayed(flow.out)
+
+    assert before_second
+    assert after_first < confirmed(db)
+    assert {n: r for n, r in found.items() if r} == {
+        n: r for n, r in tables(workload.connection, [t.name for t in workload.tables]).items() if r
+    }
+
+
+def test_a_bounded_run_stops_although_writers_go_on(db: Database, tmp_path: Path) -> None:
+    flow = Flow(db, tmp_path)
+    with busy(db, seed=2) as workload:
+        workload.connection.execute("SELECT 1")
+        time.sleep(1)
+        flow.run("-s", "1", PGOUTPUT_UNTIL="current")
+        first = replayed(flow.out)[1]
+        flow.run("-s", "1", PGOUTPUT_UNTIL="current")
+
+    assert 0 < first < replayed(flow.out)[1]
+
+
+def test_without_recovery_a_restart_publishes_what_was_acknowledged(db: Database, tmp_path: Path) -> None:
+    workload = Workload(db.dsn, seed=3, tables=3, largest=100)
+    workload.create()
+    publish(db)
+    flow = Flow(db, tmp_path)
+    process = flow.start("-s", "0")
+    with following(process) as lines:
+        wait_for(lines, "streaming from", process)
+        before = confirmed(db)
+        workload.run(2_000)
+        deadline = time.monotonic() + 20
+        while confirmed(db) == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    assert confirmed(db) > before
+    flow.run("-s", "1", PGOUTPUT_UNTIL="current")
+
+    rows = read(flow.out).to_table(columns=["_commit_lsn", "_seq"])
+
+    assert len(set(zip(*(rows[c].to_pylist() for c in rows.column_names), strict=True))) >= workload.changes
+
+
+def test_an_idle_publication_lets_the_wal_of_other_tables_go(db: Database, tmp_path: Path) -> None:
+    with db.connect() as connection:
+        connection.execute("CREATE TABLE published (id int PRIMARY KEY)")
+        connection.execute("CREATE TABLE other (id int)")
+        connection.execute("CREATE PUBLICATION cdc FOR TABLE published")
+        connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+        flow = Flow(db, tmp_path)
+        process = flow.start("-s", "0")
+        with following(process) as lines:
+            wait_for(lines, "streaming from", process)
+            connection.execute("INSERT INTO other SELECT generate_series(1, 100000)")
+            row = connection.execute("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
+            assert row is not None
+            deadline = time.monotonic() + 30
+            while confirmed(db) < row[0]:
+                assert time.monotonic() < deadline, "the slot did not move"
+                time.sleep(0.1)
