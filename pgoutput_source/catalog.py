@@ -178,7 +178,7 @@ def check(conn: Connection, settings: SourceSettings) -> SlotState:
         SlotNotFound, SlotMismatch, SlotLost: The slot is missing, can't be used by this reader, or is dead.
         PublicationError: A publication is missing.
     """
-    _check_server(conn)
+    check_server(conn)
     found = publications(conn, settings.publication)
     missing = [name for name in settings.publication if name not in found]
     slot = slot_state(conn, settings.slot)
@@ -200,7 +200,12 @@ def check(conn: Connection, settings: SourceSettings) -> SlotState:
     return slot
 
 
-def _check_server(conn: Connection) -> None:
+def check_server(conn: Connection) -> None:
+    """Whether the server decodes logically, and this role may have it do so.
+
+    Raises:
+        NotConfigured: wal_level, or the role.
+    """
     # From 19 on a logical slot raises the effective level by itself.
     level, effective, role, may_replicate = _one(
         conn,
@@ -269,7 +274,7 @@ def create(conn: Connection, settings: SourceSettings) -> None:
     `check` then explains.
     """
     if slot_state(conn, settings.slot) is None:
-        _check_server(conn)
+        check_server(conn)
         create_publication_and_slot(conn, slot=settings.slot, publications=settings.publication)
 
 

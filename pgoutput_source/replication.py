@@ -1,0 +1,709 @@
+"""`ReplicationStream`: the one owner of the replication connection. It starts, polls, acknowledges and reconnects.
+
+Frames come out as psycopg hands them over, header included and undecoded. What this file knows of the protocol is its
+outermost layer, and the rules by which a walsender lives: it wants a word from us before `wal_sender_timeout` is over,
+however long a flow is busy with something else; it believes every position that we acknowledge; and it stops with the
+server only when we let it.
+
+    poll()          reads until nothing more is there, and answers; the only one that reads, and that reconnects
+    acknowledge()   notes the position up to which PostgreSQL may forget
+    the heartbeat   a thread that only sends: what is acknowledged, when nothing was sent for a while
+
+https://www.postgresql.org/docs/current/protocol-replication.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import re
+import select
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from types import TracebackType
+from typing import Final, Self
+
+import psycopg
+from psycopg import pq, sql
+
+from pgoutput_source import catalog
+from pgoutput_source.connection import Connection, connect, quote_name, server_error
+from pgoutput_source.errors import (
+    ConnectionFailed,
+    PgOutputError,
+    ProtocolError,
+    PublicationError,
+    ServerError,
+    SlotError,
+    SlotInUse,
+    StateError,
+)
+from pgoutput_source.wire import XLOG_DATA_HEADER, Keepalive, Lsn, StandbyStatus, XLogData, parse_frame, pg_now
+
+logger = logging.getLogger(__name__)
+
+# libpq reads as much at a time as its buffer holds, which begins with 16 KB and grows with the largest message.
+_READ_BUFFER: Final = 1_000_000
+
+# A walsender sends each message by itself. A reader that wakes for every one of them burns a core and slows it down:
+# while messages come densely, read again only after a nap, in which the next ones gather, and for no longer than this.
+_NAP: Final = 0.0003
+_ENOUGH: Final = 64
+_LINGER: Final = 0.05
+
+_GETS: Final = 64  # messages taken from libpq by one loop in C
+_NOTHING: Final = (0, b"")
+
+_KEEPALIVE_SIZE: Final = 18
+_COMMIT_SIZE: Final = XLOG_DATA_HEADER + 26  # of a pgoutput Commit
+_COMMIT: Final = ord("C")
+_ENDS: Final = b"CcbPKrp"  # messages whose position is the end of their WAL record, which may be acknowledged
+
+_REPLY_INTERVAL: Final = 0.1
+_ACKNOWLEDGE_WITHIN: Final = 1.0
+_SHUTDOWN_KEEPALIVES: Final = 10
+_NOTICE_INTERVAL: Final = 60.0
+
+
+class _Lost(Exception):
+    """The connection is gone, and trying again may help."""
+
+
+class ReplicationStream:
+    """Frames of one replication slot, in the order in which PostgreSQL sends them, for as long as it takes.
+
+    A lost connection is made again inside `poll`. PostgreSQL then sends again what was not acknowledged, `generation`
+    is one higher, and whoever decodes the frames starts afresh and drops what it already has. A connection that can't
+    be had at the start, and errors that trying again does not mend, are raised.
+
+    Methods are called by one thread at a time; `acknowledge` and the attributes may be used by any.
+
+    Args:
+        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables.
+        slot: The slot's name.
+        publications: Names of the publications.
+        proto_version: Of pgoutput, 1 to 4.
+        messages: Whether logical decoding messages are wanted.
+        status_interval: Seconds between two reports, lowered to a quarter of the server's wal_sender_timeout.
+        reconnect_seconds: How long to try again after a loss.
+        slot_wait_seconds: How long `start` waits for a slot that another process holds.
+
+    Attributes:
+        generation: 0, and one more after each reconnect.
+        system_id: The database system's identifier, known after `start`.
+        timeline: Its timeline.
+        server_version: As libpq says it: 180006.
+
+    Raises:
+        ConnectionFailed, NotConfigured, SlotError, PublicationError, ProtocolError: See each method.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        slot: str,
+        publications: Sequence[str],
+        proto_version: int = 1,
+        messages: bool = True,
+        status_interval: float = 10.0,
+        reconnect_seconds: float = 300.0,
+        slot_wait_seconds: float = 60.0,
+    ) -> None:
+        self.slot = slot
+        self.publications = tuple(publications)
+        self.generation = 0
+        self.system_id = ""
+        self.timeline = 0
+        self.server_version = 0
+        self._dsn = dsn
+        self._options = {
+            "proto_version": str(proto_version),
+            "publication_names": ",".join(map(quote_name, self.publications)),
+        }
+        if messages:
+            self._options["messages"] = "true"
+        self._only_commits = proto_version == 1
+        self._status_interval = status_interval
+        self._reconnect_seconds = reconnect_seconds
+        self._slot_wait_seconds = slot_wait_seconds
+
+        # Positions. They only ever grow, whatever the connection does.
+        self._acknowledged = Lsn(0)
+        self._received = Lsn(0)
+        self._keepalive_lsn = Lsn(0)
+
+        # The connection. libpq's is not for two threads at once: the lock is held around each use.
+        self._lock = threading.Lock()
+        self._conn: Connection | None = None
+        self._backend: tuple[int, str] | None = None  # pid, and when it was started
+        self._poll = select.poll()
+        self._timeout = 60.0  # the server's wal_sender_timeout in seconds
+        self._fatal: PgOutputError | None = None
+        self._noticed: dict[str, float] = {}
+        self._stop = threading.Event()
+        self._heartbeat: threading.Thread | None = None
+
+        # What was sent and received on this connection, and when.
+        self._sent_flush = Lsn(0)
+        self._sent_at = 0.0
+        self._heard_at = 0.0
+        self._asked_at: float | None = None
+        self._reply_wanted = False
+        self._insistent = 0  # keepalives in a row that want a reply and say the same
+        self._insistent_at = 0.0
+
+        # While there is no connection.
+        self._lost_at: float | None = None
+        self._attempts = 0
+        self._next_attempt = 0.0
+
+    @property
+    def received(self) -> Lsn:
+        """The highest position that may be acknowledged: the end of the last commit received, or a keepalive's."""
+        return max(self._received, self._keepalive_lsn)
+
+    @property
+    def keepalive_lsn(self) -> Lsn:
+        """The server has sent everything up to here, and `poll` has handed it out.
+
+        While no transaction is open it is the position to acknowledge for a publication in which nothing happens.
+        """
+        return self._keepalive_lsn
+
+    @property
+    def acknowledged(self) -> Lsn:
+        """Up to here PostgreSQL may forget."""
+        return self._acknowledged
+
+    @property
+    def reconnects(self) -> int:
+        """How often the connection was made again."""
+        return self.generation
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # -- start and end ----------------------------------------------------------------------------------------------
+
+    def start(self, flush: Lsn) -> None:
+        """Connect, start to stream where the slot stands, and acknowledge `flush`, which is durable already.
+
+        Raises:
+            ConnectionFailed, NotConfigured: Nothing is tried twice here, but for a server that is just starting up.
+            SlotInUse: Another process kept the slot for longer than `slot_wait_seconds`.
+            SlotNotFound, SlotMismatch, SlotLost: The slot can't be used.
+            StateError: `flush` is beyond the end of the server's WAL, so it is of another server.
+        """
+        self._acknowledged = self._received = Lsn(flush)
+        begun = time.monotonic()
+        told = False
+        while True:
+            try:
+                self._connect()
+                break
+            except ServerError as e:
+                waited = time.monotonic() - begun
+                if isinstance(e, SlotInUse):
+                    patience = self._slot_wait_seconds
+                elif e.sqlstate == "57P03":
+                    patience = min(60.0, self._reconnect_seconds)
+                else:
+                    raise
+                if waited > patience:
+                    raise
+                if not told:
+                    told = True
+                    logger.info("%s; waiting for up to %.0f s", e.message, patience)
+                time.sleep(min(0.1 + waited / 4, 2.0))
+        self._heartbeat = threading.Thread(
+            target=_beat, args=(weakref.ref(self), self._stop), name=f"pgoutput-{self.slot}", daemon=True
+        )
+        self._heartbeat.start()
+
+    def close(self, *, graceful: bool = False, timeout: float = 5.0) -> None:
+        """End the stream. Closing twice is allowed, and nothing is raised: what went wrong is in the log.
+
+        Args:
+            graceful: Report what is acknowledged, and wait until the server has confirmed the end: then it knows.
+            timeout: Seconds to wait for that; a server in the midst of a large transaction sends all of it first.
+        """
+        self._stop.set()
+        with self._lock:
+            conn, self._conn = self._conn, None
+            if conn is not None:
+                try:
+                    if graceful and not self._goodbye(conn.pgconn, time.monotonic() + timeout):
+                        logger.warning("slot %r: the server did not confirm the end within %.0f s", self.slot, timeout)
+                except (psycopg.Error, _Lost) as e:
+                    logger.warning("slot %r: the connection was lost while ending: %s", self.slot, _one_line(e))
+                finally:
+                    conn.close()
+        if self._heartbeat is not None and self._heartbeat is not threading.current_thread():
+            self._heartbeat.join(1.0)
+
+    def _goodbye(self, pgconn: pq.abc.PGconn, deadline: float) -> bool:
+        """Whether the server answered CopyDone: it reads in order, so it has read the status before it."""
+        self._send_status(pgconn)
+        pgconn.put_copy_end()
+        poll = select.poll()
+        poll.register(pgconn.socket, select.POLLIN | select.POLLOUT)
+        while (left := deadline - time.monotonic()) > 0:
+            if pgconn.flush() == 0:
+                poll.modify(pgconn.socket, select.POLLIN)
+            while (got := pgconn.get_copy_data(1)[0]) > 0:
+                pass
+            if got < 0:
+                return _drain(pgconn) is None
+            poll.poll(left * 1000)
+            pgconn.consume_input()
+        return False
+
+    # -- poll -------------------------------------------------------------------------------------------------------
+
+    def poll(self, *, max_frames: int = 65_536, max_bytes: int = 16 << 20, timeout: float = 0.0) -> list[memoryview]:
+        """What has come: CopyData payloads of XLogData with their header, without keepalives; nothing after `timeout`.
+
+        Once something is there, it waits a moment for more as long as more comes densely, 50 ms at most. What is not
+        read stays with the server: its walsender waits.
+
+        Args:
+            max_frames: Return when there are so many.
+            max_bytes: Return when these are so many bytes; a few frames more may come.
+            timeout: Seconds to wait for the first.
+
+        Raises:
+            ConnectionFailed: The connection was lost and could not be made again in time.
+            PublicationError: A publication is missing at this position of the WAL.
+            SlotLost, SlotNotFound, SlotInUse: The slot went away, or somebody else took it.
+            ServerError: The server can't decode its WAL.
+        """
+        if self._fatal is not None:
+            raise self._fatal
+        if self._conn is None:
+            if self._lost_at is None or self._stop.is_set():
+                raise ConnectionFailed("the stream is not open", hint="call start() first, once, and close() last")
+            self._reconnect(timeout)
+            return []
+        frames: list[memoryview] = []
+        try:
+            self._receive(self._conn.pgconn, frames, max_frames, max_bytes, timeout)
+        except (_Lost, psycopg.OperationalError) as e:
+            if self._fatal is None:
+                self._lose(_one_line(e))
+        except PgOutputError as e:
+            self._fatal = e
+        if self._fatal is not None:
+            self._hang_up()
+            # What came before an error is as good as ever, but not what a missing publication is missing in.
+            if not frames or isinstance(self._fatal, PublicationError):
+                raise self._fatal
+        return frames
+
+    def _receive(
+        self, pgconn: pq.abc.PGconn, frames: list[memoryview], max_frames: int, max_bytes: int, timeout: float
+    ) -> None:
+        get = partial(pgconn.get_copy_data, 1)
+        clock = time.monotonic
+        deadline = clock() + timeout
+        until = 0.0
+        size = 0
+        asked = False
+        while True:
+            got = 0
+            with self._lock:
+                while size < max_bytes and (room := min(_GETS, max_frames - len(frames))) > 0:
+                    chunk, error = _take(get, room)
+                    if chunk:
+                        lengths, payloads = zip(*chunk, strict=True)
+                        got += len(chunk)
+                        size += sum(lengths)
+                        if min(lengths) <= XLOG_DATA_HEADER:
+                            self._sift(pgconn, chunk, frames)
+                        else:
+                            frames += payloads
+                            self._note_commits(lengths, payloads)
+                    if error is not None:
+                        raise error
+                    if len(chunk) < room:
+                        break
+                now = clock()
+                if got:
+                    self._heard_at, self._asked_at = now, None
+                if self._fatal is not None:
+                    return
+                self._report(pgconn, now)
+                if size >= max_bytes or len(frames) >= max_frames:
+                    return
+            if frames:
+                until = until or now + _LINGER
+                if not got or now > until:
+                    return
+                if got < _ENOUGH:
+                    time.sleep(_NAP)
+            elif asked:
+                self._watch(now)
+                if now >= deadline:
+                    return
+                # Not for longer, because reports are due, and the heartbeat may have read something into libpq.
+                self._poll.poll(min(deadline - now, 0.25) * 1000)
+            asked = True
+            with self._lock:
+                # Only when libpq has given all that it had: otherwise its buffer would grow and grow.
+                pgconn.consume_input()
+
+    def _sift(self, pgconn: pq.abc.PGconn, chunk: list[tuple[int, memoryview]], frames: list[memoryview]) -> None:
+        """A chunk that holds a keepalive, or the end of the stream."""
+        for length, payload in chunk:
+            if length > XLOG_DATA_HEADER:
+                frames.append(payload)
+                self._note_commits((length,), (payload,))
+            elif length > 0:
+                frame = parse_frame(bytes(payload))
+                if not isinstance(frame, Keepalive):
+                    raise ProtocolError(f"a frame of {length} bytes is neither data nor a keepalive")
+                self._note_keepalive(frame)
+            else:
+                self._note_end(pgconn)
+
+    def _note_commits(self, lengths: Sequence[int], payloads: Sequence[memoryview]) -> None:
+        """The end of the last transaction may be acknowledged; it says its position in its header."""
+        if self._only_commits:
+            # Commits are told by their size first: looking at each frame would cost as much as receiving it.
+            backwards = lengths[::-1]
+            try:
+                at = backwards.index(_COMMIT_SIZE) + 1
+                while payloads[-at][XLOG_DATA_HEADER] != _COMMIT:
+                    at = backwards.index(_COMMIT_SIZE, at) + 1
+            except ValueError:
+                return
+        else:
+            at = next((n for n, each in enumerate(reversed(payloads), 1) if each[XLOG_DATA_HEADER] in _ENDS), 0)
+            if not at:
+                return
+        frame = parse_frame(bytes(payloads[-at]))
+        if isinstance(frame, XLogData) and frame.start > self._received:
+            self._received = frame.start
+
+    def _note_keepalive(self, keepalive: Keepalive) -> None:
+        now = time.monotonic()
+        if keepalive.reply:
+            self._reply_wanted = True
+            # A walsender that wants to stop with its server asks again at once until we confirm the end of the WAL.
+            same = keepalive.wal_end == self._keepalive_lsn and now - self._insistent_at < 3 * _REPLY_INTERVAL
+            self._insistent = self._insistent + 1 if same else 0
+            self._insistent_at = now
+        if keepalive.wal_end > self._keepalive_lsn:
+            self._keepalive_lsn = keepalive.wal_end
+
+    def _note_end(self, pgconn: pq.abc.PGconn) -> None:
+        """The server ended the stream: with an error that tells why, or because it stops."""
+        result = _drain(pgconn)
+        if result is None:
+            raise _Lost("the server ended the stream")
+        error = server_error(
+            psycopg.errors.error_from_result(result), slot=self.slot, publications=self.publications, streaming=True
+        )
+        if isinstance(error, ConnectionFailed) and error.transient:
+            raise _Lost(error.message)
+        self._fatal = error
+
+    def _watch(self, now: float) -> None:
+        """Nothing is there to be read: find out whether the server is."""
+        if self._insistent >= _SHUTDOWN_KEEPALIVES:
+            # It would wait for us for ever, and all that is not acknowledged comes again after its restart.
+            raise _Lost("the server is shutting down")
+        silence = now - max(self._heard_at, self._asked_at or 0.0)
+        if silence > self._timeout / 2:
+            if self._asked_at is not None:
+                raise _Lost(f"the server has not answered for {now - self._heard_at:.0f} s")
+            self._asked_at = now
+            with self._lock:
+                if self._conn is not None:
+                    self._send_status(self._conn.pgconn, reply=True)
+
+    # -- reports to the server --------------------------------------------------------------------------------------
+
+    def acknowledge(self, lsn: Lsn, *, now: bool = False) -> None:
+        """PostgreSQL may forget everything before `lsn`: it was given out, and what became of it is durable.
+
+        Acknowledge the end of a commit, not its begin, or a keepalive's position while no transaction is open. A
+        position below the last one changes nothing. The server hears of it within a second if `poll` is called, else
+        with the next heartbeat.
+
+        Args:
+            lsn: The position.
+            now: Report it at once.
+
+        Raises:
+            ProtocolError: The position was never received. The server would believe it, and drop what is before it.
+        """
+        if lsn > self.received:
+            raise ProtocolError(f"position {lsn} can't be acknowledged: only {self.received} was received")
+        if lsn > self._acknowledged:
+            self._acknowledged = Lsn(lsn)
+        if now:
+            with self._lock:
+                if self._conn is not None and self._sent_flush < self._acknowledged:
+                    # A connection that is gone is noticed, and made again, by poll.
+                    with contextlib.suppress(psycopg.OperationalError):
+                        self._send_status(self._conn.pgconn)
+
+    def _report(self, pgconn: pq.abc.PGconn, now: float) -> None:
+        """Send a status if one is due. Called with the lock held."""
+        since = now - self._sent_at
+        moved = self._acknowledged > self._sent_flush
+        if (
+            since >= self._interval
+            or (moved and since >= _ACKNOWLEDGE_WITHIN)
+            or (self._reply_wanted and (moved or since >= _REPLY_INTERVAL))
+        ):
+            self._send_status(pgconn)
+
+    @property
+    def _interval(self) -> float:
+        return min(self._status_interval, self._timeout / 4)
+
+    def _send_status(self, pgconn: pq.abc.PGconn, *, reply: bool = False) -> None:
+        """Called with the lock held. What the kernel can't take now stays in libpq's buffer, and goes with the next."""
+        flush = self._acknowledged
+        write = max(self.received, flush)
+        status = StandbyStatus(write, flush, flush, pg_now(), reply)
+        pgconn.put_copy_data(status.encode())
+        pgconn.flush()
+        self._sent_flush, self._sent_at = flush, time.monotonic()
+        self._reply_wanted = False
+
+    def _beat(self) -> float:
+        """Send a status if nothing was sent for a while; the seconds until the next look."""
+        with self._lock:
+            if self._conn is not None and time.monotonic() - self._sent_at >= self._interval * 0.9:
+                with contextlib.suppress(psycopg.OperationalError):  # poll notices, and connects again
+                    self._send_status(self._conn.pgconn)
+        return self._interval / 2
+
+    # -- the connection ---------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        """Connect and start to stream: a new connection each time, for a walsender streams only once."""
+        conn = connect(self._dsn, replication=True)
+        try:
+            self._identify(conn)
+            # With 16 KB a read, a fast server is waited for ten thousand times a gigabyte.
+            conn.execute(f"SELECT repeat(' ', {_READ_BUFFER})".encode())
+            options = sql.SQL(", ").join(
+                sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value))
+                for name, value in self._options.items()
+            )
+            # 0/0 is where the slot stands. A higher position would make the server skip what is before it.
+            command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})").format(sql.Identifier(self.slot), options)
+            try:
+                conn.execute(command)
+            except psycopg.Error as e:
+                raise self._start_error(conn, e) from e
+            conn.add_notice_handler(self._note_notice)
+            pgconn = conn.pgconn
+            pgconn.nonblocking = 1
+            self._poll = select.poll()
+            self._poll.register(pgconn.socket, select.POLLIN)
+            with self._lock:
+                now = time.monotonic()
+                self._conn = conn
+                self._heard_at, self._asked_at, self._insistent = now, None, 0
+                self._send_status(pgconn)
+        except psycopg.Error as e:
+            conn.close()
+            raise server_error(e, slot=self.slot) from e
+        except BaseException:
+            conn.close()
+            raise
+
+    def _identify(self, conn: Connection) -> None:
+        row = conn.execute("IDENTIFY_SYSTEM").fetchone()
+        assert row is not None, "IDENTIFY_SYSTEM gives one row"
+        system_id, timeline, end = str(row[0]), int(row[1]), Lsn(str(row[2]))
+        if self.system_id and system_id != self.system_id:
+            raise StateError(
+                f"slot {self.slot!r}: after the connection was lost another database system answered "
+                f"({system_id}, before {self.system_id})",
+                hint="check where host and port lead to; start afresh on the other system with a new resume state",
+            )
+        if self._acknowledged > end:
+            raise StateError(
+                f"slot {self.slot!r}: {self._acknowledged} was acknowledged, and the server's WAL ends at {end}: "
+                "it lost some, or was restored from a backup",
+                hint="what was written downstream has changes that this server never made: start afresh",
+            )
+        if timeline != self.timeline and self.timeline:
+            logger.warning(
+                "slot %r: the server is on timeline %d now, it was on %d", self.slot, timeline, self.timeline
+            )
+            # What the former primary had sent beyond the end of the new one must not be acknowledged to it.
+            self._received, self._keepalive_lsn = min(self._received, end), min(self._keepalive_lsn, end)
+        self.system_id, self.timeline, self.server_version = system_id, timeline, conn.info.server_version
+        row = conn.execute(
+            "SELECT (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'),"
+            " pg_backend_pid(), (SELECT backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid())"
+        ).fetchone()
+        assert row is not None, "a query of one row"
+        self._timeout = row[0] / 1000 or 60.0  # 0 switches it off, then this is our own patience
+        previous, self._backend = self._backend, (row[1], row[2])
+        if previous is not None:
+            # Our own former walsender may not have noticed yet that we are gone, and keeps the slot.
+            conn.execute(
+                "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
+                " WHERE pid = %s AND backend_start::text = %s",
+                previous,
+            )
+        if conn.info.parameter_status("server_encoding") == "SQL_ASCII":
+            # Bytes are of no known encoding there. As UTF8 the first that isn't would end the stream for ever.
+            conn.execute("SET client_encoding = 'SQL_ASCII'")
+
+    def _start_error(self, conn: Connection, error: psycopg.Error) -> PgOutputError:
+        """Why the server does not start the stream; for 55000 there are many reasons, and the catalogue knows which."""
+        result = server_error(error, slot=self.slot, publications=self.publications)
+        if isinstance(result, SlotInUse):
+            row = conn.execute(
+                "SELECT a.pid, a.application_name, host(a.client_addr) FROM pg_replication_slots s"
+                " JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = %s",
+                [self.slot],
+            ).fetchone()
+            if row is not None:
+                holder = f"process {row[0]} ({row[1] or 'no application_name'}, {row[2] or 'local'})"
+                held = SlotInUse(f"slot {self.slot!r} is in use by {holder}", hint=result.hint)
+                held.sqlstate = result.sqlstate
+                return held
+        elif isinstance(result, SlotError):
+            try:
+                catalog.check_server(conn)
+                state = catalog.slot_state(conn, self.slot)
+                if state is not None:
+                    catalog.check_slot(conn, state)
+            except ServerError as e:
+                return e
+        return result
+
+    def _note_notice(self, notice: psycopg.errors.Diagnostic) -> None:
+        """PostgreSQL 18 only warns when a publication did not exist yet, and leaves its rows out."""
+        message = notice.message_primary or ""
+        if (
+            notice.severity_nonlocalized == "WARNING"
+            and notice.sqlstate == "55000"
+            and "synchronized_standby_slots" not in message
+            and any(f'"{name}"' in message for name in self.publications)
+        ):
+            error = PublicationError(
+                f"slot {self.slot!r}: {message}: its changes are left out",
+                hint="a publication must be older than the slot: make the slot anew (what it holds is lost). "
+                f"{notice.message_hint or ''}".rstrip(),
+            )
+            error.sqlstate = notice.sqlstate
+            self._fatal = error
+            return
+        now = time.monotonic()
+        if now - self._noticed.get(message, -_NOTICE_INTERVAL) >= _NOTICE_INTERVAL:
+            self._noticed[message] = now
+            logger.warning("slot %r: the server says: %s", self.slot, message)
+
+    def _hang_up(self) -> None:
+        with self._lock:
+            conn, self._conn = self._conn, None
+            if conn is not None:
+                conn.close()
+
+    def _lose(self, why: str) -> None:
+        self._hang_up()
+        self._lost_at = time.monotonic()
+        self._attempts = 0
+        self._next_attempt = self._lost_at
+        logger.warning("slot %r: %s; connecting again for up to %.0f s", self.slot, why, self._reconnect_seconds)
+
+    def _reconnect(self, timeout: float) -> None:
+        """One attempt if it is time for one; otherwise wait, but not for longer than `timeout`."""
+        now = time.monotonic()
+        lost_at = self._lost_at or now
+        if now < self._next_attempt:
+            time.sleep(min(timeout, self._next_attempt - now))
+            return
+        try:
+            self._connect()
+        except (ServerError, StateError) as e:
+            passing = (isinstance(e, ConnectionFailed) and e.transient) or isinstance(e, SlotInUse)
+            passing = passing or (isinstance(e, ServerError) and (e.sqlstate or "")[:2] in ("53", "57"))
+            waited = time.monotonic() - lost_at
+            if not passing or waited > self._reconnect_seconds:
+                self._fatal = e
+                raise
+            # Full jitter keeps several readers from coming back all at once.
+            self._next_attempt = time.monotonic() + random.uniform(0.05, min(0.1 * 2**self._attempts, 5.0))
+            self._attempts += 1
+            logger.info("slot %r: not yet: %s", self.slot, e.message)
+        else:
+            self.generation += 1
+            self._lost_at = None
+            logger.warning("slot %r: connected again after %.1f s", self.slot, time.monotonic() - lost_at)
+
+
+def _beat(stream: weakref.ref[ReplicationStream], stop: threading.Event) -> None:
+    """The heartbeat. It holds no stream alive that nobody else does."""
+    wait = 0.1
+    while not stop.wait(wait):
+        owner = stream()
+        if owner is None:
+            return
+        wait = owner._beat()
+        del owner
+
+
+def _take(
+    get: Callable[[], tuple[int, memoryview]], count: int
+) -> tuple[list[tuple[int, memoryview]], Exception | None]:
+    """Up to `count` messages from libpq, and what went wrong after them: islice and iter loop in C."""
+    chunk: list[tuple[int, memoryview]] = []
+    try:
+        # list() would lose what it has when an error comes; extend() leaves it.
+        chunk.extend(islice(iter(get, _NOTHING), count))
+    except psycopg.OperationalError as e:
+        # libpq says once that the stream ended, and after that fails.
+        return chunk, None if chunk and chunk[-1][0] < 0 else e
+    return chunk, None
+
+
+def _drain(pgconn: pq.abc.PGconn) -> pq.abc.PGresult | None:
+    """The error that ended the stream, None if it was ended in order. All results are read: there are several."""
+    error = None
+    for result in _results(pgconn):
+        if result.status in (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_BOTH):
+            pgconn.put_copy_end()  # the server ended it first
+            pgconn.flush()
+        elif result.status == pq.ExecStatus.FATAL_ERROR:
+            error = error or result
+    return error
+
+
+def _results(pgconn: pq.abc.PGconn) -> Iterator[pq.abc.PGresult]:
+    deadline = time.monotonic() + 5.0
+    poll = select.poll()
+    poll.register(pgconn.socket, select.POLLIN)
+    while True:
+        # get_result would wait with the interpreter locked.
+        while pgconn.status == pq.ConnStatus.OK and pgconn.is_busy():
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise _Lost("the server ended the stream without a word")
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is None:
+            return
+        yield result
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()
