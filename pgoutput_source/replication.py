@@ -22,33 +22,25 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
 import psycopg
-from psycopg import pq, sql
 
-from pgoutput_source import catalog
-from pgoutput_source.connection import Connection, connect, quote_name, server_error
 from pgoutput_source.errors import (
     ConnectionFailed,
     PgOutputError,
     ProtocolError,
     PublicationError,
     ServerError,
-    SlotError,
     SlotInUse,
     StateError,
 )
-from pgoutput_source.wire import XLOG_DATA_HEADER, Keepalive, Lsn, StandbyStatus, XLogData, parse_frame, pg_now
+from pgoutput_source.walsender import Backend, Lost, Walsender
+from pgoutput_source.wire import XLOG_DATA_HEADER, Keepalive, Lsn, XLogData, parse_frame
 
 logger = logging.getLogger(__name__)
-
-# libpq reads as much at a time as its buffer holds, which begins with 16 KB and grows with the largest message.
-_READ_BUFFER: Final = 1_000_000
 
 # A walsender sends each message by itself. A reader that wakes for every one of them burns a core and slows it down:
 # while messages come densely, read again only after a nap, in which the next ones gather, and for no longer than this.
@@ -57,21 +49,13 @@ _ENOUGH: Final = 64
 _LINGER: Final = 0.05
 
 _GETS: Final = 64  # messages taken from libpq by one loop in C
-_NOTHING: Final = (0, b"")
-
-_KEEPALIVE_SIZE: Final = 18
 _COMMIT_SIZE: Final = XLOG_DATA_HEADER + 26  # of a pgoutput Commit
 _COMMIT: Final = ord("C")
-_ENDS: Final = b"CcbPKrp"  # messages whose position is the end of their WAL record, which may be acknowledged
+_ENDS: Final = b"CcPKrp"  # messages whose position is the end of their WAL record, which may be acknowledged
 
 _REPLY_INTERVAL: Final = 0.1
 _ACKNOWLEDGE_WITHIN: Final = 1.0
 _SHUTDOWN_KEEPALIVES: Final = 10
-_NOTICE_INTERVAL: Final = 60.0
-
-
-class _Lost(Exception):
-    """The connection is gone, and trying again may help."""
 
 
 class ReplicationStream:
@@ -122,12 +106,7 @@ class ReplicationStream:
         self.timeline = 0
         self.server_version = 0
         self._dsn = dsn
-        self._options = {
-            "proto_version": str(proto_version),
-            "publication_names": ",".join(map(quote_name, self.publications)),
-        }
-        if messages:
-            self._options["messages"] = "true"
+        self._options = {"proto_version": str(proto_version)} | ({"messages": "true"} if messages else {})
         self._only_commits = proto_version == 1
         self._status_interval = status_interval
         self._reconnect_seconds = reconnect_seconds
@@ -140,18 +119,15 @@ class ReplicationStream:
 
         # The connection. libpq's is not for two threads at once: the lock is held around each use.
         self._lock = threading.Lock()
-        self._conn: Connection | None = None
-        self._backend: tuple[int, str] | None = None  # pid, and when it was started
+        self._walsender: Walsender | None = None
+        self._backend: Backend | None = None
         self._poll = select.poll()
         self._timeout = 60.0  # the server's wal_sender_timeout in seconds
         self._fatal: PgOutputError | None = None
-        self._noticed: dict[str, float] = {}
         self._stop = threading.Event()
         self._heartbeat: threading.Thread | None = None
 
-        # What was sent and received on this connection, and when.
-        self._sent_flush = Lsn(0)
-        self._sent_at = 0.0
+        # What was received on this connection, and when.
         self._heard_at = 0.0
         self._asked_at: float | None = None
         self._reply_wanted = False
@@ -238,34 +214,19 @@ class ReplicationStream:
         """
         self._stop.set()
         with self._lock:
-            conn, self._conn = self._conn, None
-            if conn is not None:
+            walsender, self._walsender = self._walsender, None
+            if walsender is not None:
                 try:
-                    if graceful and not self._goodbye(conn.pgconn, time.monotonic() + timeout):
-                        logger.warning("slot %r: the server did not confirm the end within %.0f s", self.slot, timeout)
-                except (psycopg.Error, _Lost) as e:
+                    if graceful:
+                        self._send_status(walsender)
+                        if not walsender.finish(time.monotonic() + timeout):
+                            logger.warning("slot %r: the server did not confirm the end of the stream", self.slot)
+                except (psycopg.Error, Lost) as e:
                     logger.warning("slot %r: the connection was lost while ending: %s", self.slot, _one_line(e))
                 finally:
-                    conn.close()
+                    walsender.close()
         if self._heartbeat is not None and self._heartbeat is not threading.current_thread():
             self._heartbeat.join(1.0)
-
-    def _goodbye(self, pgconn: pq.abc.PGconn, deadline: float) -> bool:
-        """Whether the server answered CopyDone: it reads in order, so it has read the status before it."""
-        self._send_status(pgconn)
-        pgconn.put_copy_end()
-        poll = select.poll()
-        poll.register(pgconn.socket, select.POLLIN | select.POLLOUT)
-        while (left := deadline - time.monotonic()) > 0:
-            if pgconn.flush() == 0:
-                poll.modify(pgconn.socket, select.POLLIN)
-            while (got := pgconn.get_copy_data(1)[0]) > 0:
-                pass
-            if got < 0:
-                return _drain(pgconn) is None
-            poll.poll(left * 1000)
-            pgconn.consume_input()
-        return False
 
     # -- poll -------------------------------------------------------------------------------------------------------
 
@@ -288,15 +249,15 @@ class ReplicationStream:
         """
         if self._fatal is not None:
             raise self._fatal
-        if self._conn is None:
+        if self._walsender is None:
             if self._lost_at is None or self._stop.is_set():
                 raise ConnectionFailed("the stream is not open", hint="call start() first, once, and close() last")
             self._reconnect(timeout)
             return []
         frames: list[memoryview] = []
         try:
-            self._receive(self._conn.pgconn, frames, max_frames, max_bytes, timeout)
-        except (_Lost, psycopg.OperationalError) as e:
+            self._receive(self._walsender, frames, max_frames, max_bytes, timeout)
+        except (Lost, psycopg.OperationalError) as e:
             if self._fatal is None:
                 self._lose(_one_line(e))
         except PgOutputError as e:
@@ -309,9 +270,8 @@ class ReplicationStream:
         return frames
 
     def _receive(
-        self, pgconn: pq.abc.PGconn, frames: list[memoryview], max_frames: int, max_bytes: int, timeout: float
+        self, walsender: Walsender, frames: list[memoryview], max_frames: int, max_bytes: int, timeout: float
     ) -> None:
-        get = partial(pgconn.get_copy_data, 1)
         clock = time.monotonic
         deadline = clock() + timeout
         until = 0.0
@@ -321,13 +281,13 @@ class ReplicationStream:
             got = 0
             with self._lock:
                 while size < max_bytes and (room := min(_GETS, max_frames - len(frames))) > 0:
-                    chunk, error = _take(get, room)
+                    chunk, error = walsender.take(room)
                     if chunk:
                         lengths, payloads = zip(*chunk, strict=True)
                         got += len(chunk)
                         size += sum(lengths)
                         if min(lengths) <= XLOG_DATA_HEADER:
-                            self._sift(pgconn, chunk, frames)
+                            self._sift(walsender, chunk, frames)
                         else:
                             frames += payloads
                             self._note_commits(lengths, payloads)
@@ -338,9 +298,10 @@ class ReplicationStream:
                 now = clock()
                 if got:
                     self._heard_at, self._asked_at = now, None
+                self._fatal = self._fatal or walsender.fatal
                 if self._fatal is not None:
                     return
-                self._report(pgconn, now)
+                self._report(walsender, now)
                 if size >= max_bytes or len(frames) >= max_frames:
                     return
             if frames:
@@ -358,9 +319,9 @@ class ReplicationStream:
             asked = True
             with self._lock:
                 # Only when libpq has given all that it had: otherwise its buffer would grow and grow.
-                pgconn.consume_input()
+                walsender.consume()
 
-    def _sift(self, pgconn: pq.abc.PGconn, chunk: list[tuple[int, memoryview]], frames: list[memoryview]) -> None:
+    def _sift(self, walsender: Walsender, chunk: list[tuple[int, memoryview]], frames: list[memoryview]) -> None:
         """A chunk that holds a keepalive, or the end of the stream."""
         for length, payload in chunk:
             if length > XLOG_DATA_HEADER:
@@ -372,7 +333,7 @@ class ReplicationStream:
                     raise ProtocolError(f"a frame of {length} bytes is neither data nor a keepalive")
                 self._note_keepalive(frame)
             else:
-                self._note_end(pgconn)
+                self._fatal = walsender.end()
 
     def _note_commits(self, lengths: Sequence[int], payloads: Sequence[memoryview]) -> None:
         """The end of the last transaction may be acknowledged; it says its position in its header."""
@@ -404,31 +365,19 @@ class ReplicationStream:
         if keepalive.wal_end > self._keepalive_lsn:
             self._keepalive_lsn = keepalive.wal_end
 
-    def _note_end(self, pgconn: pq.abc.PGconn) -> None:
-        """The server ended the stream: with an error that tells why, or because it stops."""
-        result = _drain(pgconn)
-        if result is None:
-            raise _Lost("the server ended the stream")
-        error = server_error(
-            psycopg.errors.error_from_result(result), slot=self.slot, publications=self.publications, streaming=True
-        )
-        if isinstance(error, ConnectionFailed) and error.transient:
-            raise _Lost(error.message)
-        self._fatal = error
-
     def _watch(self, now: float) -> None:
         """Nothing is there to be read: find out whether the server is."""
         if self._insistent >= _SHUTDOWN_KEEPALIVES:
             # It would wait for us for ever, and all that is not acknowledged comes again after its restart.
-            raise _Lost("the server is shutting down")
+            raise Lost("the server is shutting down")
         silence = now - max(self._heard_at, self._asked_at or 0.0)
         if silence > self._timeout / 2:
             if self._asked_at is not None:
-                raise _Lost(f"the server has not answered for {now - self._heard_at:.0f} s")
+                raise Lost(f"the server has not answered for {now - self._heard_at:.0f} s")
             self._asked_at = now
             with self._lock:
-                if self._conn is not None:
-                    self._send_status(self._conn.pgconn, reply=True)
+                if self._walsender is not None:
+                    self._send_status(self._walsender, reply=True)
 
     # -- reports to the server --------------------------------------------------------------------------------------
 
@@ -452,88 +401,67 @@ class ReplicationStream:
             self._acknowledged = Lsn(lsn)
         if now:
             with self._lock:
-                if self._conn is not None and self._sent_flush < self._acknowledged:
+                if self._walsender is not None and self._walsender.sent_flush < self._acknowledged:
                     # A connection that is gone is noticed, and made again, by poll.
                     with contextlib.suppress(psycopg.OperationalError):
-                        self._send_status(self._conn.pgconn)
+                        self._send_status(self._walsender)
 
-    def _report(self, pgconn: pq.abc.PGconn, now: float) -> None:
+    def _report(self, walsender: Walsender, now: float) -> None:
         """Send a status if one is due. Called with the lock held."""
-        since = now - self._sent_at
-        moved = self._acknowledged > self._sent_flush
+        since = now - walsender.sent_at
+        moved = self._acknowledged > walsender.sent_flush
         if (
             since >= self._interval
             or (moved and since >= _ACKNOWLEDGE_WITHIN)
             or (self._reply_wanted and (moved or since >= _REPLY_INTERVAL))
         ):
-            self._send_status(pgconn)
+            self._send_status(walsender)
 
     @property
     def _interval(self) -> float:
         return min(self._status_interval, self._timeout / 4)
 
-    def _send_status(self, pgconn: pq.abc.PGconn, *, reply: bool = False) -> None:
-        """Called with the lock held. What the kernel can't take now stays in libpq's buffer, and goes with the next."""
-        flush = self._acknowledged
-        write = max(self.received, flush)
-        status = StandbyStatus(write, flush, flush, pg_now(), reply)
-        pgconn.put_copy_data(status.encode())
-        pgconn.flush()
-        self._sent_flush, self._sent_at = flush, time.monotonic()
+    def _send_status(self, walsender: Walsender, *, reply: bool = False) -> None:
+        """Called with the lock held."""
+        walsender.send_status(max(self.received, self._acknowledged), self._acknowledged, reply=reply)
         self._reply_wanted = False
 
     def _beat(self) -> float:
         """Send a status if nothing was sent for a while; the seconds until the next look."""
         with self._lock:
-            if self._conn is not None and time.monotonic() - self._sent_at >= self._interval * 0.9:
+            if self._walsender is not None and time.monotonic() - self._walsender.sent_at >= self._interval * 0.9:
                 with contextlib.suppress(psycopg.OperationalError):  # poll notices, and connects again
-                    self._send_status(self._conn.pgconn)
+                    self._send_status(self._walsender)
         return self._interval / 2
 
     # -- the connection ---------------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
         """Connect and start to stream: a new connection each time, for a walsender streams only once."""
-        conn = connect(self._dsn, replication=True)
-        try:
-            self._identify(conn)
-            # With 16 KB a read, a fast server is waited for ten thousand times a gigabyte.
-            conn.execute(f"SELECT repeat(' ', {_READ_BUFFER})".encode())
-            options = sql.SQL(", ").join(
-                sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value))
-                for name, value in self._options.items()
-            )
-            # 0/0 is where the slot stands. A higher position would make the server skip what is before it.
-            command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})").format(sql.Identifier(self.slot), options)
-            try:
-                conn.execute(command)
-            except psycopg.Error as e:
-                raise self._start_error(conn, e) from e
-            conn.add_notice_handler(self._note_notice)
-            pgconn = conn.pgconn
-            pgconn.nonblocking = 1
-            self._poll = select.poll()
-            self._poll.register(pgconn.socket, select.POLLIN)
-            with self._lock:
-                now = time.monotonic()
-                self._conn = conn
-                self._heard_at, self._asked_at, self._insistent = now, None, 0
-                self._send_status(pgconn)
-        except psycopg.Error as e:
-            conn.close()
-            raise server_error(e, slot=self.slot) from e
-        except BaseException:
-            conn.close()
-            raise
+        walsender = Walsender(
+            self._dsn,
+            slot=self.slot,
+            publications=self.publications,
+            options=self._options,
+            # Our own former walsender may not have noticed yet that we are gone.
+            previous=self._backend,
+            admit=self._admit,
+        )
+        self._backend = walsender.backend
+        self._poll = select.poll()
+        self._poll.register(walsender.socket, select.POLLIN)
+        with self._lock:
+            self._heard_at, self._asked_at, self._insistent = time.monotonic(), None, 0
+            self._walsender = walsender
+            self._send_status(walsender)
 
-    def _identify(self, conn: Connection) -> None:
-        row = conn.execute("IDENTIFY_SYSTEM").fetchone()
-        assert row is not None, "IDENTIFY_SYSTEM gives one row"
-        system_id, timeline, end = str(row[0]), int(row[1]), Lsn(str(row[2]))
-        if self.system_id and system_id != self.system_id:
+    def _admit(self, walsender: Walsender) -> None:
+        """Whether it is the server that it was, and has all the WAL that it had."""
+        end = walsender.wal_end
+        if self.system_id and walsender.system_id != self.system_id:
             raise StateError(
                 f"slot {self.slot!r}: after the connection was lost another database system answered "
-                f"({system_id}, before {self.system_id})",
+                f"({walsender.system_id}, before {self.system_id})",
                 hint="check where host and port lead to; start afresh on the other system with a new resume state",
             )
         if self._acknowledged > end:
@@ -542,82 +470,20 @@ class ReplicationStream:
                 "it lost some, or was restored from a backup",
                 hint="what was written downstream has changes that this server never made: start afresh",
             )
-        if timeline != self.timeline and self.timeline:
+        if self.timeline and walsender.timeline != self.timeline:
             logger.warning(
-                "slot %r: the server is on timeline %d now, it was on %d", self.slot, timeline, self.timeline
+                "slot %r: the server is on timeline %d now, not %d", self.slot, walsender.timeline, self.timeline
             )
             # What the former primary had sent beyond the end of the new one must not be acknowledged to it.
             self._received, self._keepalive_lsn = min(self._received, end), min(self._keepalive_lsn, end)
-        self.system_id, self.timeline, self.server_version = system_id, timeline, conn.info.server_version
-        row = conn.execute(
-            "SELECT (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'),"
-            " pg_backend_pid(), (SELECT backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid())"
-        ).fetchone()
-        assert row is not None, "a query of one row"
-        self._timeout = row[0] / 1000 or 60.0  # 0 switches it off, then this is our own patience
-        previous, self._backend = self._backend, (row[1], row[2])
-        if previous is not None:
-            # Our own former walsender may not have noticed yet that we are gone, and keeps the slot.
-            conn.execute(
-                "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
-                " WHERE pid = %s AND backend_start::text = %s",
-                previous,
-            )
-        if conn.info.parameter_status("server_encoding") == "SQL_ASCII":
-            # Bytes are of no known encoding there. As UTF8 the first that isn't would end the stream for ever.
-            conn.execute("SET client_encoding = 'SQL_ASCII'")
-
-    def _start_error(self, conn: Connection, error: psycopg.Error) -> PgOutputError:
-        """Why the server does not start the stream; for 55000 there are many reasons, and the catalogue knows which."""
-        result = server_error(error, slot=self.slot, publications=self.publications)
-        if isinstance(result, SlotInUse):
-            row = conn.execute(
-                "SELECT a.pid, a.application_name, host(a.client_addr) FROM pg_replication_slots s"
-                " JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = %s",
-                [self.slot],
-            ).fetchone()
-            if row is not None:
-                holder = f"process {row[0]} ({row[1] or 'no application_name'}, {row[2] or 'local'})"
-                held = SlotInUse(f"slot {self.slot!r} is in use by {holder}", hint=result.hint)
-                held.sqlstate = result.sqlstate
-                return held
-        elif isinstance(result, SlotError):
-            try:
-                catalog.check_server(conn)
-                state = catalog.slot_state(conn, self.slot)
-                if state is not None:
-                    catalog.check_slot(conn, state)
-            except ServerError as e:
-                return e
-        return result
-
-    def _note_notice(self, notice: psycopg.errors.Diagnostic) -> None:
-        """PostgreSQL 18 only warns when a publication did not exist yet, and leaves its rows out."""
-        message = notice.message_primary or ""
-        if (
-            notice.severity_nonlocalized == "WARNING"
-            and notice.sqlstate == "55000"
-            and "synchronized_standby_slots" not in message
-            and any(f'"{name}"' in message for name in self.publications)
-        ):
-            error = PublicationError(
-                f"slot {self.slot!r}: {message}: its changes are left out",
-                hint="a publication must be older than the slot: make the slot anew (what it holds is lost). "
-                f"{notice.message_hint or ''}".rstrip(),
-            )
-            error.sqlstate = notice.sqlstate
-            self._fatal = error
-            return
-        now = time.monotonic()
-        if now - self._noticed.get(message, -_NOTICE_INTERVAL) >= _NOTICE_INTERVAL:
-            self._noticed[message] = now
-            logger.warning("slot %r: the server says: %s", self.slot, message)
+        self.system_id, self.timeline = walsender.system_id, walsender.timeline
+        self.server_version, self._timeout = walsender.server_version, walsender.timeout
 
     def _hang_up(self) -> None:
         with self._lock:
-            conn, self._conn = self._conn, None
-            if conn is not None:
-                conn.close()
+            walsender, self._walsender = self._walsender, None
+        if walsender is not None:
+            walsender.close()
 
     def _lose(self, why: str) -> None:
         self._hang_up()
@@ -661,48 +527,6 @@ def _beat(stream: weakref.ref[ReplicationStream], stop: threading.Event) -> None
             return
         wait = owner._beat()
         del owner
-
-
-def _take(
-    get: Callable[[], tuple[int, memoryview]], count: int
-) -> tuple[list[tuple[int, memoryview]], Exception | None]:
-    """Up to `count` messages from libpq, and what went wrong after them: islice and iter loop in C."""
-    chunk: list[tuple[int, memoryview]] = []
-    try:
-        # list() would lose what it has when an error comes; extend() leaves it.
-        chunk.extend(islice(iter(get, _NOTHING), count))
-    except psycopg.OperationalError as e:
-        # libpq says once that the stream ended, and after that fails.
-        return chunk, None if chunk and chunk[-1][0] < 0 else e
-    return chunk, None
-
-
-def _drain(pgconn: pq.abc.PGconn) -> pq.abc.PGresult | None:
-    """The error that ended the stream, None if it was ended in order. All results are read: there are several."""
-    error = None
-    for result in _results(pgconn):
-        if result.status in (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_BOTH):
-            pgconn.put_copy_end()  # the server ended it first
-            pgconn.flush()
-        elif result.status == pq.ExecStatus.FATAL_ERROR:
-            error = error or result
-    return error
-
-
-def _results(pgconn: pq.abc.PGconn) -> Iterator[pq.abc.PGresult]:
-    deadline = time.monotonic() + 5.0
-    poll = select.poll()
-    poll.register(pgconn.socket, select.POLLIN)
-    while True:
-        # get_result would wait with the interpreter locked.
-        while pgconn.status == pq.ConnStatus.OK and pgconn.is_busy():
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise _Lost("the server ended the stream without a word")
-            pgconn.consume_input()
-        result = pgconn.get_result()
-        if result is None:
-            return
-        yield result
 
 
 def _one_line(error: Exception) -> str:

@@ -35,6 +35,7 @@ STAIRCASE = (
     "shop",
     "connection",
     "catalog",
+    "walsender",
     "replication",
     "snapshot",
     "reader",
