@@ -102,7 +102,7 @@ def numeric(precision: int, scale: int, since: int = 0) -> Case:
         lambda d: format(d, "f").encode() if isinstance(d, decimal.Decimal) else d.encode(),
         "convert_to(v::text, 'UTF8')",
         ("0", f"{largest}e{-scale}", f"-{largest}e{-scale}", "NaN", "-0.001e-2"),
-        misfit=lambda text: text == b"NaN" and max(precision, scale, precision - scale) <= 76,
+        misfit=lambda text: text == b"NaN" and max(precision, scale, precision - scale) <= 38,
         since=since,
         unpack=exact,
         reads="numeric",

@@ -18,22 +18,79 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from pgoutput_source.types import base
-from pgoutput_source.types.base import Decode, PgType
+from pgoutput_source.types.arrays import array_of, vector_of
+from pgoutput_source.types.base import Decode, PgType, always, text
 from pgoutput_source.types.binary import BINARY
+from pgoutput_source.types.catalogue import FACTS, TypeFacts, from_catalogue
 from pgoutput_source.types.datetime import DATETIME
+from pgoutput_source.types.extensions import EXTENSIONS
+from pgoutput_source.types.geometry import GEOMETRY
 from pgoutput_source.types.identifiers import IDENTIFIERS
 from pgoutput_source.types.numbers import NUMBERS
-from pgoutput_source.types.text import TEXT
+from pgoutput_source.types.ranges import multirange_of, range_of
+from pgoutput_source.types.text import NOTATIONS, TEXT
 
-__all__ = ["OPAQUE", "TYPES", "Decode", "PgType", "type_of"]
+__all__ = [
+    "EXTENSIONS",
+    "FACTS",
+    "OPAQUE",
+    "TYPES",
+    "Decode",
+    "PgType",
+    "TypeFacts",
+    "from_catalogue",
+    "markdown_table",
+    "type_of",
+]
 
-OPAQUE = PgType(0, "unknown", base.always(pa.utf8()), base.text)
+OPAQUE = PgType(0, "unknown", always(pa.utf8()), text)
 """A type that the table does not know: its exact text."""
 
-TYPES: dict[int, PgType] = {row.oid: row for row in (*NUMBERS, *TEXT, *BINARY, *DATETIME, *IDENTIFIERS)}
+_SCALARS = {row.oid: row for row in (*NUMBERS, *TEXT, *BINARY, *DATETIME, *IDENTIFIERS, *GEOMETRY, *NOTATIONS)}
+
+_RANGES = (
+    (range_of(_SCALARS[23], 3904, "int4range", 3905), 4451, 6150),
+    (range_of(_SCALARS[20], 3926, "int8range", 3927), 4536, 6157),
+    (range_of(_SCALARS[1700], 3906, "numrange", 3907), 4532, 6151),
+    (range_of(_SCALARS[1114], 3908, "tsrange", 3909), 4533, 6152),
+    (range_of(_SCALARS[1184], 3910, "tstzrange", 3911), 4534, 6153),
+    (range_of(_SCALARS[1082], 3912, "daterange", 3913), 4535, 6155),
+)
+
+_ROWS = (
+    *_SCALARS.values(),
+    *(row for row, _, _ in _RANGES),
+    *(multirange_of(row, oid, row.name.replace("range", "multirange"), array) for row, oid, array in _RANGES),
+    vector_of(_SCALARS[21], 22, "int2vector", 1006),
+    vector_of(_SCALARS[26], 30, "oidvector", 1013),
+)
+
+TYPES: dict[int, PgType] = {row.oid: row for row in _ROWS} | {
+    row.array: array_of(row, row.array, row.delimiter) for row in _ROWS if row.array
+}
+"""The rows of PostgreSQL's own types, whose OIDs are the same everywhere. For others see `from_catalogue`."""
 
 
 def type_of(oid: int) -> PgType:
     """The row for a type's OID; types that the table does not know arrive as their exact text."""
     return TYPES.get(oid, OPAQUE)
+
+
+def markdown_table() -> str:
+    """The type table for people to read: PostgreSQL's type, Arrow's, and which values go to `_raw`."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    declared = {1700: [("numeric(p,s), up to 38 digits", "decimal128(p, s)", "NaN"), ("numeric", "string", "")]}
+    for row in _ROWS:
+        for name, arrow, misfits in declared.get(row.oid, [(row.name, str(row.arrow(-1)), row.misfits)]):
+            cells.setdefault((arrow, misfits), []).append(name)
+    cells["list of T", "several dimensions, a lower bound other than 1, an element that is a misfit"] = ["T[]"]
+    cells["what its base type is", "as its base type"] = ["domain"]
+    cells["string", ""] += ["enum", "any other type"]
+    cells["struct of its attributes", "another number of attributes, an attribute that is a misfit"] = ["composite"]
+    for (extension, name), make in EXTENSIONS.items():
+        row = make(0, name)
+        label = name if name == extension else f"{name} ({extension})"
+        cells.setdefault((str(row.arrow(-1)), row.misfits), []).append(label)
+    lines = ["| PostgreSQL | Arrow | exact text kept in `_raw` for |", "|---|---|---|"]
+    lines += [f"| {', '.join(names)} | `{arrow}` | {misfits or '–'} |" for (arrow, misfits), names in cells.items()]
+    return "\n".join(lines) + "\n"

@@ -29,7 +29,8 @@ class PgType:
 
     `oid` is PostgreSQL's (0 for a type whose OID differs from database to database); `arrow` gives the canonical Arrow
     type for a typmod (-1: none); `decode` turns a column of PostgreSQL's text into it, see `pgoutput_source.types`.
-    `misfits` says in words which legitimate values the Arrow type can't hold.
+    `misfits` says in words which legitimate values the Arrow type can't hold. `array` is the OID of the type of its
+    arrays, 0 if it has none, and `delimiter` what separates their elements.
     """
 
     oid: int
@@ -37,6 +38,8 @@ class PgType:
     arrow: Callable[[int], pa.DataType]
     decode: Decode
     misfits: str = ""
+    array: int = 0
+    delimiter: str = ","
 
 
 def always(kind: pa.DataType) -> Callable[[int], pa.DataType]:
@@ -130,3 +133,27 @@ def with_misfits(decode: Decode, *words: bytes) -> Decode:
         return dense(lambda some, _: whole(nulled(some, misfit), kind))(values, kind)
 
     return retried
+
+
+def charset(allowed: bytes, name: str) -> Decode:
+    """A decoder to text of a type whose values consist of the bytes `allowed`."""
+
+    @dense
+    def decode(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        if Texts(values).without(allowed):
+            refuse(name)
+        return values.cast(kind)
+
+    return decode
+
+
+def pattern(regex: str, name: str) -> Decode:
+    """A decoder to text of a type whose values match `regex` as a whole."""
+
+    def decode(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        strings = values.cast(kind)
+        if not pc.all(pc.match_substring_regex(strings, f"^(?:{regex})$"), min_count=0).as_py():
+            refuse(name)
+        return strings
+
+    return decode

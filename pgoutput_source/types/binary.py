@@ -30,4 +30,4 @@ def bytea(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(t), buffers)
 
 
-BINARY = (PgType(17, "bytea", always(pa.binary()), bytea),)
+BINARY = (PgType(17, "bytea", always(pa.binary()), bytea, array=1001),)

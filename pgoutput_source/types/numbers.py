@@ -5,6 +5,8 @@ https://www.postgresql.org/docs/current/datatype-numeric.html
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pyarrow as pa
 
@@ -51,7 +53,7 @@ def _check_plain(t: Texts, scale: int, name: str) -> None:
         refuse(name)
 
 
-def _integer(name: str) -> Decode:
+def integer_text(name: str) -> Decode:
     @dense
     def integer(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         _check_plain(Texts(values), 0, name)
@@ -60,7 +62,7 @@ def _integer(name: str) -> Decode:
     return integer
 
 
-def _floating(name: str) -> Decode:
+def floating_text(name: str) -> Decode:
     @dense
     def floating(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         special = None
@@ -98,7 +100,8 @@ def numeric_arrow(typmod: int) -> pa.DataType:
     """The narrowest decimal for ``numeric(p,s)``; utf8 where there is none.
 
     Parquet knows no negative scale and no scale above the precision: ``numeric(5,-3)`` needs 8 digits before the point,
-    ``numeric(3,5)`` five behind it. Without bounds, or with more than 76 digits, no Arrow type holds every value.
+    ``numeric(3,5)`` five behind it. Without bounds no Arrow type holds every value. With more than 38 digits decimal256
+    would, but Polars can't read a table that has one, and DuckDB reads it from Parquet as DOUBLE, which is wrong.
 
     >>> numeric_arrow(655366), numeric_arrow(329729), numeric_arrow(-1)
     (Decimal128Type(decimal128(10, 2)), Decimal128Type(decimal128(8, 0)), DataType(string))
@@ -107,9 +110,7 @@ def numeric_arrow(typmod: int) -> pa.DataType:
         return pa.utf8()
     precision, scale = precision_and_scale(typmod)
     digits, scale = (max(precision, scale), scale) if scale >= 0 else (precision - scale, 0)
-    if digits > 76:
-        return pa.utf8()
-    return pa.decimal128(digits, scale) if digits <= 38 else pa.decimal256(digits, scale)
+    return pa.decimal128(digits, scale) if digits <= 38 else pa.utf8()
 
 
 def _exact(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
@@ -171,13 +172,28 @@ def numeric(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     return (_exact_or_misfit if pa.types.is_decimal(kind) else _any_numeric)(values, kind)
 
 
+_MONEY = re.compile(rb"-?\$\d{1,3}(?:,\d{3})*\.\d\d")
+
+
+@dense
+def money(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+    """What ``lc_monetary=C`` makes of it: ``-$1,234,567.89``."""
+    if not all(map(_MONEY.fullmatch, values.to_pylist())):
+        refuse("money")
+    t = Texts(values)
+    kept = np.append(0, np.cumsum((t.data != ord("$")) & (t.data != ord(",")), dtype=np.int32)).astype(np.int32)
+    edges = np.append(kept[t.starts], kept[-1])
+    buffers = [None, pa.py_buffer(edges), pa.py_buffer(t.without(b"$,"))]
+    return _exact(pa.Array.from_buffers(pa.binary(), len(t), buffers), kind)
+
+
 NUMBERS = (
-    PgType(16, "boolean", always(pa.bool_()), boolean),
-    PgType(21, "smallint", always(pa.int16()), _integer("smallint")),
-    PgType(23, "integer", always(pa.int32()), _integer("integer")),
-    PgType(20, "bigint", always(pa.int64()), _integer("bigint")),
-    PgType(700, "real", always(pa.float32()), _floating("real")),
-    PgType(701, "double precision", always(pa.float64()), _floating("double precision")),
-    PgType(1700, "numeric", numeric_arrow, numeric, misfits="NaN, where the precision is declared"),
-    PgType(26, "oid", always(pa.uint32()), _integer("oid")),
+    PgType(16, "boolean", always(pa.bool_()), boolean, array=1000),
+    PgType(21, "smallint", always(pa.int16()), integer_text("smallint"), array=1005),
+    PgType(23, "integer", always(pa.int32()), integer_text("integer"), array=1007),
+    PgType(20, "bigint", always(pa.int64()), integer_text("bigint"), array=1016),
+    PgType(700, "real", always(pa.float32()), floating_text("real"), array=1021),
+    PgType(701, "double precision", always(pa.float64()), floating_text("double precision"), array=1022),
+    PgType(1700, "numeric", numeric_arrow, numeric, misfits="NaN, where it is a decimal", array=1231),
+    PgType(790, "money", always(pa.decimal128(19, 2)), money, array=791),
 )

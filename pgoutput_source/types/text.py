@@ -1,4 +1,4 @@
-"""Types whose values are text, and arrive as it: character types, XML and JSON.
+"""Types whose values are text, or arrive as theirs: characters, XML, JSON, network addresses, bit strings, text search.
 
 https://www.postgresql.org/docs/current/datatype-character.html
 """
@@ -9,7 +9,7 @@ import re
 
 import pyarrow as pa
 
-from pgoutput_source.types.base import PgType, Texts, always, dense, refuse, text
+from pgoutput_source.types.base import PgType, Texts, always, charset, dense, refuse, text
 
 _OCTAL = re.compile(rb"\\[23][0-7][0-7]")
 
@@ -41,12 +41,42 @@ def _one_char(value: bytes) -> str:
 _UTF8 = always(pa.utf8())
 
 TEXT = (
-    PgType(25, "text", _UTF8, text),
-    PgType(1043, "character varying", _UTF8, text),
-    PgType(1042, "character", _UTF8, text),
-    PgType(19, "name", _UTF8, text),
-    PgType(18, '"char"', _UTF8, char),
-    PgType(142, "xml", _UTF8, text),
-    PgType(114, "json", _UTF8, text),
-    PgType(3802, "jsonb", _UTF8, text),
+    PgType(25, "text", _UTF8, text, array=1009),
+    PgType(1043, "character varying", _UTF8, text, array=1015),
+    PgType(1042, "character", _UTF8, text, array=1014),
+    PgType(19, "name", _UTF8, text, array=1003),
+    PgType(18, '"char"', _UTF8, char, array=1002),
+    PgType(142, "xml", _UTF8, text, array=143),
+    PgType(114, "json", _UTF8, text, array=199),
+    PgType(3802, "jsonb", _UTF8, text, array=3807),
+)
+
+# What has no Arrow type that every reader knows keeps PostgreSQL's notation, which every server casts back.
+_IP, _MAC = b"0123456789abcdef.:/", b"0123456789abcdef:"
+NOTATIONS = (
+    PgType(869, "inet", _UTF8, charset(_IP, "inet"), array=1041),
+    PgType(650, "cidr", _UTF8, charset(_IP, "cidr"), array=651),
+    PgType(829, "macaddr", _UTF8, charset(_MAC, "macaddr"), array=1040),
+    PgType(774, "macaddr8", _UTF8, charset(_MAC, "macaddr8"), array=775),
+    PgType(1560, "bit", _UTF8, charset(b"01", "bit"), array=1561),
+    PgType(1562, "bit varying", _UTF8, charset(b"01", "bit varying"), array=1563),
+    PgType(3614, "tsvector", _UTF8, text, array=3643),
+    PgType(3615, "tsquery", _UTF8, text, array=3645),
+    PgType(4072, "jsonpath", _UTF8, text, array=4073),
+    PgType(24, "regproc", _UTF8, text, array=1008),
+    PgType(2202, "regprocedure", _UTF8, text, array=2207),
+    PgType(2203, "regoper", _UTF8, text, array=2208),
+    PgType(2204, "regoperator", _UTF8, text, array=2209),
+    PgType(2205, "regclass", _UTF8, text, array=2210),
+    PgType(2206, "regtype", _UTF8, text, array=2211),
+    PgType(3734, "regconfig", _UTF8, text, array=3735),
+    PgType(3769, "regdictionary", _UTF8, text, array=3770),
+    PgType(4089, "regnamespace", _UTF8, text, array=4090),
+    PgType(4096, "regrole", _UTF8, text, array=4097),
+    PgType(4191, "regcollation", _UTF8, text, array=4192),
+    PgType(27, "tid", _UTF8, text, array=1010),
+    PgType(5038, "pg_snapshot", _UTF8, text, array=5039),
+    PgType(2970, "txid_snapshot", _UTF8, text, array=2949),
+    PgType(1033, "aclitem", _UTF8, text, array=1034),
+    PgType(1790, "refcursor", _UTF8, text, array=2201),
 )

@@ -1,0 +1,93 @@
+"""Arrays: ``T[]`` is a list of what T is.
+
+PostgreSQL does not declare how many dimensions an array has, nor where its subscripts begin: each value brings its own.
+A list holds those of one dimension that begin at 1, which is nearly all; others are misfits. So is an array that has
+an element that is a misfit.
+
+https://www.postgresql.org/docs/current/arrays.html
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pyarrow as pa
+
+from pgoutput_source.types.base import Decode, PgType, Texts, dense, nulled, one_of, refuse
+from pgoutput_source.types.nested import Cells, cells_of, decode_cells
+
+_BOUNDS = re.compile(rb"(?:\[-?\d+:-?\d+\]){1,6}=")
+_BRACES = b"{}"
+
+
+def array_of(element: PgType, oid: int, delimiter: str = ",") -> PgType:
+    """The row of the array type over `element`."""
+    return PgType(
+        oid,
+        f"{element.name}[]",
+        lambda typmod: pa.list_(element.arrow(typmod)),  # The typmod of an array is that of its elements.
+        _decoder(element.decode, delimiter.encode()),
+        misfits="several dimensions, lower bound not 1" + (f", elements: {element.misfits}" if element.misfits else ""),
+    )
+
+
+def _decoder(element: Decode, delimiter: bytes) -> Decode:
+    def one_dimension(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        cells = cells_of(values, b"{", b"}", delimiter, "array")
+        cells = _without_empty(values, cells)
+        unquoted = Texts(cells.texts.filter(pa.array(~cells.quoted)))
+        if (unquoted.lengths == 0).any() or np.isin(unquoted.data, np.frombuffer(_BRACES, np.uint8)).any():
+            refuse("array")
+        missing = (one_of(cells.texts, b"NULL") == 0) & ~cells.quoted
+        # PostgreSQL would read null and Null as NULL too, and so never writes a text like that without quotes.
+        four = unquoted.starts[unquoted.lengths == 4]
+        anycase = [(unquoted.data[four + at] & 0xDF) == letter for at, letter in enumerate(b"NULL")]
+        if np.logical_and.reduce(anycase).sum() != missing.sum():
+            refuse("array")
+        decoded, misfit = decode_cells(cells, missing, element, kind.value_type)
+        offsets = np.append(0, np.cumsum(cells.counts)).astype(np.int32)
+        mask = pa.array(misfit) if misfit.any() else None
+        return pa.ListArray.from_arrays(pa.array(offsets), decoded, type=kind, mask=mask)
+
+    @dense
+    def decode(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        t = Texts(values)
+        if not len(t):
+            return pa.nulls(0, kind)
+        if t.lengths.min() < 2:
+            refuse("array")
+        other = (t.at(0) == ord("[")) | (t.at(1) == ord("{"))
+        if not other.any():
+            return one_dimension(values, kind)
+        for value in values.filter(pa.array(other)).to_pylist():
+            bounds = _BOUNDS.match(value)
+            body = value[bounds.end() :] if bounds else value
+            if body[:1] != b"{" or body[-1:] != b"}":
+                refuse("array")
+        return dense(one_dimension)(nulled(values, other), kind)
+
+    return decode
+
+
+def _without_empty(values: pa.BinaryArray, cells: Cells) -> Cells:
+    """``{}`` has no cell, though the reader finds one between its braces."""
+    empty = Texts(values).lengths == 2
+    if not empty.any():
+        return cells
+    keep = ~empty[cells.owners]
+    return Cells(cells.counts - empty, cells.texts.filter(pa.array(keep)), cells.quoted[keep])
+
+
+def vector_of(element: PgType, oid: int, name: str, array: int) -> PgType:
+    """The row of ``int2vector`` or ``oidvector``, arrays of the system catalogues that are written ``1 2 3``."""
+
+    @dense
+    def decode(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        found = [value.split(b" ") if value else [] for value in values.to_pylist()]
+        elements = pa.array([word for words in found for word in words], pa.binary())
+        counts = np.fromiter(map(len, found), np.int64, len(found))
+        offsets = pa.array(np.append(0, np.cumsum(counts)).astype(np.int32))
+        return pa.ListArray.from_arrays(offsets, element.decode(elements, kind.value_type), type=kind)
+
+    return PgType(oid, name, lambda typmod: pa.list_(element.arrow(-1)), decode, array=array)

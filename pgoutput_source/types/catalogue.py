@@ -1,0 +1,121 @@
+"""Types that a database defines: rows made from what its catalogue says.
+
+Enums, domains, composites, ranges, their arrays and the types of extensions have OIDs of their own in each database.
+`FACTS` reads what is to be known about some of them and all that they are made of; `from_catalogue` makes the rows.
+Nothing here touches a server.
+
+The catalogue may be newer than the WAL from which a value came. Text is robust against that: a new label of an enum
+is just another text, and a composite with another number of attributes is a misfit, never something wrong.
+
+https://www.postgresql.org/docs/current/catalog-pg-type.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pgoutput_source.types.arrays import array_of
+from pgoutput_source.types.base import PgType, always, text
+from pgoutput_source.types.composite import composite_of
+from pgoutput_source.types.extensions import EXTENSIONS
+from pgoutput_source.types.ranges import multirange_of, range_of
+
+# pg_range.rngmultitypid exists since PostgreSQL 14: as a key of the row's JSON it may be absent.
+FACTS = """
+WITH RECURSIVE ranges AS (
+    SELECT rngtypid AS range, rngsubtype AS bound, (to_jsonb(r) ->> 'rngmultitypid')::oid AS multirange
+    FROM pg_catalog.pg_range AS r
+), needed AS (
+    SELECT unnest(%(oids)s::oid[]) AS oid
+    UNION
+    SELECT part.oid
+    FROM needed
+    JOIN pg_catalog.pg_type AS t ON t.oid = needed.oid
+    CROSS JOIN LATERAL (
+        SELECT unnest(ARRAY[t.typbasetype, t.typelem])
+        UNION SELECT bound FROM ranges WHERE range = t.oid
+        UNION SELECT range FROM ranges WHERE multirange = t.oid
+        UNION SELECT atttypid FROM pg_catalog.pg_attribute
+              WHERE attrelid = t.typrelid AND t.typtype = 'c' AND attnum > 0 AND NOT attisdropped
+    ) AS part (oid)
+    WHERE part.oid <> 0
+)
+SELECT t.oid::bigint, pg_catalog.format_type(t.oid, NULL), t.typname::text, t.typtype::text,
+       (SELECT extname::text FROM pg_catalog.pg_depend AS d JOIN pg_catalog.pg_extension AS e ON e.oid = d.refobjid
+        WHERE d.classid = 'pg_catalog.pg_type'::regclass AND d.objid = t.oid AND d.deptype = 'e'
+          AND d.refclassid = 'pg_catalog.pg_extension'::regclass LIMIT 1),
+       t.typbasetype::bigint, t.typtypmod,
+       (SELECT e.oid::bigint FROM pg_catalog.pg_type AS e WHERE e.oid = t.typelem AND e.typarray = t.oid),
+       (SELECT e.typdelim::text FROM pg_catalog.pg_type AS e WHERE e.oid = t.typelem AND e.typarray = t.oid),
+       (SELECT bound::bigint FROM ranges WHERE range = t.oid),
+       (SELECT range::bigint FROM ranges WHERE multirange = t.oid),
+       (SELECT json_agg(json_build_array(attname, atttypid::bigint, atttypmod) ORDER BY attnum)
+        FROM pg_catalog.pg_attribute
+        WHERE attrelid = t.typrelid AND t.typtype = 'c' AND attnum > 0 AND NOT attisdropped)
+FROM needed JOIN pg_catalog.pg_type AS t USING (oid)
+ORDER BY t.oid
+"""
+"""Reads the facts of the types `oids` and of all that they are made of, a row each: `TypeFacts(*row)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TypeFacts:
+    """What the catalogue says about one type; the fields stand in the order of the columns of `FACTS`.
+
+    `typtype` is PostgreSQL's letter: b base, c composite, d domain, e enum, m multirange, p pseudo, r range.
+    """
+
+    oid: int
+    name: str
+    typname: str
+    typtype: str
+    extension: str | None = None
+    base: int = 0
+    typmod: int = -1
+    element: int | None = None
+    delimiter: str | None = None
+    bound: int | None = None
+    range: int | None = None
+    attributes: Sequence[Sequence[Any]] | None = None
+
+
+def from_catalogue(facts: Iterable[TypeFacts], known: Mapping[int, PgType]) -> dict[int, PgType]:
+    """The rows of the types that `facts` describe and `known`, the type table, does not have."""
+    open_facts = {f.oid: f for f in facts if f.oid not in known}
+    rows: dict[int, PgType] = {}
+
+    def row(oid: int) -> PgType:
+        if oid in known:
+            return known[oid]
+        if oid not in rows:
+            # Whatever can't be resolved, also what contains itself, is text.
+            fact = open_facts.get(oid)
+            rows[oid] = PgType(oid, fact.name if fact else "unknown", always(pa.utf8()), text)
+            if fact:
+                rows[oid] = make(fact)
+        return rows[oid]
+
+    def make(fact: TypeFacts) -> PgType:
+        if fact.typtype == "d":
+            base = row(fact.base)
+            # A column of a domain has no typmod of its own.
+            return PgType(fact.oid, fact.name, lambda typmod: base.arrow(fact.typmod), base.decode, base.misfits)
+        if fact.typtype == "r" and fact.bound:
+            return range_of(row(fact.bound), fact.oid, fact.name)
+        if fact.typtype == "m" and fact.range:
+            return multirange_of(row(fact.range), fact.oid, fact.name)
+        if fact.typtype == "c" and fact.attributes:
+            return composite_of(
+                [(name, row(oid), typmod) for name, oid, typmod in fact.attributes], fact.oid, fact.name
+            )
+        if fact.element:
+            return array_of(row(fact.element), fact.oid, fact.delimiter or ",")
+        if fact.extension and (known_extension := EXTENSIONS.get((fact.extension, fact.typname))):
+            return known_extension(fact.oid, fact.name)
+        return rows[fact.oid]
+
+    return {oid: row(oid) for oid in open_facts}

@@ -1,0 +1,127 @@
+r"""Values with values inside: how PostgreSQL writes arrays, ranges and composites.
+
+All three are cells between an opening and a closing character, separated by a delimiter; a cell that could be mistaken
+is in double quotes, within which a quote is written ``\"`` or ``""`` and a backslash ``\\``. So one reader serves all:
+it finds the delimiters that stand outside quotes for the whole column at once. Only cells that hold a quote or a
+backslash are unescaped one by one.
+
+https://www.postgresql.org/docs/current/arrays.html#ARRAYS-IO
+https://www.postgresql.org/docs/current/rowtypes.html#ROWTYPES-IO-SYNTAX
+https://www.postgresql.org/docs/current/rangetypes.html#RANGETYPES-IO
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pgoutput_source.types.base import Bools, Decode, Ints, Texts, Uint8s, nulled, refuse
+
+_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_SPACES = b" \t\n\r\v\f"
+# The inside of a quoted cell, where each quote is escaped, and an escaped character in it.
+_QUOTED = re.compile(rb'"((?:[^"\\]|\\.|"")*)"', re.DOTALL)
+_ESCAPED = re.compile(rb'\\(.)|""', re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """The cells of a column of nested values, end to end: `counts` says how many belong to each value.
+
+    `texts` holds them without their quotes; `quoted` tells which had some: ``"NULL"`` is not ``NULL``.
+    """
+
+    counts: Ints
+    texts: pa.BinaryArray
+    quoted: Bools
+
+    @property
+    def owners(self) -> Ints:
+        """For each cell the value that it belongs to."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+
+def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: bytes, name: str) -> Cells:
+    """Take apart a column without NULLs. Each value begins with one of `opening` and ends with one of `closing`."""
+    t = Texts(values)
+    if not len(t):
+        return Cells(np.zeros(0, np.int64), pa.array([], pa.binary()), np.zeros(0, bool))
+    if t.lengths.min() < 2 or not _all_in(t.at(0), opening) or not _all_in(t.at(-1), closing):
+        refuse(name)
+    escapes = t.data == _BACKSLASH
+    any_escapes = bool(escapes.any())
+    quotes = t.data == _QUOTE
+    if any_escapes:
+        quotes &= ~_escaped(escapes)
+    outside = np.cumsum(quotes, dtype=np.uint8) & 1 == 0
+    # Quotes are paired within each value, and nothing but cells, delimiters and the two ends stands outside of them.
+    if not outside[t.ends - 1].all() or (np.isin(t.data, np.frombuffer(_SPACES, np.uint8)) & outside).any():
+        refuse(name)
+    separators = (t.data == delimiter[0]) & outside
+    marks = separators.copy()
+    marks[t.starts] = True
+    starts = np.flatnonzero(marks) + 1
+    counts = np.diff(np.append(np.searchsorted(starts, t.starts + 1), len(starts)))
+    separators[t.ends - 1] = True
+    ends = np.flatnonzero(separators)
+    if any_escapes or quotes.any():
+        enclosed = (ends - starts >= 2) & quotes[starts] & quotes[ends - 1]
+        before = np.append(0, np.cumsum(quotes, dtype=np.int32))
+        many = before[ends] - before[starts]
+        odd = many != 2 * enclosed
+        if any_escapes:
+            before = np.append(0, np.cumsum(escapes, dtype=np.int32))
+            odd |= before[ends] > before[starts]
+        texts = _gather(t.data, starts + enclosed, ends - enclosed)
+        if odd.any():
+            if not enclosed[odd].all():
+                refuse(name)
+            raw = _gather(t.data, starts[odd], ends[odd]).to_pylist()
+            texts = pc.replace_with_mask(
+                texts, pa.array(odd), pa.array([_unescape(cell, name) for cell in raw], pa.binary())
+            )
+        return Cells(counts, texts, enclosed)
+    return Cells(counts, _gather(t.data, starts, ends), np.zeros(len(starts), bool))
+
+
+def _all_in(column: Uint8s, allowed: bytes) -> bool:
+    return bool(np.isin(column, np.frombuffer(allowed, np.uint8)).all())
+
+
+def _escaped(backslash: Bools) -> Bools:
+    """Which characters stand behind an odd number of backslashes."""
+    index = np.arange(len(backslash))
+    last_other = np.maximum.accumulate(np.where(backslash, -1, index))
+    run = index - last_other  # how many backslashes end here
+    return np.append(False, run[:-1] & 1 == 1)
+
+
+def _gather(data: Uint8s, starts: Ints, ends: Ints) -> pa.BinaryArray:
+    """The ranges of bytes, which ascend, as one array: every second value of one whose others are the gaps."""
+    offsets = np.empty(2 * len(starts) + 1, np.int32)
+    offsets[0:-1:2], offsets[1::2], offsets[-1] = starts, ends, len(data)
+    every = pa.Array.from_buffers(
+        pa.binary(), 2 * len(starts), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(data))]
+    )
+    return every.take(pa.array(np.arange(0, 2 * len(starts), 2)))
+
+
+def _unescape(cell: bytes, name: str) -> bytes:
+    if (match := _QUOTED.fullmatch(cell)) is None:
+        refuse(name)
+    return _ESCAPED.sub(lambda m: m[1] or b'"', match[1])
+
+
+def decode_cells(cells: Cells, missing: Bools, decode: Decode, kind: pa.DataType) -> tuple[pa.Array, Bools]:
+    """The decoded cells, null where `missing`, and for each *value* whether one of its cells is a misfit."""
+    texts = nulled(cells.texts, missing) if missing.any() else cells.texts
+    decoded = decode(texts, kind)
+    misfit = np.zeros(len(cells.counts), bool)
+    if decoded.null_count != texts.null_count:
+        lost = decoded.is_null().to_numpy(zero_copy_only=False) & ~missing
+        misfit[cells.owners[lost]] = True
+    return decoded, misfit

@@ -1,0 +1,100 @@
+"""Ranges and multiranges.
+
+A range is a struct of its bounds and of how they are meant; a bound that is null is unbounded, unless the range is
+empty. PostgreSQL writes ranges of integers and dates in their canonical form, ``[1,6)``. A range with a bound that the
+bound's type can't hold (``[2024-01-01,infinity)`` is not ``[2024-01-01,)``) is a misfit.
+
+https://www.postgresql.org/docs/current/rangetypes.html
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pyarrow as pa
+
+from pgoutput_source.types.base import Decode, PgType, Texts, dense, one_of, refuse
+from pgoutput_source.types.nested import Cells, cells_of, decode_cells
+
+# One range of a multirange: it ends at the first closing character outside quotes.
+_RANGE = re.compile(
+    rb'[\[(](?:"(?:[^"\\]|\\.|"")*"|[^"\\()\[\],])*,(?:"(?:[^"\\]|\\.|"")*"|[^"\\()\[\],])*[\])]', re.DOTALL
+)
+
+
+def range_type(bound: pa.DataType) -> pa.DataType:
+    """The struct of a range over `bound`."""
+    return pa.struct(
+        [
+            pa.field("lower", bound),
+            pa.field("upper", bound),
+            pa.field("lower_inc", pa.bool_()),
+            pa.field("upper_inc", pa.bool_()),
+            pa.field("empty", pa.bool_()),
+        ]
+    )
+
+
+def range_of(bound: PgType, oid: int, name: str, array: int = 0, typmod: int = -1) -> PgType:
+    """The row of the range type `name` over `bound`."""
+    kind = range_type(bound.arrow(typmod))
+    misfits = f"bounds: {bound.misfits}" if bound.misfits and bound.arrow(typmod) != pa.utf8() else ""
+    return PgType(oid, name, lambda _: kind, _range_decoder(bound.decode), misfits, array)
+
+
+def _range_decoder(bound: Decode) -> Decode:
+    def not_empty(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        cells = cells_of(values, b"[(", b"])", b",", "range")
+        if (cells.counts != 2).any():
+            refuse("range")
+        outside = Texts(cells.texts.filter(pa.array(~cells.quoted)))
+        if np.isin(outside.data, np.frombuffer(b"[]()", np.uint8)).any():
+            refuse("range")
+        unbounded = (Texts(cells.texts).lengths == 0) & ~cells.quoted
+        decoded, misfit = decode_cells(cells, unbounded, bound, kind.field("lower").type)
+        t = Texts(values)
+        lower, upper = (decoded.take(pa.array(np.arange(side, len(decoded), 2))) for side in (0, 1))
+        inclusive = pa.array(t.at(0) == ord("[")), pa.array(t.at(-1) == ord("]"))
+        nothing = pa.array(np.zeros(len(t), bool))
+        mask = pa.array(misfit) if misfit.any() else None
+        return pa.StructArray.from_arrays([lower, upper, *inclusive, nothing], fields=list(kind), mask=mask)
+
+    @dense
+    def decode(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        empty = one_of(values, b"empty") == 0
+        if not empty.any():
+            return not_empty(values, kind)
+        ranges = not_empty(values.filter(pa.array(~empty)), kind)
+        neither = pa.array([{"lower_inc": False, "upper_inc": False, "empty": True}], kind)
+        at = np.where(empty, len(ranges), np.cumsum(~empty) - 1)
+        return pa.concat_arrays([ranges, neither]).take(pa.array(at))
+
+    return decode
+
+
+def multirange_of(one: PgType, oid: int, name: str, array: int = 0) -> PgType:
+    """The row of the multirange type over the range type `one`: a list of ranges, none of them empty."""
+
+    @dense
+    def decode(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+        found = [_split(value) for value in values.to_pylist()]
+        counts = np.fromiter(map(len, found), np.int64, len(found))
+        cells = Cells(
+            counts, pa.array([r for ranges in found for r in ranges], pa.binary()), np.zeros(counts.sum(), bool)
+        )
+        decoded, misfit = decode_cells(cells, cells.quoted, one.decode, kind.value_type)
+        offsets = pa.array(np.append(0, np.cumsum(counts)).astype(np.int32))
+        return pa.ListArray.from_arrays(offsets, decoded, type=kind, mask=pa.array(misfit) if misfit.any() else None)
+
+    return PgType(oid, name, lambda typmod: pa.list_(one.arrow(typmod)), decode, one.misfits, array)
+
+
+def _split(value: bytes) -> list[bytes]:
+    """The ranges of ``{[1,3),[5,8)}``."""
+    if value[:1] != b"{" or value[-1:] != b"}" or len(value) < 2:
+        refuse("multirange")
+    ranges = _RANGE.findall(value)
+    if b"{" + b",".join(ranges) + b"}" != value:
+        refuse("multirange")
+    return ranges
