@@ -88,6 +88,9 @@ class PartWriter:
         if not self.waiting:
             return
         table = pa.Table.from_batches(self.waiting, self.schema)
+        if table.num_rows < 1024 * len(self.waiting):
+            # The writer's work for each chunk would outweigh that for the rows.
+            table = table.combine_chunks()
         self.waiting, self.waiting_rows, self.waiting_bytes = [], 0, 0
         first, last = _positions(table)
         self.part = replace(
