@@ -145,10 +145,14 @@ def test_a_halted_server_comes_back_with_its_data_and_its_dsn(how: str) -> None:
         dsn = server.dsn()
         query(dsn, "CREATE TABLE t (id int); INSERT INTO t VALUES (1) RETURNING id")
         first = server.pid
+        # A busy session doesn't notice a kill -9 of its postmaster at once, and holds the shared memory meanwhile.
+        busy = psycopg.connect(dsn)
+        busy.pgconn.send_query(b"DO $$ BEGIN WHILE clock_timestamp() < now() + '1 s' LOOP END LOOP; END $$")
         server.halt(how)  # type: ignore[arg-type]
         assert not server.running
         assert gone(first)
         server.start()
+        busy.close()
         assert server.pid not in (0, first)
         assert query(dsn, "SELECT count(*) FROM t") == 1
     assert not server.data.exists()
@@ -208,19 +212,14 @@ def test_nothing_is_left_when_the_owner_dies(folder: Path, kept: bool, number: s
 
 def test_a_server_is_not_left_when_its_owner_dies_while_it_starts(folder: Path) -> None:
     program = """
-import signal, subprocess
-from pgoutput_source.embedded import server
-class Dies(subprocess.Popen):
-    def __init__(self, command, **options):
-        super().__init__(command, **options)
-        if str(command[0]).endswith("bin/postgres"):
-            print(self.pid, flush=True)
-            # The watchdog has been told of the process just after this returns; the file comes later.
-            signal.setitimer(signal.ITIMER_REAL, 0.002)
-signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-server.subprocess.Popen = Dies
-server.Server().start()
-time.sleep(60)
+import signal
+from pgoutput_source.embedded import Server
+class Dies(Server):
+    def _tell(self, line):
+        super()._tell(line)
+        print(self.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)  # before the server has written its postmaster.pid
+Dies().start()
 """
     owner = python(program, folder)
     with ended(owner):
@@ -264,26 +263,30 @@ def test_processes_that_start_at_once_share_one_server_and_its_data_stays(folder
 
 @pytest.mark.parametrize("stale", ["a number that is free", "a number of another program"])
 def test_a_stale_pid_file_does_not_stop_the_default_server(folder: Path, stale: str) -> None:
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    first = python(SHARER, folder)
+    with ended(first):
+        dsn = said(first)
+        pidfile = folder / ".pgoutput/data/postmaster.pid"
+        content = pidfile.read_text()
+        server = postmaster(folder)
+    assert wait_until(lambda: gone(server) and not pidfile.exists())
+    # Of the server's own account: of another's processes PostgreSQL itself thinks nothing.
+    account = pidfile.parent.stat()
+    other = subprocess.Popen(["sleep", "60"], user=account.st_uid if os.geteuid() == 0 else None)
     try:
-        first = python(SHARER, folder)
-        with ended(first):
-            dsn = said(first)
-            pidfile = folder / ".pgoutput/data/postmaster.pid"
-            content = pidfile.read_text()
-            server = postmaster(folder)
-        assert wait_until(lambda: gone(server) and not pidfile.exists())
         if stale == "a number that is free":
-            other.communicate(b"\n")
+            other.kill()
+            other.wait()
         pidfile.write_text(content.replace(str(server), str(other.pid), 1))
-        shutil.chown(pidfile, pidfile.parent.stat().st_uid, pidfile.parent.stat().st_gid)
+        shutil.chown(pidfile, account.st_uid, account.st_gid)
         second = python(SHARER, folder)
         with ended(second):
             assert said(second) == dsn
             assert query(dsn, "SELECT 1") == 1
         assert wait_until(lambda: not pidfile.exists())
     finally:
-        other.communicate(b"\n" if other.returncode is None else None)
+        other.kill()
+        other.wait()
 
 
 def test_a_folder_of_somebody_else_is_refused(folder: Path) -> None:

@@ -52,7 +52,7 @@ for line in sys.stdin:
 def exists():
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except OSError:
         return False
     return True
 def named():
@@ -69,7 +69,10 @@ if pid:
     wait(3, lambda: exists() and not named())
     for number, seconds in ((how, 20), (signal.SIGQUIT, 10), (signal.SIGKILL, 5)):
         if exists() and named():
-            os.kill(pid, number)
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                break
             wait(seconds, lambda: exists() and named())
 if doomed:
     shutil.rmtree(doomed, ignore_errors=True)
