@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from pgoutput_source.changes import ChangeBatch, ChangeSet, Position, TableSchema
     from pgoutput_source.errors import PgOutputError
+    from pgoutput_source.events import ChangeEvent
+    from pgoutput_source.reader import LogicalReplicationReader, PgOutputReader, peek
     from pgoutput_source.sinks.parquet import ParquetSink
     from pgoutput_source.source import PgOutputSource
     from pgoutput_source.wire import Lsn
@@ -19,25 +21,33 @@ __version__ = "0.1.0"
 
 _HOME: Final = {
     "ChangeBatch": "changes",
+    "ChangeEvent": "events",
     "ChangeSet": "changes",
+    "LogicalReplicationReader": "reader",
     "Lsn": "wire",
     "ParquetSink": "sinks.parquet",
     "PgOutputError": "errors",
+    "PgOutputReader": "reader",
     "PgOutputSource": "source",
     "Position": "changes",
     "TableSchema": "changes",
+    "peek": "reader",
 }
 
 __all__ = [
     "ChangeBatch",
+    "ChangeEvent",
     "ChangeSet",
+    "LogicalReplicationReader",
     "Lsn",
     "ParquetSink",
     "PgOutputError",
+    "PgOutputReader",
     "PgOutputSource",
     "Position",
     "TableSchema",
     "__version__",
+    "peek",
 ]
 
 

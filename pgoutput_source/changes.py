@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.events import ChangeEvent, events_of
 from pgoutput_source.schema import METADATA_COLUMNS, OP_CODE, OPS, Column, Position, TableSchema, metadata_fields
 from pgoutput_source.wire import Lsn
@@ -117,6 +118,26 @@ class ChangeSet:
     def tables(self) -> tuple[str, ...]:
         """Names of the tables that changed, in order of their first change."""
         return tuple(dict.fromkeys(b.table for b in self.batches))
+
+    def table(self, name: str) -> pa.Table:
+        """All changes of a table as one Arrow table; a column that only some of its versions have is null in others.
+
+        Args:
+            name: Schema and table: ``public.orders``.
+
+        Raises:
+            ConfigurationError: The table did not change, or the type of a column did.
+        """
+        versions = [pa.Table.from_batches([b.data]) for b in self.of(name)]
+        if not versions:
+            changed = ", ".join(self.tables) or "none"
+            raise ConfigurationError(f"there are no changes of table {name!r}", hint=f"tables with changes: {changed}")
+        try:
+            return pa.concat_tables(versions, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
+            raise ConfigurationError(
+                f"the columns of table {name!r} changed their types", hint=f"take its batches one by one: of({name!r})"
+            ) from e
 
     def events(self) -> Iterator[ChangeEvent]:
         """Each change of all tables as an event, in the exact order in which PostgreSQL sent them."""

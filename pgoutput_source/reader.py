@@ -1,0 +1,533 @@
+"""Reading a slot in plain Python: `PgOutputReader`, `peek`, and pypgoutput's `LogicalReplicationReader`.
+
+Everything below is joined here, without Bytewax. What PostgreSQL may forget is in the hands of who reads: only what
+`ack` was called for. An acknowledgement is kept back to the end of a whole transaction, because the server knows no
+other unit: it sends a transaction again from its beginning or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import psycopg
+from psycopg.conninfo import make_conninfo
+from pydantic import BaseModel
+
+from pgoutput_source import catalog
+from pgoutput_source.changes import ChangeSet, Position
+from pgoutput_source.connection import Connection, connect, quote_name, server_error
+from pgoutput_source.errors import ConfigurationError, PgOutputError
+from pgoutput_source.events import ChangeEvent, TableFacts, events_of, row_model
+from pgoutput_source.replication import ReplicationStream
+from pgoutput_source.schema import Column, TableSchema
+from pgoutput_source.settings import SourceSettings
+from pgoutput_source.transactions import Assembler
+from pgoutput_source.types import OPAQUE, type_of
+from pgoutput_source.wire import Lsn, XLogData
+
+logger = logging.getLogger(__name__)
+
+Acknowledged: TypeAlias = ChangeEvent | ChangeSet | Position
+"""What `ack` takes: everything up to and including it is done with."""
+
+_WAIT = 0.2  # seconds; how long stop() may go unnoticed
+_SETTLE = 1.0  # seconds
+_NOTHING = Position(Lsn(0), -1)
+_PIECE = 32_768  # messages of a peek that are decoded together
+
+
+class PgOutputReader:
+    """The committed changes of a publication, in commit order: one by one, or columnar with `sets()`.
+
+    Delivery is at least once: a new reader goes on behind what the last one acknowledged. Changes come again if they
+    were not acknowledged, or if their transaction was not acknowledged to its end; none is ever left out. While the
+    body of the loop takes its time the server's keepalives are answered.
+
+    Args:
+        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables, and None stands for
+            the embedded server.
+        slot: The replication slot's name.
+        publication: One name or several.
+        create: Create the publication (for all tables) and then the slot where they are missing.
+        until: None reads for ever; "current" ends once everything committed before the start was given out; an LSN
+            such as "0/16B3748" ends there.
+        options: The other fields of `SourceSettings`.
+
+    Raises:
+        ConfigurationError: An option has no meaning or a wrong value. Nothing is connected before the reader is
+            entered or iterated.
+
+    Example:
+        >>> from pgoutput_source import shop
+        >>> from pgoutput_source.embedded import Server
+        >>> with Server() as server:
+        ...     shop.create(server.dsn())
+        ...     with PgOutputReader(server.dsn(), slot="orders", publication="shop", create=True, until="current") as r:
+        ...         for change in r:
+        ...             r.ack(change)
+    """
+
+    def __init__(
+        self,
+        dsn: str | None = None,
+        *,
+        slot: str,
+        publication: str | Iterable[str],
+        create: bool = False,
+        until: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.settings = SourceSettings.of(
+            dsn=dsn, slot=slot, publication=publication, create=create, until=until, **options
+        )
+        self._stopping = False
+        self._closed = False
+        self._failure: Exception | None = None
+        self._polling = threading.Lock()  # the stream has one owner: who polls, or who closes
+        self._poller: int | None = None
+        self._stream: ReplicationStream | None = None
+        self._set: ChangeSet | None = None  # fetched, and not yet taken
+        self._rest: Iterator[ChangeEvent] = iter(())  # of the set that is being given out as events
+        self._given: ChangeEvent | Position = _NOTHING
+        self._by_set: bool | None = None
+        self._facts: dict[TableSchema, TableFacts | None] = {}
+        # What follows belongs to the acknowledgements, which may come from any thread.
+        self._acknowledging = threading.Lock()
+        self._acked = _NOTHING
+        self._ends: deque[Position] = deque()  # the last position of each transaction that is not acknowledged
+        self._fetched = Lsn(0)  # everything below it was fetched, and is in `_ends` until it is acknowledged
+        self._confirmed = Lsn(0)
+
+    # -- a life ---------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Connect, check slot and publication, and start to stream; entering and iterating do it.
+
+        Raises:
+            ServerError: The slot, the publication or the server can't be used; each with its remedy.
+        """
+        if self._stream is not None or self._closed:
+            return
+        settings = self.settings
+        self._dsn = catalog.connection_string(settings)
+        with connect(self._dsn) as connection:
+            self._prepare(connection)
+            slot = catalog.check(connection, settings)
+            system = catalog.identify(connection)
+            self._until = None if settings.until is None else _target(settings.until, connection)
+        self._confirmed = self._fetched = slot.confirmed_flush_lsn or Lsn(0)
+        origin = (("system", str(system.system_id)), ("database", system.database), ("slot", settings.slot))
+        self._assembler = Assembler(origin, on_misfit=settings.on_misfit)
+        self._stream = ReplicationStream(
+            self._dsn,
+            slot=settings.slot,
+            publications=settings.publication,
+            status_interval=settings.status_interval,
+            reconnect_seconds=settings.reconnect_seconds,
+            slot_wait_seconds=settings.slot_wait_seconds,
+        )
+        self._stream.start(self._confirmed)
+        self._generation = self._stream.generation
+        logger.info("slot %s: streaming from %s", settings.slot, self._confirmed)
+
+    def _prepare(self, connection: Connection) -> None:
+        if self.settings.create:
+            catalog.create(connection, self.settings)
+
+    def stop(self) -> None:
+        """End the iteration before the next change; from another thread or a signal handler. Nothing is lost by it."""
+        self._stopping = True
+
+    def close(self, *, graceful: bool = True) -> None:
+        """End the stream; the slot is free then, and with `graceful` the server has read the last acknowledgement."""
+        self._stopping = self._closed = True
+        if self._poller == threading.get_ident():
+            return  # called by a signal handler in the midst of a poll: the iteration closes as it ends
+        with self._polling:
+            if self._stream is None:
+                return
+            if graceful:
+                self._settle(self._stream)
+            self._stream.close(graceful=graceful)
+            self._stream = None
+
+    def _settle(self, stream: ReplicationStream) -> None:
+        """Look for the commit of a transaction that was acknowledged to its last change, so that it really is."""
+        deadline = time.monotonic() + _SETTLE
+        try:
+            while self._ends and self._ends[0] <= self._acked and time.monotonic() < deadline:
+                self._poll(stream)  # what comes behind it is not given out, so it comes again
+        except PgOutputError as e:
+            logger.warning("slot %s: the last acknowledgement is lost: %s", self.settings.slot, e.message)
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A server that is gone would answer a graceful end with an error that hides the one that matters.
+        self.close(graceful=not isinstance(error, PgOutputError))
+
+    # -- changes --------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Self:
+        """Each change as an event. A loop that was left goes on where it was when another one starts."""
+        return self
+
+    def __next__(self) -> ChangeEvent:
+        while not self._stopping:
+            with self._failing():
+                event = next(self._rest, None)
+                if event is not None:
+                    self._given = event
+                    return event
+                if not self._begin():
+                    break
+        self._end()
+        raise StopIteration
+
+    def __aiter__(self) -> Self:
+        """Each change as an event; the event loop is free while a thread waits for the next ones."""
+        return self
+
+    async def __anext__(self) -> ChangeEvent:
+        while not self._stopping:
+            with self._failing():
+                event = next(self._rest, None)
+                if event is not None:
+                    self._given = event
+                    return event
+                if not await asyncio.to_thread(self._begin):
+                    break
+        self._end()
+        raise StopAsyncIteration
+
+    def sets(self) -> Iterator[ChangeSet]:
+        """Each `ChangeSet`: what one poll brought, columnar by table, with logical decoding messages.
+
+        Raises:
+            ConfigurationError: The reader is iterated by events already.
+        """
+        while True:
+            with self._failing():
+                if not self._fetch(by_set=True):
+                    break
+            changes, self._set = self._set, None
+            assert changes is not None
+            self._given = _last_positions(changes, messages=True)[-1]
+            yield changes
+        self._end()
+
+    def _begin(self) -> bool:
+        """Wait for the next set and begin to give it out as events; False at the end."""
+        if not self._fetch(by_set=False):
+            return False
+        assert self._set is not None
+        self._rest = events_of(self._set, self._facts_of)
+        self._set = None
+        return True
+
+    def _fetch(self, *, by_set: bool) -> bool:
+        """Wait until there is a set in `_set`; False at the end."""
+        if self._by_set not in (None, by_set):
+            raise ConfigurationError(
+                "this reader gives out events and sets at once",
+                hint="iterate it either by events or with sets(); a set gives its events with set.events()",
+            )
+        self._by_set = by_set
+        self.open()
+        while self._set is None and not self._stopping:
+            with self._polling:
+                if self._stream is None:
+                    break
+                self._poller = threading.get_ident()
+                try:
+                    changes = self._poll(self._stream)
+                finally:
+                    self._poller = None
+            if len(changes) or (by_set and changes.messages):
+                self._set = changes
+            elif self._until is not None and not self._assembler.in_transaction and self._fetched >= self._until:
+                break
+        return self._set is not None and not self._stopping
+
+    def _poll(self, stream: ReplicationStream) -> ChangeSet:
+        frames = stream.poll(max_frames=self.settings.max_frames, max_bytes=self.settings.max_bytes, timeout=_WAIT)
+        if stream.generation != self._generation:
+            self._generation = stream.generation
+            self._assembler.reconnected()
+        changes = self._assembler.feed(frames)
+        found = _last_positions(changes, messages=bool(self._by_set))
+        with self._acknowledging:
+            if found and self._ends and self._ends[-1].commit_lsn == found[0].commit_lsn:
+                self._ends.pop()  # the transaction has gone on
+            self._ends.extend(found)
+            # While no transaction is open, all that the server has looked through counts as fetched, even if it sent
+            # nothing of it: otherwise a quiet publication would keep the WAL of a busy database for ever.
+            self._fetched = max(self._fetched, self._assembler.end_lsn)
+            if not self._assembler.in_transaction:
+                self._fetched = max(self._fetched, stream.keepalive_lsn)
+            self._acknowledge()
+        return changes
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """An error ends the reader: going on behind it would leave changes out. It is raised again, if asked again."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except Exception as e:
+            self._failure = e
+            raise
+
+    def _end(self) -> None:
+        if self._closed:
+            self.close()
+
+    # -- acknowledging --------------------------------------------------------------------------------------------
+
+    def ack(self, what: Acknowledged) -> None:
+        """Everything up to and including `what` is done with: PostgreSQL may forget it and will not send it again.
+
+        In the middle of a transaction it counts only up to the one before: the rest follows with its last change.
+
+        Args:
+            what: An event, a set or a position that this reader has given out.
+
+        Raises:
+            ConfigurationError: The reader has not given it out.
+        """
+        match what:
+            case ChangeEvent():
+                position = what.position
+            case ChangeSet():
+                position = max(_last_positions(what, messages=True), default=_NOTHING)
+            case _:
+                position = what
+        if what is not self._given:
+            given = self._given.position if isinstance(self._given, ChangeEvent) else self._given
+            if position > given:
+                raise ConfigurationError(
+                    f"position {position} was not given out by this reader",
+                    hint="acknowledge what you have got from it",
+                )
+        with self._acknowledging:
+            self._acked = max(self._acked, position)
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        done: Position | None = None
+        # Once a transaction's commit record was fetched, its last position is known to be its last.
+        while self._ends and self._ends[0] <= self._acked and self._ends[0].commit_lsn < self._fetched:
+            done = self._ends.popleft()
+        if not self._ends:
+            lsn = self._fetched
+        elif done is not None:
+            # The server sends a transaction if its commit record begins at the acknowledged position or after it.
+            lsn = Lsn(done.commit_lsn + 1)
+        else:
+            return
+        if self._stream is not None and lsn > self._confirmed:
+            self._confirmed = lsn
+            self._stream.acknowledge(lsn)
+
+    # -- tables ---------------------------------------------------------------------------------------------------
+
+    def model(self, table: str) -> type[BaseModel]:
+        """A pydantic model of the rows of a table, as it is now; see `events.row_model`.
+
+        Args:
+            table: Schema and table: ``public.orders``.
+
+        Raises:
+            ConfigurationError: There is no such table.
+        """
+        with connect(catalog.connection_string(self.settings)) as connection:
+            schema = _table_schema(connection, table)
+            return row_model(schema, _table_facts(connection, schema.relation_id))
+
+    def _facts_of(self, schema: TableSchema) -> TableFacts | None:
+        if schema not in self._facts:
+            with connect(self._dsn) as connection:
+                self._facts[schema] = _table_facts(connection, schema.relation_id)
+        return self._facts[schema]
+
+
+def _target(until: str, connection: Connection) -> Lsn:
+    return catalog.current_lsn(connection) if until == "current" else Lsn(until)
+
+
+def _last_positions(changes: ChangeSet, *, messages: bool) -> list[Position]:
+    """The last position of each transaction in a set, in order; a message stands at its transaction's beginning."""
+    if not changes.batches and not (messages and changes.messages):
+        return []
+    lsns = [b.data.column("_commit_lsn").to_numpy() for b in changes.batches]
+    seqs = [b.data.column("_seq").to_numpy() for b in changes.batches]
+    if messages and changes.messages:
+        lsns.append(np.array([m.lsn if m.commit_lsn is None else m.commit_lsn for m in changes.messages], np.uint64))
+        seqs.append(np.zeros(len(changes.messages), np.uint64))
+    lsn, seq = np.concatenate(lsns), np.concatenate(seqs)
+    order = np.lexsort((seq, lsn))
+    lsn, seq = lsn[order], seq[order]
+    last = np.append(lsn[1:] != lsn[:-1], True)
+    return [Position(Lsn(x), y) for x, y in zip(lsn[last].tolist(), seq[last].tolist(), strict=True)]
+
+
+# -- without consuming ----------------------------------------------------------------------------------------------
+
+
+def peek(dsn: str | None = None, *, slot: str, publication: str | Iterable[str], limit: int = 100_000) -> ChangeSet:
+    """What a slot holds now, as one `ChangeSet`; nothing is consumed.
+
+    ``peek(…).table("public.orders")`` is an Arrow table, which Polars and DuckDB take as it is.
+    https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
+
+    Args:
+        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables, and None stands for
+            the embedded server.
+        slot: The replication slot's name.
+        publication: One name or several.
+        limit: Messages after which the server looks at no further transaction. It always shows whole ones.
+
+    Raises:
+        SlotNotFound: There is no such slot; the hint has the SQL that makes it.
+        SlotInUse: Somebody streams from it now.
+        ServerError: Server, slot or publication can't be used.
+
+    Example:
+        >>> from pgoutput_source import shop
+        >>> from pgoutput_source.embedded import Server
+        >>> with Server() as server:
+        ...     shop.create(server.dsn())
+        ...     peek(server.dsn(), slot="explore", publication="shop")
+        Traceback (most recent call last):
+        pgoutput_source.errors.SlotNotFound: ...
+    """
+    settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication)
+    with connect(catalog.connection_string(settings)) as connection:
+        catalog.check(connection, settings)
+        system = catalog.identify(connection)
+        origin = (("system", str(system.system_id)), ("database", system.database), ("slot", slot))
+        assembler = Assembler(origin)
+        sets = []
+        names = ",".join(map(quote_name, settings.publication))
+        try:
+            with psycopg.Cursor(connection) as cursor:
+                cursor.execute(
+                    "SELECT lsn - '0/0'::pg_lsn, data FROM pg_logical_slot_peek_binary_changes"
+                    "(%s, NULL, %s, 'proto_version', '1', 'publication_names', %s, 'messages', 'true')",
+                    [slot, limit, names],
+                    binary=True,
+                )
+                while rows := cursor.fetchmany(_PIECE):
+                    frames = [XLogData(Lsn(int(lsn)), Lsn(int(lsn)), 0, data).encode() for lsn, data in rows]
+                    sets.append(assembler.feed(frames))
+        except psycopg.Error as e:
+            raise server_error(e, slot=slot, publications=settings.publication, streaming=True) from e
+    return ChangeSet(tuple(b for s in sets for b in s.batches), tuple(m for s in sets for m in s.messages))
+
+
+# -- pypgoutput's face ----------------------------------------------------------------------------------------------
+
+
+class LogicalReplicationReader(PgOutputReader):
+    """The reader of pypgoutput 0.0.3: the same arguments, the same iteration, the same JSON.
+
+    It makes the slot if it is missing, though not the publication. A change is acknowledged when the next one is asked
+    for. Unlike pypgoutput it never ends silently: what goes wrong is raised.
+
+    Args:
+        publication_name: The publication.
+        slot_name: The replication slot.
+        dsn: A libpq connection string or URL.
+        kwargs: libpq's options, such as `host`, `port`, `database`, `user` and `password`; None leaves one out. With
+            no option and no DSN libpq's own environment variables say where to connect.
+    """
+
+    def __init__(self, publication_name: str, slot_name: str, dsn: str | None = None, **kwargs: str | None) -> None:
+        given = {"dbname" if k == "database" else k: v for k, v in kwargs.items() if v is not None}
+        try:
+            conninfo = make_conninfo(dsn or "", **given)
+        except psycopg.ProgrammingError as e:
+            raise ConfigurationError(
+                "the connection options can't be used", hint="give options of libpq: host, port, database, user …"
+            ) from e
+        super().__init__(conninfo, slot=slot_name, publication=publication_name, slot_wait_seconds=0)
+        self.open()
+
+    def _prepare(self, connection: Connection) -> None:
+        catalog.create_publication_and_slot(connection, slot=self.settings.slot, publications=())
+
+    def __next__(self) -> ChangeEvent:
+        if isinstance(self._given, ChangeEvent):
+            self.ack(self._given)
+        return super().__next__()
+
+    def stop(self) -> None:
+        """End the iteration and the connection: the slot is free then."""
+        super().stop()
+        self.close()
+
+
+# -- the catalogue --------------------------------------------------------------------------------------------------
+
+
+def _table_facts(connection: Connection, relation_id: int) -> TableFacts | None:
+    rows = connection.execute(
+        "SELECT a.attname::text, a.attnotnull, coalesce(a.attnum = ANY (i.indkey), false)"
+        "  FROM pg_catalog.pg_attribute a"
+        "  LEFT JOIN pg_catalog.pg_index i ON i.indrelid = a.attrelid AND i.indisprimary"
+        " WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped",
+        [relation_id],
+    ).fetchall()
+    if not rows:
+        return None  # dropped since
+    return TableFacts(
+        primary_key=frozenset(name for name, _, key in rows if key),
+        not_null=frozenset(name for name, not_null, _ in rows if not_null),
+    )
+
+
+def _table_schema(connection: Connection, table: str) -> TableSchema:
+    """A table as the catalogue describes it now."""
+    namespace, _, name = table.partition(".")
+    rows = connection.execute(
+        "SELECT c.oid, c.relreplident::text, a.attname::text, a.atttypid, a.atttypmod,"
+        "       pg_catalog.format_type(a.atttypid, NULL)"
+        "  FROM pg_catalog.pg_class c"
+        "  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+        "  JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
+        " WHERE n.nspname = %s AND c.relname = %s ORDER BY a.attnum",
+        [namespace, name],
+    ).fetchall()
+    if not rows:
+        raise ConfigurationError(f"there is no table {table!r}", hint="write schema and table: 'public.orders'")
+    return TableSchema(
+        relation_id=rows[0][0],
+        namespace=namespace,
+        name=name,
+        replica_identity=rows[0][1],
+        columns=tuple(
+            Column(
+                column,
+                oid,
+                typmod,
+                False,
+                type_name if type_of(oid) is OPAQUE else type_of(oid).name,
+                type_of(oid).arrow(typmod),
+            )
+            for _, _, column, oid, typmod, type_name in rows
+        ),
+    )
