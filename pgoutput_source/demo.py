@@ -185,6 +185,7 @@ def _shop(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
+        process.stdin.close()
 
 
 def _watch(
@@ -217,7 +218,7 @@ def _catch_up(connection: psycopg.Connection[Any], flow: subprocess.Popen[bytes]
                     f"the flow has not acknowledged {target} within {PATIENCE:.0f} s",
                     hint=f"its log is {out / 'flow.log'}",
                 )
-            line.show(f"{passed:4.0f} s  the shop is closed, the flow catches up: {_progress(connection, out, 0)}")
+            line.show(f"{passed:4.0f} s  the shop is closed · {_progress(connection, out, 0)}")
             time.sleep(0.2)
 
 
@@ -275,12 +276,13 @@ def _progress(connection: psycopg.Connection[Any], out: Path, seconds: float) ->
     unsent, unacknowledged = connection.execute(_LAG).fetchone() or (0, 0)
     told = _lines(out / "shop.log")
     changes = sum(told[-1][kind] for kind in ("inserted", "updated", "deleted")) if told else 0
-    files = _lines(out / "orders" / "_index.jsonl")
     # The shop tells once a second, so its last line is of the second len(told).
     rate = f" ({changes / len(told):,.0f}/s)" if told and seconds else ""
+    published = _lines(out / "orders" / "_index.jsonl")
+    staged = sum(1 for part in out.glob("orders/_staging/*") if part.suffix in (".staged", ".committed", ".unproven"))
     return (
-        f"{changes:,} changes{rate}, lag {unsent / 1e6:.1f} MB sent late, {unacknowledged / 1e6:.1f} MB not yet "
-        f"acknowledged, {len(files)} files of {sum(entry['rows'] for entry in files):,} order changes"
+        f"{changes:,} changes{rate} · lag {unsent / 1e6:.1f} MB, {unacknowledged / 1e6:.1f} MB unacknowledged · "
+        f"{len(published)} files published, {staged} parts staged"
     )
 
 
@@ -300,12 +302,11 @@ def _report(verdict: Verdict, duck: Any, out: Path, seconds: float) -> None:
     size = sum(file.stat().st_size for file in files)
     print(f"They hold {verdict.changes:,} changes in {len(files)} files, {size / 1e6:.1f} MB. The last of them:")
     columns = ("_op", "_commit_ts", "id", "customer_id", "status", "amount")
-    print("  " + "  ".join(columns))
     # As text, so that no library for time zones is needed.
     texts = ", ".join(f"{name}::varchar" for name in columns)
-    last = f"SELECT {texts} FROM changes ORDER BY _commit_lsn DESC, _seq DESC LIMIT 5"
-    for row in duck.execute(last).fetchall():
-        print("  " + "  ".join(str(value) for value in row))
+    last = duck.execute(f"SELECT {texts} FROM changes ORDER BY _commit_lsn DESC, _seq DESC LIMIT 5").fetchall()
+    for row in (columns, *last):
+        print("  {:<5}{:<31}{:<9}{:<13}{:<10}{:>10}".format(*row))
     print(
         f"Look at them:  duckdb -c \"FROM '{orders}/*.parquet' LIMIT 10\"   or   pl.read_parquet('{orders}/*.parquet')"
     )

@@ -14,6 +14,7 @@ import pytest
 from conftest import Database
 
 from pgoutput_source import demo, shop
+from pgoutput_source.errors import PgOutputError
 from pgoutput_source.transactions import Assembler
 from pgoutput_source.wire import XLOG_DATA_HEADER
 
@@ -55,6 +56,33 @@ class Captured:
 @pytest.fixture
 def captured(db: Database, tmp_path: Path) -> Captured:
     return Captured(db, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_demonstration_passes_on_the_real_flow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setenv("PGOUTPUT_DSN", "host=nowhere")  # what is configured outside must not matter
+    monkeypatch.setenv("PGOUTPUT_UNTIL", "0/1")
+    assert demo.run(3, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "agree with the tables, in every row of" in said
+    (out,) = tmp_path.iterdir()
+    assert list(out.glob("orders/*.parquet"))
+    assert str(out) in said
+
+
+def test_a_flow_that_ends_early_is_an_error_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "__init__.py").touch()
+    (tmp_path / "flows" / "orders_cdc.py").write_text("raise SystemExit('closed for today')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    with pytest.raises(PgOutputError, match=r"the flow ended with code 1:\n.*closed for today"):
+        demo.run(60, tmp_path / "out")
 
 
 def test_files_that_hold_every_change_agree_with_the_tables(captured: Captured) -> None:
