@@ -268,7 +268,7 @@ def group_key(values: pa.Array, field: pa.Field) -> pa.Array:
         ConfigurationError: Values of this type can't be grouped.
     """
     values = numbers(values, field)
-    if pa.types.is_floating(values.type):
+    if pa.types.is_floating(values.type) and len(values):
         valid = None if not values.null_count else pc.is_null(values).to_numpy(zero_copy_only=False)
         plain = pc.fill_null(values, 0).to_numpy() + 0.0  # -0.0 becomes 0.0
         plain[np.isnan(plain)] = np.nan
@@ -309,6 +309,31 @@ def is_plain(kind: pa.DataType) -> bool:
     ) and not t.is_interval(kind)
 
 
+def referenced(where: pc.Expression | None, schema: pa.Schema) -> tuple[str, ...]:
+    """The columns that an expression is about.
+
+    Raises:
+        ConfigurationError: It is about a column that there is not.
+    """
+    if where is None:
+        return ()
+    try:
+        schema.empty_table().filter(where)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        raise ConfigurationError(
+            f"where= does not fit the table: {e}",
+            hint="compare each column with a value of its own type, numeric with Decimal",
+        ) from e
+    names = []
+    for name in schema.names:
+        # An expression does not tell, but without a column that it needs it fails.
+        try:
+            schema.empty_table().drop_columns([name]).filter(where)
+        except pa.ArrowInvalid:
+            names.append(name)
+    return tuple(names)
+
+
 def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], prefix: str = "") -> None:
     """Raise for a value that its column's Arrow type can't hold: its cell is null, but it is not NULL.
 
@@ -328,7 +353,7 @@ def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], prefix: str = "
                     table=_metadata(data.schema, b"pg.table"),
                     column=name.removeprefix(prefix),
                     lsn=data.column("_lsn")[row].as_py() if "_lsn" in data.schema.names else None,
-                    hint='leave such rows out, before or with where=pc.field("_raw").is_null()',
+                    hint='map_batches can give it a value; windows can leave it out: where=pc.field("_raw").is_null()',
                 )
 
 

@@ -15,11 +15,12 @@ from bytewax import operators as op
 from bytewax.dataflow import Stream, operator
 from bytewax.outputs import FixedPartitionedSink
 
+from pgoutput_source.aggregates import aggregate
 from pgoutput_source.changes import ChangeBatch, ChangeSet
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.windows import WindowStream, window
 
-__all__ = ["WindowStream", "filter", "output", "table", "window"]
+__all__ = ["WindowStream", "aggregate", "filter", "output", "table", "window"]
 
 Predicate: TypeAlias = Callable[[pa.RecordBatch], pa.BooleanArray]
 Batch: TypeAlias = ChangeBatch | pa.RecordBatch

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +120,15 @@ class Workload:
                 yield changes
 
 
+def plain(value: Any) -> Any:
+    """A value as it compares with PostgreSQL's: numbers by value, floats to 12 digits, NaN equal to itself."""
+    if isinstance(value, float):
+        return "NaN" if math.isnan(value) else float(f"{value:.12g}") + 0.0
+    return value.normalize() + 0 if isinstance(value, Decimal) else value
+
+
 def run_flow(
-    flow: Dataflow, *, recovery: Path | None = None, epochs: timedelta = timedelta(0), workers: int = 0
+    flow: Dataflow, *, recovery: Path | None = None, epochs: timedelta | None = None, workers: int = 0
 ) -> None:
     """Run a flow to its end, or to TestingSource's ABORT, with a recovery store that is made if it is missing."""
     config = None
@@ -128,6 +137,8 @@ def run_flow(
             recovery.mkdir()
             init_db_dir(recovery, 1)  # type: ignore[no-untyped-call]
         config = RecoveryConfig(recovery, timedelta(0))  # type: ignore[no-untyped-call]
+    if epochs is None:
+        epochs = timedelta(seconds=10) if recovery is None else timedelta(0)
     options = {"epoch_interval": epochs, "recovery_config": config}
     if workers:
         cluster_main(flow, [], 0, worker_count_per_proc=workers, **options)  # type: ignore[no-untyped-call]

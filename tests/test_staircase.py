@@ -45,6 +45,7 @@ STAIRCASE = (
     "testing",
     "groups",
     "rows",
+    "sums",
     "windows",
     "aggregates",
     "operators",

@@ -1,0 +1,353 @@
+"""Accumulators that can take back: counts, exact sums and extremes of many groups, each group at a slot.
+
+Rows come in by the thousand, each with a group and a sign: +1 for a row that is there now, -1 for one that no longer
+is. Sums are exact, floats too, so that what was added and taken back leaves nothing behind: integers and decimals are
+added limb by limb, floats as integers times powers of two. Python's integers hold the totals and can't overflow.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pgoutput_source.errors import DecodeError, StateError
+from pgoutput_source.groups import numbers, operand
+from pgoutput_source.rows import arrow, encode, keys_of
+
+Ints: TypeAlias = NDArray[np.int64]
+
+MOST_ROWS: Final = 1 << 20
+"""So many rows may be added at once: bincount adds float64s, in which the sum of as many 32-bit limbs is exact."""
+
+_POWER: Final = 1200  # floats are summed up as multiples of 2**-1200; the smallest is 2**-1074
+
+
+class Accumulator(ABC):
+    """What one function keeps of one column, for every slot."""
+
+    def __init__(self, field: pa.Field) -> None:
+        self.field = field
+
+    @abstractmethod
+    def grow(self, slots: int) -> None:
+        """Make room up to `slots`, empty."""
+
+    @abstractmethod
+    def add(self, slots: Ints, group: Ints, values: pa.Array, sign: Ints) -> None:
+        """Add rows, or take them back: `slots[group[i]]` is where row i belongs."""
+
+    @abstractmethod
+    def clear(self, slots: Ints) -> None:
+        """Make these slots empty."""
+
+    @abstractmethod
+    def state(self, slots: Ints) -> Any:
+        """What is kept of these slots, as fresh builtins."""
+
+    @abstractmethod
+    def restore(self, state: Any) -> None:
+        """What `state` gave, at the slots 0, 1, 2 …"""
+
+    def changed(self, field: pa.Field) -> None:
+        """The column has another type from now on.
+
+        Raises:
+            StateError: Values of both types don't go together.
+        """
+        if not goes_with(self.field.type, field.type):
+            raise StateError(
+                f"a column has changed its type from {self.field.type} to {field.type}",
+                column=field.name,
+                hint="start afresh with a new recovery folder, or another step name",
+            )
+        self.field = field
+
+
+def goes_with(old: pa.DataType, new: pa.DataType) -> bool:
+    """Whether values of both types can be added and compared."""
+    t = pa.types
+    exact = all(t.is_integer(kind) or t.is_decimal(kind) for kind in (old, new))
+    return bool(old == new or exact or (t.is_floating(old) and t.is_floating(new)))
+
+
+class Count(Accumulator):
+    """How many values are not NULL."""
+
+    def __init__(self, field: pa.Field) -> None:
+        super().__init__(field)
+        self.counts = np.zeros(0, np.int64)
+
+    def grow(self, slots: int) -> None:
+        self.counts = grown(self.counts, slots)
+
+    def add(self, slots: Ints, group: Ints, values: pa.Array, sign: Ints) -> None:
+        if values.null_count:
+            valid = pc.is_valid(values).to_numpy(zero_copy_only=False)
+            group, sign = group[valid], sign[valid]
+        self.counts[slots] += counted(group, sign, len(slots))
+
+    def clear(self, slots: Ints) -> None:
+        self.counts[slots] = 0
+
+    def state(self, slots: Ints) -> Any:
+        return self.counts[slots].tobytes()
+
+    def restore(self, state: Any) -> None:
+        self.counts = np.frombuffer(state, np.int64).copy()
+
+    def changed(self, field: pa.Field) -> None:
+        self.field = field
+
+    def of(self, slots: Ints) -> pa.Array:
+        """The counts."""
+        return pa.array(self.counts[slots])
+
+
+class Sum(Accumulator):
+    """The exact sum of integers or decimals, as a multiple of 10**-scale."""
+
+    def __init__(self, field: pa.Field) -> None:
+        super().__init__(field)
+        self.totals: NDArray[np.object_] = np.zeros(0, object)
+        self.scale = 0
+
+    def grow(self, slots: int) -> None:
+        self.totals = grown(self.totals, slots)
+
+    def add(self, slots: Ints, group: Ints, values: pa.Array, sign: Ints) -> None:
+        if values.null_count:
+            valid = pc.is_valid(values).to_numpy(zero_copy_only=False)
+            values, group, sign = values.drop_null(), group[valid], sign[valid]
+        if not len(values):
+            return
+        values = numbers(values, self.field)
+        decimal = pa.types.is_decimal(values.type)
+        if not decimal:
+            values = values.cast(pa.int64())
+        scale = values.type.scale if decimal else 0
+        if scale > self.scale:
+            self.totals *= 10 ** (scale - self.scale)
+            self.scale = scale
+        width = values.type.bit_width // 32
+        limbs = np.frombuffer(values.buffers()[1], "<u4").reshape(-1, width)[values.offset :][: len(values)]
+        totals: NDArray[np.object_] = np.zeros(len(slots), object)
+        # What lies above 18 digits only repeats the sign.
+        used = 2 if decimal and values.type.precision <= 18 else width
+        for i in range(used):
+            # The uppermost limb carries the sign.
+            limb = limbs[:, i].view("<i4") if i == used - 1 else limbs[:, i]
+            part = np.bincount(group, limb * sign, len(slots)).astype(np.int64).astype(object)
+            totals += part << (32 * i)
+        self.totals[slots] += totals * 10 ** (self.scale - scale)
+
+    def clear(self, slots: Ints) -> None:
+        self.totals[slots] = 0
+
+    def state(self, slots: Ints) -> Any:
+        return {"scale": self.scale, "totals": self.totals[slots].tolist()}
+
+    def restore(self, state: Any) -> None:
+        self.scale = state["scale"]
+        self.totals = np.array([*state["totals"], None], object)[:-1]
+
+    def of(self, slots: Ints, counts: Ints) -> pa.Array:
+        """The sums, NULL where nothing was counted.
+
+        Raises:
+            DecodeError: One is beyond int64 or 38 digits.
+        """
+        totals = self.totals[slots].tolist()
+        kind = self.field.type
+        if pa.types.is_integer(kind):
+            kind = pa.int64() if self.scale == 0 else pa.decimal128(38, self.scale)
+        elif pa.types.is_decimal256(kind):
+            kind = pa.decimal256(76, self.scale)
+        else:
+            kind = pa.decimal128(38, self.scale)
+        limit = 2**63 if pa.types.is_integer(kind) else 10**kind.precision
+        if not all(-limit < total < limit for total in totals):
+            raise DecodeError(
+                f"the sum of {self.field.name} is beyond {kind}",
+                column=self.field.name,
+                hint="sum in smaller groups, or sum a scaled column that cdc.map_batches adds",
+            )
+        size = kind.bit_width // 8
+        words = b"".join(total.to_bytes(size, "little", signed=True) for total in totals)
+        return pa.Array.from_buffers(kind, len(totals), [validity(counts > 0), pa.py_buffer(words)])
+
+    def means(self, slots: Ints, counts: Ints) -> pa.Array:
+        """The sums by the counts, correctly rounded, NULL where nothing was counted."""
+        unit = 10**self.scale
+        return pa.array(
+            [t / (unit * n) if n > 0 else None for t, n in zip(self.totals[slots], counts.tolist(), strict=True)],
+            pa.float64(),
+        )
+
+
+class FloatSum(Accumulator):
+    """The exact sum of floats, as a multiple of 2**-1200; NaN and the infinities are counted beside it."""
+
+    def __init__(self, field: pa.Field) -> None:
+        super().__init__(field)
+        self.totals: NDArray[np.object_] = np.zeros(0, object)
+        self.special = np.zeros((0, 3), np.int64)  # NaN, Infinity, -Infinity
+
+    def grow(self, slots: int) -> None:
+        self.totals, self.special = grown(self.totals, slots), grown(self.special, slots)
+
+    def add(self, slots: Ints, group: Ints, values: pa.Array, sign: Ints) -> None:
+        if values.null_count:
+            valid = pc.is_valid(values).to_numpy(zero_copy_only=False)
+            values, group, sign = values.drop_null(), group[valid], sign[valid]
+        floats = values.to_numpy(zero_copy_only=False).astype(np.float64)
+        finite = np.isfinite(floats)
+        if not finite.all():
+            for i, is_it in enumerate((np.isnan(floats), np.isposinf(floats), np.isneginf(floats))):
+                self.special[slots, i] += counted(group[is_it], sign[is_it], len(slots))
+            floats, group, sign = floats[finite], group[finite], sign[finite]
+        if not len(floats):
+            return
+        fraction, exponent = np.frexp(floats)
+        mantissa = (fraction * 2.0**53).astype(np.int64) * sign
+        # Mantissas of equal exponents are added as integers, in two halves that can't overflow.
+        pair, index = np.unique(group * 4096 + (exponent + 2048), return_inverse=True)
+        low = np.bincount(index, mantissa & 0xFFFFFFFF).astype(np.int64).tolist()
+        high = np.bincount(index, mantissa >> 32).astype(np.int64).tolist()
+        for code, lo, hi in zip(pair.tolist(), low, high, strict=True):
+            self.totals[slots[code >> 12]] += ((hi << 32) + lo) << ((code & 4095) - 2048 - 53 + _POWER)
+
+    def clear(self, slots: Ints) -> None:
+        self.totals[slots], self.special[slots] = 0, 0
+
+    def state(self, slots: Ints) -> Any:
+        return {"totals": self.totals[slots].tolist(), "special": self.special[slots].tobytes()}
+
+    def restore(self, state: Any) -> None:
+        self.totals = np.array([*state["totals"], None], object)[:-1]
+        self.special = np.frombuffer(state["special"], np.int64).reshape(-1, 3).copy()
+
+    def of(self, slots: Ints, counts: Ints) -> pa.Array:
+        """The sums, correctly rounded, NULL where nothing was counted.
+
+        Raises:
+            DecodeError: One is beyond float64.
+        """
+        return self._rounded(slots, counts, np.ones(len(slots), np.int64))
+
+    def means(self, slots: Ints, counts: Ints) -> pa.Array:
+        """The sums by the counts, correctly rounded, NULL where nothing was counted."""
+        return self._rounded(slots, counts, counts)
+
+    def _rounded(self, slots: Ints, counts: Ints, divisors: Ints) -> pa.Array:
+        out: list[float | None] = []
+        unit = 1 << _POWER
+        rows = zip(self.totals[slots], self.special[slots].tolist(), counts.tolist(), divisors.tolist(), strict=True)
+        for total, (nan, up, down), count, divisor in rows:
+            if count <= 0:
+                out.append(None)
+            elif nan or (up and down):
+                out.append(float("nan"))
+            elif up or down:
+                out.append(float("inf") if up else float("-inf"))
+            else:
+                try:
+                    out.append(total / (unit * divisor))
+                except OverflowError as e:
+                    raise DecodeError(
+                        f"the sum of {self.field.name} is beyond double precision",
+                        column=self.field.name,
+                        hint="sum in smaller groups, or sum a scaled column that cdc.map_batches adds",
+                    ) from e
+        return pa.array(out, pa.float64())
+
+
+class Values(Accumulator):
+    """How often each value occurs: what a minimum or maximum that can be taken back needs.
+
+    An entry per distinct value of a group. When the extreme itself goes away all of the group's values are looked at.
+    """
+
+    def __init__(self, field: pa.Field) -> None:
+        super().__init__(field)
+        self.counts: list[dict[Any, int]] = []
+
+    def grow(self, slots: int) -> None:
+        self.counts += [{} for _ in range(slots - len(self.counts))]
+
+    def add(self, slots: Ints, group: Ints, values: pa.Array, sign: Ints) -> None:
+        values = operand("min", values, self.field)
+        if values.null_count:
+            valid = pc.is_valid(values).to_numpy(zero_copy_only=False)
+            values, group, sign = values.drop_null(), group[valid], sign[valid]
+        if not len(values):
+            return
+        code, some = encode([values])
+        objects = keys_of([values], some)
+        pair, index = np.unique(group * len(some) + code, return_inverse=True)
+        net = np.bincount(index, sign).astype(np.int64).tolist()
+        for both, n in zip(pair.tolist(), net, strict=True):
+            if n:
+                at, value = divmod(both, len(some))
+                counts = self.counts[slots[at]]
+                left = counts.get(objects[value], 0) + n
+                if left:
+                    counts[objects[value]] = left
+                else:
+                    del counts[objects[value]]
+
+    def clear(self, slots: Ints) -> None:
+        for slot in slots.tolist():
+            self.counts[slot] = {}
+
+    def state(self, slots: Ints) -> Any:
+        return [list(self.counts[slot].items()) for slot in slots.tolist()]
+
+    def restore(self, state: Any) -> None:
+        self.counts = [dict(items) for items in state]
+
+    def least(self, slots: Ints) -> pa.Array:
+        """The least values, NaN only if there is nothing else."""
+        return self._extremes(slots, min, nan_wins=False)
+
+    def greatest(self, slots: Ints) -> pa.Array:
+        """The greatest values, NaN if there is one."""
+        return self._extremes(slots, max, nan_wins=True)
+
+    def _extremes(self, slots: Ints, choose: Any, *, nan_wins: bool) -> pa.Array:
+        kind = operand("min", pa.array([], self.field.type), self.field).type
+        floating = pa.types.is_floating(kind)
+        out = []
+        for slot in slots.tolist():
+            counts = self.counts[slot]
+            if floating and counts.get("NaN", 0) > 0:
+                rest = [v for v in counts if v != "NaN" and counts[v] > 0]
+                out.append("NaN" if nan_wins or not rest else choose(rest))
+            else:
+                # Below zero are values that were taken back and never seen: the stream began in the middle.
+                out.append(choose((v for v in counts if counts[v] > 0), default=None))
+        return arrow(out, kind)
+
+
+def counted(group: Ints, sign: Ints, size: int) -> Ints:
+    """The sum of the signs of each group."""
+    return np.bincount(group, sign, size).astype(np.int64)
+
+
+def grown(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """The array with zeros behind it, at least `size` long; grown by half, so that it is seldom copied."""
+    if len(array) >= size:
+        return array
+    out = np.zeros((max(size, len(array) * 3 // 2 + 16), *array.shape[1:]), array.dtype)
+    out[: len(array)] = array
+    return out
+
+
+def validity(valid: Sequence[bool] | NDArray[np.bool_]) -> pa.Buffer:
+    """A validity bitmap."""
+    return pa.py_buffer(np.packbits(np.asarray(valid), bitorder="little"))
