@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from pgoutput_source.types import base
 from pgoutput_source.types.arrays import array_of, vector_of
-from pgoutput_source.types.base import Decode, PgType, always, text
+from pgoutput_source.types.base import Decode, PgType
 from pgoutput_source.types.binary import BINARY
 from pgoutput_source.types.catalogue import FACTS, TypeFacts, from_catalogue
 from pgoutput_source.types.datetime import DATETIME
@@ -43,7 +44,7 @@ __all__ = [
     "type_of",
 ]
 
-OPAQUE = PgType(0, "unknown", always(pa.utf8()), text)
+OPAQUE = PgType(0, "unknown", base.always(pa.utf8()), base.text)  # the name `text` is the submodule's here
 """A type that the table does not know: its exact text."""
 
 _SCALARS = {row.oid: row for row in (*NUMBERS, *TEXT, *BINARY, *DATETIME, *IDENTIFIERS, *GEOMETRY, *NOTATIONS)}
