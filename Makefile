@@ -3,6 +3,7 @@
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+DEMO    := $(VENV)/.ready-for-demo
 SECONDS := 15
 ARGS    :=
 
@@ -15,7 +16,7 @@ help:  ## Show this list
 test: $(READY)  ## Run the tests on real PostgreSQL servers of every supported major; ARGS= goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
-demo: $(READY)  ## Run a shop, capture its changes to Parquet for SECONDS=15, and verify every row
+demo: $(DEMO)  ## Run a shop, capture its changes to Parquet for SECONDS=15, and verify every row
 	@$(BIN)/python -m pgoutput_source demo --seconds $(SECONDS) $(ARGS)
 
 lint: $(READY)  ## Check style and formatting
@@ -28,17 +29,21 @@ types: $(READY)  ## Check types
 bench: $(READY)  ## Measure throughput against pg_recvlogical
 	@$(BIN)/python benchmarks/throughput.py $(ARGS)
 
-lock: $(READY)  ## Resolve the dependencies again into requirements.lock
+lock: $(READY)  ## Resolve the dependencies again into requirements.lock and requirements-demo.lock
 	@command -v $(BIN)/uv >/dev/null || $(BIN)/python -m pip install -q uv
-	@$(BIN)/uv pip compile -q --upgrade --universal --generate-hashes --no-annotate --no-header \
-	    --no-emit-index-url --no-emit-find-links --extra dev pyproject.toml -o requirements.lock
+	@$(COMPILE) --upgrade --extra dev -o requirements.lock
+	@$(COMPILE) --extra demo -c requirements.lock -o requirements-demo.lock
 
 clean:  ## Remove .venv and every cache; the data in .pgoutput and out stays
 	@rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+COMPILE := $(BIN)/uv pip compile -q pyproject.toml --universal --generate-hashes \
+    --no-annotate --no-header --no-emit-index-url --no-emit-find-links
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check
+
 # A name on PATH may be a shim without a Python behind it, so each one must show that it runs.
-$(READY): requirements.lock pyproject.toml
+define MAKE_VENV
 	@fits='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; \
 	if ! $(BIN)/python -c "$$fits" 2>/dev/null; then \
 	    for python in $(PYTHON) python3.12 python3.11 python3; do \
@@ -51,7 +56,17 @@ $(READY): requirements.lock pyproject.toml
 	    echo "Making $(VENV) with $$($$found --version)"; \
 	    $$found -m venv --clear $(VENV); \
 	fi
+endef
+
+$(DEMO): requirements-demo.lock
+	$(MAKE_VENV)
+	@echo "Installing requirements-demo.lock into $(VENV)"
+	@$(INSTALL) --no-compile --require-hashes -r requirements-demo.lock
+	@touch $@
+
+$(READY): requirements.lock pyproject.toml
+	$(MAKE_VENV)
 	@echo "Installing requirements.lock into $(VENV)"
-	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --require-hashes -r requirements.lock
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(INSTALL) --no-compile --require-hashes -r requirements.lock
+	@$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@

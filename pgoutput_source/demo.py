@@ -155,7 +155,7 @@ def _flow(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
         "PGOUTPUT_DSN": dsn,
         "PGOUTPUT_SLOT": SLOT,
         "PGOUTPUT_PUBLICATION": shop.PUBLICATION,
-        "PGOUTPUT_OUT": str(out),
+        "PGOUTPUT_OUT": str(out.absolute()),
     }
     command = [sys.executable, "-m", "bytewax.run", "flows.orders_cdc", "-s", "2"]
     with (out / "flow.log").open("wb") as log:
@@ -307,9 +307,7 @@ def _report(verdict: Verdict, duck: Any, out: Path, seconds: float) -> None:
     last = duck.execute(f"SELECT {texts} FROM changes ORDER BY _commit_lsn DESC, _seq DESC LIMIT 5").fetchall()
     for row in (columns, *last):
         print("  {:<5}{:<31}{:<9}{:<13}{:<10}{:>10}".format(*row))
-    print(
-        f"Look at them:  duckdb -c \"FROM '{orders}/*.parquet' LIMIT 10\"   or   pl.read_parquet('{orders}/*.parquet')"
-    )
+    print(f"Look at them:  duckdb.sql(\"FROM '{orders}/*.parquet'\")  or  polars.read_parquet('{orders}/*.parquet')")
     print(f"It took {seconds:.0f} s. The log of the flow is {out / 'flow.log'}")
 
 
@@ -335,7 +333,7 @@ def _fresh(folder: Path) -> Path:
     """A new folder of this run: its changes come from a database system of its own and mix with no other's."""
     name = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-        out = folder.absolute() / f"{name}{suffix}"
+        out = folder / f"{name}{suffix}"
         try:
             out.mkdir(parents=True)
         except FileExistsError:
