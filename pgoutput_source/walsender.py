@@ -255,12 +255,17 @@ class Walsender:
     def _drain(self) -> pq.abc.PGresult | None:
         """The error that ended the stream, None if it was ended in order. All results are read: there are several."""
         error = None
-        for result in self._results():
-            if result.status in (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_BOTH):
-                self._pgconn.put_copy_end()  # the server ended it first
-                self._pgconn.flush()
-            elif result.status == pq.ExecStatus.FATAL_ERROR:
-                error = error or result
+        try:
+            for result in self._results():
+                if result.status in (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_BOTH):
+                    self._pgconn.put_copy_end()  # the server ended it first
+                    self._pgconn.flush()
+                elif result.status == pq.ExecStatus.FATAL_ERROR:
+                    error = error or result
+        except psycopg.OperationalError:
+            # After a fatal error the server closes the connection; the error says more than that.
+            if error is None:
+                raise
         return error
 
     def _results(self) -> Iterator[pq.abc.PGresult]:
