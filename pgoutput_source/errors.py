@@ -30,7 +30,7 @@ from __future__ import annotations
 class PgOutputError(Exception):
     """Base of all errors here; `str()` is the whole story: what, where and the hint, on separate lines.
 
-    >>> print(SlotNotFound("replication slot \\"orders\\" does not exist", hint="create it: SELECT …"))
+    >>> print(SlotNotFound('replication slot "orders" does not exist', hint="create it: SELECT …"))
     replication slot "orders" does not exist
     hint: create it: SELECT …
     """
@@ -122,7 +122,7 @@ class SlotMismatch(SlotError):
 
 
 class SlotAhead(SlotError):
-    """The slot was moved past what this consumer has durably seen: somebody else consumed from it, or state was lost."""
+    """The slot was moved past what this consumer has durably seen: somebody else consumed, or state was lost."""
 
 
 class PublicationError(ServerError):
