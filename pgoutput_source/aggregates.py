@@ -5,6 +5,7 @@ What a change takes away comes from `_before` where the replica identity is FULL
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from pgoutput_source.groups import (
     refuse_misfits,
     sorted_batch,
 )
-from pgoutput_source.rows import KeptRows, Segment, arrow, encode, keys_of, operations, segments, unsent
+from pgoutput_source.rows import KeptRows, Segment, arrow, encode, joined, keys_of, operations, segments, unsent
 from pgoutput_source.schema import METADATA_COLUMNS, OP_CODE, OPS
 from pgoutput_source.sums import MOST_ROWS, Accumulator, Count, FloatSum, Ints, Sum, Values, counted, goes_with, grown
 
@@ -170,7 +171,7 @@ class _Groups:
                 floating = pa.types.is_floating(operand("sum", empty, field).type)
                 yield f"sum {field.name}", FloatSum(field) if floating else Sum(field)
 
-    def add(self, rows: pa.Table, sign: int) -> Ints:
+    def add(self, rows: pa.Table, sign: Ints) -> Ints:
         """Add rows (1), or take them back (-1); the slots that this touches."""
         keys = [group_key(_array(rows, name), self.fields[name]) for name in self.grouping.by]
         if keys:
@@ -179,27 +180,25 @@ class _Groups:
         else:
             group, names = np.zeros(rows.num_rows, np.int64), [()]
         slots = self._slots(names)
-        signs = np.full(rows.num_rows, sign, np.int64)
-        self.rows[slots] += counted(group, signs, len(slots))
+        self.rows[slots] += counted(group, sign, len(slots))
         for key, accumulator in self.measured.items():
-            accumulator.add(slots, group, _array(rows, key.partition(" ")[2]), signs)
+            accumulator.add(slots, group, _array(rows, key.partition(" ")[2]), sign)
         return slots
 
     def _slots(self, names: Sequence[Hashable]) -> Ints:
-        slots = [self.slots.get(name, -1) for name in names]
-        for i, slot in enumerate(slots):
-            if slot < 0:
-                if self.free:
-                    slots[i] = slot = self.free.pop()
-                    self.keys[slot] = names[i]
-                else:
-                    slots[i] = slot = len(self.keys)
-                    self.keys.append(names[i])
-                self.slots[names[i]] = slot
+        slots = np.fromiter(map(self.slots.get, names, itertools.repeat(-1)), np.int64, len(names))
+        for i in np.flatnonzero(slots < 0).tolist():
+            if self.free:
+                slot = self.free.pop()
+                self.keys[slot] = names[i]
+            else:
+                slot = len(self.keys)
+                self.keys.append(names[i])
+            slots[i] = self.slots[names[i]] = slot
         self.rows, self.shown = grown(self.rows, len(self.keys)), grown(self.shown, len(self.keys))
         for accumulator in self.measured.values():
             accumulator.grow(len(self.keys))
-        return np.array(slots, np.int64)
+        return slots
 
     def reset(self) -> Ints:
         """Every group becomes empty; their slots."""
@@ -314,10 +313,11 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         for truncated, parts in self._parts(batch):
             if truncated:
                 touched.append(groups.reset())
-            for rows, sign in parts:
-                counting = rows if self.where is None else rows.filter(self.where)
-                for low in range(0, counting.num_rows, MOST_ROWS):
-                    touched.append(groups.add(counting.slice(low, MOST_ROWS), sign))
+            counting = [rows if self.where is None else rows.filter(self.where) for rows in parts]
+            rows = joined(counting)
+            sign = np.repeat([1, -1][: len(parts)], [part.num_rows for part in counting])
+            for low in range(0, len(sign), MOST_ROWS):
+                touched.append(groups.add(rows.slice(low, MOST_ROWS), sign[low : low + MOST_ROWS]))
         slots = np.unique(np.concatenate(touched)) if touched else np.zeros(0, np.int64)
         there, shown = groups.rows[slots] != 0, groups.shown[slots]
         slots, there, shown = (array[there | shown] for array in (slots, there, shown))
@@ -373,8 +373,8 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         elif self.kept.key != schema.key:
             self.kept.rekey(schema.key)
 
-    def _parts(self, batch: ChangeBatch) -> Iterator[tuple[bool, list[tuple[pa.Table, int]]]]:
-        """Whether a truncate comes first; then the rows that are there now, with 1, and that are no more, with -1."""
+    def _parts(self, batch: ChangeBatch) -> Iterator[tuple[bool, list[pa.Table]]]:
+        """Whether a truncate comes first; then the rows that are there now, and those that are no more if there are."""
         refuse_misfits(batch.data, self._columns)
         if self.kept is None:
             yield from self._from_before(batch)
@@ -385,9 +385,9 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
                 self.kept.clear()
             old, found = segment.found(self.kept)
             new = self._filled(batch, segment, kept_columns, old, found)
-            self.kept.drop([key for key, gone in zip(segment.keys, segment.gone.tolist(), strict=True) if gone])
-            self.kept.put([key for key, gone in zip(segment.keys, segment.gone.tolist(), strict=True) if not gone], new)
-            yield segment.truncated, [(new, 1)] if old is None else [(new, 1), (old, -1)]
+            self.kept.drop(segment.dropped)
+            self.kept.put(segment.there, new)
+            yield segment.truncated, [new] if old is None else [new, old.select(new.column_names)]
 
     def _filled(
         self, batch: ChangeBatch, segment: Segment, columns: tuple[str, ...], old: pa.Table | None, found: Ints
@@ -398,7 +398,7 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
                 raise _not_sent(batch, name)
         return pa.table({name: values for name, (values, _) in filled.items()})
 
-    def _from_before(self, batch: ChangeBatch) -> Iterator[tuple[bool, list[tuple[pa.Table, int]]]]:
+    def _from_before(self, batch: ChangeBatch) -> Iterator[tuple[bool, list[pa.Table]]]:
         refuse_misfits(batch.data, self._columns, "_before.")
         data, ops = batch.data, operations(batch.data)
         has_before = pc.is_valid(data.column("_before")).to_numpy(zero_copy_only=False)
@@ -416,11 +416,11 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
             piece, before, op = data.slice(start, end - start), has_before[start:end], ops[start:end]
             new = piece.select(self._columns) if self._columns else piece.select(["_op"])
             is_new = pa.array(op != _DELETE)
-            parts = [(pa.Table.from_batches([new.filter(is_new)]), 1)]
+            parts = [pa.Table.from_batches([new.filter(is_new)])]
             if before.any():
                 olds = piece.column("_before").filter(pa.array(before))
                 columns = {name: pc.struct_field(olds, name) for name in self._columns}
-                parts.append((pa.table(columns or {"_op": piece.column("_op").filter(pa.array(before))}), -1))
+                parts.append(pa.table(columns or {"_op": piece.column("_op").filter(pa.array(before))}))
             yield start > 0, parts
             start = end + 1
 

@@ -98,8 +98,7 @@ class KeptRows:
 
     def find(self, keys: Sequence[Hashable]) -> Ints:
         """Where each key's row lies, -1 for a key that has none."""
-        get = self._index.get
-        return np.fromiter((get(key, -1) for key in keys), np.int64, len(keys))
+        return np.fromiter(map(self._index.get, keys, itertools.repeat(-1)), np.int64, len(keys))
 
     def take(self, places: Ints) -> pa.Table | None:
         """The rows at these places, in this order; None if nothing was ever kept."""
@@ -115,7 +114,7 @@ class KeptRows:
             parts.append(self._chunks[i].take(pa.array(places[chunk == i] - starts[i])))
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
-        return _joined(parts).take(pa.array(back))
+        return joined(parts).take(pa.array(back))
 
     def put(self, keys: Sequence[Hashable], rows: pa.Table) -> None:
         """Keep the rows of these keys, in place of those they had."""
@@ -129,7 +128,7 @@ class KeptRows:
             last, before = self._chunks[-1], self._chunks[-2]
             if before.num_rows > 2 * last.num_rows or before.nbytes + last.nbytes > _MERGED_BYTES:
                 break
-            self._chunks[-2:] = [_joined([before, last])]
+            self._chunks[-2:] = [joined([before, last])]
         if self._end > 2 * len(self._index) + _GARBAGE_ROWS:
             self._collect()
 
@@ -179,7 +178,7 @@ class KeptRows:
 
     def _live(self) -> pa.Table | None:
         self._collect()
-        return None if not self._chunks else _joined(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
+        return None if not self._chunks else joined(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
 
     def _collect(self) -> None:
         """Drop the rows that were replaced."""
@@ -196,26 +195,31 @@ class KeptRows:
         self._end = rows.num_rows
 
 
-def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all tables, in types that hold the values of each.
+
+    Raises:
+        StateError: There is no such type for a column.
+    """
+    if all(table.schema.equals(tables[0].schema) for table in tables):
+        return pa.concat_tables(tables).combine_chunks()
+    decimals = {field.name for table in tables for field in table.schema if pa.types.is_decimal(field.type)}
     try:
-        if all(table.schema.equals(tables[0].schema) for table in tables):
-            return pa.concat_tables(tables).combine_chunks()
-        newest = {field.name: field.type for table in tables for field in table.schema}
+        # Arrow promotes by itself, but not integers to decimals.
         alike = [
-            pa.table({name: _cast(table.column(name), newest[name]) for name in table.column_names}) for table in tables
+            pa.table({name: _as_decimal(column) if name in decimals else column for name, column in columns})
+            for columns in (zip(table.column_names, table.columns, strict=True) for table in tables)
         ]
-        return pa.concat_tables(alike, promote_options="default").combine_chunks()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        return pa.concat_tables(alike, promote_options="permissive").combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as e:
         raise StateError(
             f"a column has changed its type, and what is kept does not go with what comes: {e}",
             hint="start afresh with a new recovery folder, or another step name",
         ) from e
 
 
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    # Arrow converts integers only to decimals that could hold every one of them.
-    by_way = pa.types.is_integer(column.type) and pa.types.is_decimal(kind)
-    return column.cast(pa.decimal128(38, 0)).cast(kind) if by_way else column.cast(kind)
+def _as_decimal(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.decimal128(20, 0)) if pa.types.is_integer(column.type) else column
 
 
 # ------------------------------------------------------------------------------------------------ changes, key by key
@@ -245,6 +249,20 @@ class Segment:
     gone: NDArray[np.bool_]
     renames: list[tuple[int, int]]
     moved: list[int]
+
+    @property
+    def there(self) -> list[Hashable]:
+        """The keys that have a row in the end."""
+        return (
+            [key for key, gone in zip(self.keys, self.gone.tolist(), strict=True) if not gone]
+            if self.gone.any()
+            else self.keys
+        )
+
+    @property
+    def dropped(self) -> list[Hashable]:
+        """The keys that have none."""
+        return [self.keys[i] for i in np.flatnonzero(self.gone).tolist()]
 
     def found(self, kept: KeptRows) -> tuple[pa.Table | None, Ints]:
         """The kept rows of these keys; and for each key its row among them, -1 without one, once keys have changed."""

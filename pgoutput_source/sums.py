@@ -8,7 +8,6 @@ added limb by limb, floats as integers times powers of two. Python's integers ho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from pgoutput_source.errors import DecodeError, StateError
 from pgoutput_source.groups import numbers, operand
-from pgoutput_source.rows import arrow, encode, keys_of
+from pgoutput_source.rows import arrow, encode, plain
 
 Ints: TypeAlias = NDArray[np.int64]
 
@@ -134,17 +133,7 @@ class Sum(Accumulator):
         if scale > self.scale:
             self.totals *= 10 ** (scale - self.scale)
             self.scale = scale
-        width = values.type.bit_width // 32
-        limbs = np.frombuffer(values.buffers()[1], "<u4").reshape(-1, width)[values.offset :][: len(values)]
-        totals: NDArray[np.object_] = np.zeros(len(slots), object)
-        # What lies above 18 digits only repeats the sign.
-        used = 2 if decimal and values.type.precision <= 18 else width
-        for i in range(used):
-            # The uppermost limb carries the sign.
-            limb = limbs[:, i].view("<i4") if i == used - 1 else limbs[:, i]
-            part = np.bincount(group, limb * sign, len(slots)).astype(np.int64).astype(object)
-            totals += part << (32 * i)
-        self.totals[slots] += totals * 10 ** (self.scale - scale)
+        self.totals[slots] += added_up(values, group, sign, len(slots)) * 10 ** (self.scale - scale)
 
     def clear(self, slots: Ints) -> None:
         self.totals[slots] = 0
@@ -162,24 +151,19 @@ class Sum(Accumulator):
         Raises:
             DecodeError: One is beyond int64 or 38 digits.
         """
-        totals = self.totals[slots].tolist()
         kind = self.field.type
         if pa.types.is_integer(kind):
             kind = pa.int64() if self.scale == 0 else pa.decimal128(38, self.scale)
-        elif pa.types.is_decimal256(kind):
-            kind = pa.decimal256(76, self.scale)
         else:
-            kind = pa.decimal128(38, self.scale)
-        limit = 2**63 if pa.types.is_integer(kind) else 10**kind.precision
-        if not all(-limit < total < limit for total in totals):
+            kind = pa.decimal256(76, self.scale) if pa.types.is_decimal256(kind) else pa.decimal128(38, self.scale)
+        found = exact_array(self.totals[slots], kind, counts > 0)
+        if found is None:
             raise DecodeError(
                 f"the sum of {self.field.name} is beyond {kind}",
                 column=self.field.name,
                 hint="sum in smaller groups, or sum a scaled column that cdc.map_batches adds",
             )
-        size = kind.bit_width // 8
-        words = b"".join(total.to_bytes(size, "little", signed=True) for total in totals)
-        return pa.Array.from_buffers(kind, len(totals), [validity(counts > 0), pa.py_buffer(words)])
+        return found
 
     def means(self, slots: Ints, counts: Ints) -> pa.Array:
         """The sums by the counts, correctly rounded, NULL where nothing was counted."""
@@ -270,15 +254,20 @@ class FloatSum(Accumulator):
 class Values(Accumulator):
     """How often each value occurs: what a minimum or maximum that can be taken back needs.
 
-    An entry per distinct value of a group. When the extreme itself goes away all of the group's values are looked at.
+    An entry per distinct value of a group. Only when the extreme itself goes away all of them are looked at. Values are
+    Python objects in the order of PostgreSQL: decimals are multiples of 10**-scale, floats are integers in their order.
     """
 
     def __init__(self, field: pa.Field) -> None:
         super().__init__(field)
         self.counts: list[dict[Any, int]] = []
+        self.edges: list[tuple[Any, Any] | None] = []  # least and greatest, None while they are not known
+        self.scale = 0
 
     def grow(self, slots: int) -> None:
-        self.counts += [{} for _ in range(slots - len(self.counts))]
+        more = slots - len(self.counts)
+        self.counts += [{} for _ in range(more)]
+        self.edges += [None] * more
 
     def add(self, slots: Ints, group: Ints, values: pa.Array, sign: Ints) -> None:
         values = operand("min", values, self.field)
@@ -288,50 +277,133 @@ class Values(Accumulator):
         if not len(values):
             return
         code, some = encode([values])
-        objects = keys_of([values], some)
+        objects = self._objects(values.take(pa.array(some)))
         pair, index = np.unique(group * len(some) + code, return_inverse=True)
-        net = np.bincount(index, sign).astype(np.int64).tolist()
-        for both, n in zip(pair.tolist(), net, strict=True):
+        net = np.bincount(index, sign).astype(np.int64)
+        at, value = np.divmod(pair, len(some))
+        for slot, i, n in zip(slots[at].tolist(), value.tolist(), net.tolist(), strict=True):
             if n:
-                at, value = divmod(both, len(some))
-                counts = self.counts[slots[at]]
-                left = counts.get(objects[value], 0) + n
-                if left:
-                    counts[objects[value]] = left
-                else:
-                    del counts[objects[value]]
+                self._count(slot, objects[i], n)
+
+    def _count(self, slot: int, value: Any, n: int) -> None:
+        counts, edges = self.counts[slot], self.edges[slot]
+        was = counts.get(value, 0)
+        if was + n:
+            counts[value] = was + n
+        else:
+            del counts[value]
+        if edges is not None and (was > 0) != (was + n > 0):
+            if was + n > 0:
+                self.edges[slot] = (min(edges[0], value), max(edges[1], value))
+            elif value in edges:
+                self.edges[slot] = None
+
+    def _objects(self, values: pa.Array) -> list[Any]:
+        kind = values.type
+        if pa.types.is_floating(kind):
+            return list(_in_order(values.to_numpy(zero_copy_only=False).astype(np.float64)).tolist())
+        if pa.types.is_decimal(kind) or pa.types.is_integer(kind):
+            scale = kind.scale if pa.types.is_decimal(kind) else 0
+            if scale > self.scale:
+                factor, self.scale = 10 ** (scale - self.scale), scale
+                self.counts = [{value * factor: n for value, n in counts.items()} for counts in self.counts]
+                self.edges = [None] * len(self.edges)
+            one_by_one = np.arange(len(values))
+            exact = values if pa.types.is_decimal(kind) else values.cast(pa.int64())
+            found = added_up(exact, one_by_one, np.ones(len(values), np.int64), len(values))
+            return list(found * 10 ** (self.scale - scale))
+        return list(plain(values))
 
     def clear(self, slots: Ints) -> None:
         for slot in slots.tolist():
-            self.counts[slot] = {}
+            self.counts[slot], self.edges[slot] = {}, None
 
     def state(self, slots: Ints) -> Any:
-        return [list(self.counts[slot].items()) for slot in slots.tolist()]
+        return {"scale": self.scale, "counts": [list(self.counts[slot].items()) for slot in slots.tolist()]}
 
     def restore(self, state: Any) -> None:
-        self.counts = [dict(items) for items in state]
+        self.scale = state["scale"]
+        self.counts = [dict(items) for items in state["counts"]]
+        self.edges = [None] * len(self.counts)
 
     def least(self, slots: Ints) -> pa.Array:
-        """The least values, NaN only if there is nothing else."""
-        return self._extremes(slots, min, nan_wins=False)
+        """The least values; NaN is greater than all."""
+        return self._extremes(slots, 0)
 
     def greatest(self, slots: Ints) -> pa.Array:
-        """The greatest values, NaN if there is one."""
-        return self._extremes(slots, max, nan_wins=True)
+        """The greatest values; NaN is greater than all."""
+        return self._extremes(slots, 1)
 
-    def _extremes(self, slots: Ints, choose: Any, *, nan_wins: bool) -> pa.Array:
-        kind = operand("min", pa.array([], self.field.type), self.field).type
-        floating = pa.types.is_floating(kind)
-        out = []
+    def _extremes(self, slots: Ints, which: int) -> pa.Array:
+        out: list[Any] = []
         for slot in slots.tolist():
-            counts = self.counts[slot]
-            if floating and counts.get("NaN", 0) > 0:
-                rest = [v for v in counts if v != "NaN" and counts[v] > 0]
-                out.append("NaN" if nan_wins or not rest else choose(rest))
-            else:
+            edges = self.edges[slot]
+            if edges is None:
                 # Below zero are values that were taken back and never seen: the stream began in the middle.
-                out.append(choose((v for v in counts if counts[v] > 0), default=None))
+                there = [value for value, n in self.counts[slot].items() if n > 0]
+                if not there:
+                    out.append(None)
+                    continue
+                edges = self.edges[slot] = (min(there), max(there))
+            out.append(edges[which])
+        kind = operand("min", pa.array([], self.field.type), self.field).type
+        if pa.types.is_floating(kind):
+            valid = np.array([value is not None for value in out], np.bool_)
+            floats = _from_order(np.array([value or 0 for value in out], np.int64))
+            return pa.array(floats, pa.float64(), mask=~valid, from_pandas=False).cast(kind)
+        if pa.types.is_decimal(kind) or (pa.types.is_integer(kind) and self.scale):
+            kind = pa.decimal256(76, self.scale) if pa.types.is_decimal256(kind) else pa.decimal128(38, self.scale)
+            valid = np.array([value is not None for value in out], np.bool_)
+            return exact_array(np.array([*(value or 0 for value in out), None], object)[:-1], kind, valid)
         return arrow(out, kind)
+
+
+def _in_order(floats: NDArray[np.float64]) -> Ints:
+    """Integers in the order of these floats, NaN last."""
+    floats = floats + 0.0  # -0.0 becomes 0.0
+    floats[np.isnan(floats)] = np.nan
+    bits = floats.view(np.int64)
+    found: Ints = bits ^ ((bits >> 63) & np.int64(2**63 - 1))
+    return found
+
+
+def _from_order(integers: Ints) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = (integers ^ ((integers >> 63) & np.int64(2**63 - 1))).view(np.float64)
+    return found
+
+
+def added_up(values: pa.Array, group: Ints, sign: Ints, size: int) -> NDArray[np.object_]:
+    """The exact sums of int64s or decimals by group, as Python's integers; no value is null, and no scale counts."""
+    width = values.type.bit_width // 32
+    limbs = np.frombuffer(values.buffers()[1], "<u4").reshape(-1, width)[values.offset :][: len(values)]
+    # What lies above 18 digits only repeats the sign.
+    used = 2 if pa.types.is_decimal(values.type) and values.type.precision <= 18 else width
+    # The uppermost limb carries the sign.
+    parts = [limbs[:, i].view("<i4") if i == used - 1 else limbs[:, i] for i in range(used)]
+    sums = [np.bincount(group, limb * sign, size).astype(np.int64) for limb in parts]
+    if used == 2 and (not size or -(2**30) < sums[1].min() <= sums[1].max() < 2**30):
+        return (sums[0] + (sums[1] << 32)).astype(object)
+    total: NDArray[np.object_] = np.zeros(size, object)
+    for i, part in enumerate(sums):
+        total += part.astype(object) << (32 * i)
+    return total
+
+
+def exact_array(integers: NDArray[np.object_], kind: pa.DataType, valid: NDArray[np.bool_]) -> pa.Array | None:
+    """Python's integers as int64s, or as decimals that are multiples of 10**-scale; None if one is beyond them."""
+    n, bits = len(integers), kind.bit_width
+    low, high = (min(integers), max(integers)) if n else (0, 0)
+    limit = 2**63 - 1 if bits == 64 else 10**kind.precision - 1
+    if not -limit <= low <= high <= limit:
+        return None
+    if -(2**63) <= low <= high < 2**63:
+        words = np.empty((n, bits // 64), "<i8")
+        words[:, 0] = integers.astype(np.int64)
+        words[:, 1:] = words[:, :1] >> 63
+        data = pa.py_buffer(words)
+    else:
+        data = pa.py_buffer(b"".join(i.to_bytes(bits // 8, "little", signed=True) for i in integers))
+    return pa.Array.from_buffers(kind, n, [pa.py_buffer(np.packbits(valid, bitorder="little")), data])
 
 
 def counted(group: Ints, sign: Ints, size: int) -> Ints:
@@ -346,8 +418,3 @@ def grown(array: NDArray[Any], size: int) -> NDArray[Any]:
     out = np.zeros((max(size, len(array) * 3 // 2 + 16), *array.shape[1:]), array.dtype)
     out[: len(array)] = array
     return out
-
-
-def validity(valid: Sequence[bool] | NDArray[np.bool_]) -> pa.Buffer:
-    """A validity bitmap."""
-    return pa.py_buffer(np.packbits(np.asarray(valid), bitorder="little"))
