@@ -7,6 +7,7 @@ fails without acknowledging. Sources and sinks live in different worker threads:
 
     source                                       sink part
     ------                                       ---------
+                                                 list_parts   expect(self, …), by the sink
     build_part   source_opened("orders")         build_part   register(self)
     next_batch   opened("orders"), acknowledge   snapshot     staged(self)
     StopIteration  source_finished("orders")     close        ended(self) or unregister(self)
@@ -29,6 +30,7 @@ from __future__ import annotations
 import atexit
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,9 +58,20 @@ class _Run:
     aborted: set[str] = field(default_factory=set)
     needs: dict[Publisher, int] = field(default_factory=dict)  # the number of the opening that proves its last snapshot
     ended: dict[Publisher, int] = field(default_factory=dict)  # the same, for parts that were closed at their end
+    expected: dict[object, Callable[[], None]] = field(default_factory=dict)  # what to do at the first opening
 
 
 _run = _Run()
+
+
+def expect(sink: object, settle: Callable[[], None]) -> None:
+    """`sink` is part of the dataflow that starts: `settle` is called once, when the gate first opens.
+
+    Bytewax builds a sink's part without a resume state only when its first item comes. A sink that must look after
+    what an earlier run left, or wants to fail before any data comes, does it then.
+    """
+    with lock:
+        _run.expected[sink] = settle
 
 
 def register(publisher: Publisher) -> None:
@@ -107,6 +120,8 @@ def opened(source: str = "") -> None:
         SinkError: Files could not be published: don't acknowledge. Whatever else a publisher raises comes through, too.
     """
     with lock:
+        while _run.expected:
+            _run.expected.popitem()[1]()
         number = _run.openings.get(source, 0) + 1
         _run.openings[source] = number
         _run.highest = max(_run.highest, number)

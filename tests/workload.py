@@ -11,7 +11,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 import pyarrow.parquet as pq
@@ -36,7 +36,7 @@ TYPES = {
     "uuid": "gen_random_uuid()",
     "bytea": "decode(md5(random()::text), 'hex')",
     "jsonb": "jsonb_build_object('k', random(), 'l', jsonb_build_array(1, null, 'x'))",
-    "inet": "('10.0.0.' || (random() * 255)::int)::inet",
+    "inet": "('10.0.0.' || (random() * 255)::int || '/24')::inet",
 }
 TOASTED = "(SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 100))"
 
@@ -80,7 +80,15 @@ class Workload:
         self.next_id = 1
         self.changes = 0
 
+    def __enter__(self) -> Self:
+        self.create()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
     def create(self) -> None:
+        self.connection.execute("CREATE SEQUENCE moved INCREMENT -1")
         for table in self.tables:
             for statement in table.ddl():
                 self.connection.execute(statement)
@@ -99,11 +107,9 @@ class Workload:
             for _ in range(self.rng.randint(1, 3)):
                 self._statement(self.rng.choice(self.tables), max(1, size // 2))
             if self.rng.random() < 0.1:
-                before = self.changes
                 with self.connection.transaction() as savepoint:
-                    self._statement(self.rng.choice(self.tables), 5)
+                    self.connection.execute(self._insert(self.rng.choice(self.tables), 5))
                     raise psycopg.Rollback(savepoint)
-                self.changes = before
 
     def _statement(self, table: Table, size: int) -> None:
         dice = self.rng.random()
@@ -112,9 +118,8 @@ class Workload:
         elif dice < 0.75:
             statement = self._update(table, size)
         elif dice < 0.8 and table.keyed:
-            move = sql.Literal(self._ids(1_000_000))
-            statement = sql.SQL("UPDATE {0} SET id = id + {1} WHERE {2}").format(
-                table.identifier, move, self._some(table, min(size, 200))
+            statement = sql.SQL("UPDATE {} SET id = nextval('moved') WHERE {}").format(
+                table.identifier, self._some(table, min(size, 200))
             )
         elif dice < 0.97:
             statement = sql.SQL("DELETE FROM {} WHERE {}").format(table.identifier, self._some(table, size // 3 + 1))
@@ -166,13 +171,14 @@ class Workload:
         )
 
 
-def tables(connection: psycopg.Connection[Any], names: Iterable[str]) -> dict[str, Counter[Row]]:
-    """What each table holds, as a multiset of rows; types without an Arrow type of their own as their text."""
+def tables(workload: Workload) -> dict[str, Counter[Row]]:
+    """What each table that is not empty holds, as a multiset of rows; types that Arrow lacks as their text."""
+    connection = workload.connection
     found: dict[str, Counter[Row]] = {}
-    for name in names:
+    for name in (table.name for table in workload.tables):
         cursor = connection.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier("public", name)))
         assert cursor.description is not None
-        casts = {"jsonb": "text", "inet": "text", "numeric": "text", "real": "float8"}
+        casts = {"jsonb": "text", "inet": "text", "numeric": "text", "uuid": "text", "float4": "float8"}
         columns = [
             sql.SQL("{}::{}").format(sql.Identifier(d.name), sql.SQL(casts.get(d.type_display, d.type_display)))
             for d in cursor.description
@@ -182,7 +188,7 @@ def tables(connection: psycopg.Connection[Any], names: Iterable[str]) -> dict[st
         ).fetchall()
         labels = [d.name for d in cursor.description]
         found[f"public.{name}"] = Counter(_row(dict(zip(labels, row, strict=True))) for row in rows)
-    return found
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def replayed(folder: Path) -> tuple[dict[str, Counter[Row]], int]:
@@ -206,7 +212,7 @@ def replayed(folder: Path) -> tuple[dict[str, Counter[Row]], int]:
         assert len(positions) == len(set(positions)), f"{name}: a change came twice"
         states[name] = _replay(name, rows)
         total += len(rows)
-    return states, total
+    return {name: rows for name, rows in states.items() if rows}, total
 
 
 def _replay(name: str, rows: list[dict[str, Any]]) -> Counter[Row]:
@@ -243,6 +249,17 @@ def _replay(name: str, rows: list[dict[str, Any]]) -> Counter[Row]:
             case op, _:
                 raise AssertionError(f"{name}: unknown op {op}")
     return Counter(map(_row, keyed.values())) + full
+
+
+def differences(found: dict[str, Counter[Row]], expected: dict[str, Counter[Row]]) -> list[str]:
+    """What is in one and not in the other, a few of each table."""
+    texts = []
+    for name in sorted(found.keys() | expected.keys()):
+        more, less = found.get(name, Counter()), expected.get(name, Counter())
+        texts += [f"{name}: only in the files: {row}" for row in list((more - less).elements())[:3]]
+        texts += [f"{name}: only in the table: {row}" for row in list((less - more).elements())[:3]]
+    print(*texts, sep="\n")
+    return texts
 
 
 def _row(values: dict[str, Any]) -> Row:

@@ -13,6 +13,7 @@ are staged or committed, so that a crash at any moment leads back to one of thes
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import time
@@ -95,13 +96,23 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         self.max_bytes = max_bytes
         self.max_age = max_age.total_seconds()
         self.codec = Codec.of(compression, compression_level)
+        self._built = False
 
     def __repr__(self) -> str:
         return f"ParquetSink({str(self.folder)!r})"
 
     def list_parts(self) -> list[str]:
         """One, always of this name: it keys the resume state."""
+        self._built = False
+        gate.expect(self, self._settle)
         return ["parquet"]
+
+    def _settle(self) -> None:
+        """Publish what an earlier run left committed, and find out whether the folder can be used: before any data."""
+        if not self._built:
+            with contextlib.suppress(FolderInUse):  # by the part, which another process of the cluster has built
+                _Partition(self, None).close()
+            self._built = False
 
     def part_fn(self, item_key: str) -> int:
         """Every key goes to the one partition."""
@@ -127,6 +138,7 @@ class _Partition(StatefulSinkPartition[Item, State]):
                 hint="run the version that wrote it, or start afresh with a new recovery folder",
             )
         self.sink = sink
+        sink._built = True
         self.folder: Folder = Folder(sink.folder)
         self.open: list[PartWriter] = []  # one for each schema
         self.closed: list[Part] = []  # of the current epoch
