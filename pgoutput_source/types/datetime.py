@@ -206,7 +206,12 @@ DATETIME = (
         array=1182,
     ),
     PgType(
-        1083, "time without time zone", always(pa.time64("us")), with_misfits(_time, b"24:00:00"), misfits="24:00:00"
+        1083,
+        "time without time zone",
+        always(pa.time64("us")),
+        with_misfits(_time, b"24:00:00"),
+        misfits="24:00:00",
+        array=1183,
     ),
     PgType(
         1114,
