@@ -79,9 +79,10 @@ class Transaction(_Frozen):
 class ChangeEvent(_Frozen):
     """One change of one row, or the truncate of one table; with the JSON of pypgoutput's events.
 
-    Values are exact Python objects: numeric is `Decimal`, timestamps with time zone are aware, json is parsed. A value
-    that they can't hold (an infinite date, the year 10000) is PostgreSQL's text. A column whose value PostgreSQL did
-    not send because it is large and unchanged is absent from `after`: looking it up is a KeyError, never None.
+    Values are exact Python objects: numeric is `Decimal`, timestamps with time zone are aware, json is parsed (its
+    null is None as well). A value that they can't hold (an infinite date, the year 10000) is PostgreSQL's text. A
+    column whose value PostgreSQL did not send because it is large and unchanged is absent from `after`: looking it up
+    is a KeyError, never None.
 
     Attributes:
         op: I insert, U update, D delete, T truncate, R read by the snapshot.

@@ -103,7 +103,7 @@ class PgOutputReader:
         # What follows belongs to the acknowledgements, which may come from any thread.
         self._acknowledging = threading.Lock()
         self._acked = _NOTHING
-        self._ends: deque[Position] = deque()  # the last position of each transaction that is not acknowledged
+        self._ends: deque[tuple[int, int]] = deque()  # the last position of each transaction that is not acknowledged
         self._fetched = Lsn(0)  # everything below it was fetched, and is in `_ends` until it is acknowledged
         self._confirmed = Lsn(0)
 
@@ -225,7 +225,7 @@ class PgOutputReader:
                     break
             changes, self._set = self._set, None
             assert changes is not None
-            self._given = _last_positions(changes, messages=True)[-1]
+            self._given = _position(_last_positions(changes, messages=True)[-1])
             yield changes
         self._end()
 
@@ -270,7 +270,7 @@ class PgOutputReader:
         changes = self._assembler.feed(frames)
         found = _last_positions(changes, messages=bool(self._by_set))
         with self._acknowledging:
-            if found and self._ends and self._ends[-1].commit_lsn == found[0].commit_lsn:
+            if found and self._ends and self._ends[-1][0] == found[0][0]:
                 self._ends.pop()  # the transaction has gone on
             self._ends.extend(found)
             # While no transaction is open, all that the server has looked through counts as fetched, even if it sent
@@ -313,7 +313,7 @@ class PgOutputReader:
             case ChangeEvent():
                 position = what.position
             case ChangeSet():
-                position = max(_last_positions(what, messages=True), default=_NOTHING)
+                position = _position(max(_last_positions(what, messages=True), default=_NOTHING))
             case _:
                 position = what
         if what is not self._given:
@@ -328,15 +328,15 @@ class PgOutputReader:
             self._acknowledge()
 
     def _acknowledge(self) -> None:
-        done: Position | None = None
+        done = 0
         # Once a transaction's commit record was fetched, its last position is known to be its last.
-        while self._ends and self._ends[0] <= self._acked and self._ends[0].commit_lsn < self._fetched:
-            done = self._ends.popleft()
+        while self._ends and self._ends[0] <= self._acked and self._ends[0][0] < self._fetched:
+            done, _ = self._ends.popleft()
         if not self._ends:
             lsn = self._fetched
-        elif done is not None:
+        elif done:
             # The server sends a transaction if its commit record begins at the acknowledged position or after it.
-            lsn = Lsn(done.commit_lsn + 1)
+            lsn = Lsn(done + 1)
         else:
             return
         if self._stream is not None and lsn > self._confirmed:
@@ -369,8 +369,15 @@ def _target(until: str, connection: Connection) -> Lsn:
     return catalog.current_lsn(connection) if until == "current" else Lsn(until)
 
 
-def _last_positions(changes: ChangeSet, *, messages: bool) -> list[Position]:
-    """The last position of each transaction in a set, in order; a message stands at its transaction's beginning."""
+def _position(pair: tuple[int, int]) -> Position:
+    return Position(Lsn(pair[0]), pair[1])
+
+
+def _last_positions(changes: ChangeSet, *, messages: bool) -> list[tuple[int, int]]:
+    """The last position of each transaction in a set, in order; a message stands at its transaction's beginning.
+
+    They are plain pairs of numbers, because there may be one for every row.
+    """
     if not changes.batches and not (messages and changes.messages):
         return []
     lsns = [b.data.column("_commit_lsn").to_numpy() for b in changes.batches]
@@ -382,7 +389,7 @@ def _last_positions(changes: ChangeSet, *, messages: bool) -> list[Position]:
     order = np.lexsort((seq, lsn))
     lsn, seq = lsn[order], seq[order]
     last = np.append(lsn[1:] != lsn[:-1], True)
-    return [Position(Lsn(x), y) for x, y in zip(lsn[last].tolist(), seq[last].tolist(), strict=True)]
+    return list(zip(lsn[last].tolist(), seq[last].tolist(), strict=True))
 
 
 # -- without consuming ----------------------------------------------------------------------------------------------
@@ -411,9 +418,10 @@ def peek(dsn: str | None = None, *, slot: str, publication: str | Iterable[str],
         >>> from pgoutput_source.embedded import Server
         >>> with Server() as server:
         ...     shop.create(server.dsn())
-        ...     peek(server.dsn(), slot="explore", publication="shop")
-        Traceback (most recent call last):
-        pgoutput_source.errors.SlotNotFound: ...
+        ...     with PgOutputReader(server.dsn(), slot="explore", publication="shop", create=True):
+        ...         pass  # it made the slot
+        ...     peek(server.dsn(), slot="explore", publication="shop").tables
+        ()
     """
     settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication)
     with connect(catalog.connection_string(settings)) as connection:

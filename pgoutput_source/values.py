@@ -56,7 +56,7 @@ def misfit(text: str, column: Column) -> Any:
     >>> misfit("NaN", Column("price", 1700, 655366, False, "numeric", pa.decimal128(10, 2)))
     Decimal('NaN')
     """
-    return Decimal(text) if column.type_name == "numeric" else text
+    return Decimal(text) if pa.types.is_decimal(column.arrow) else text
 
 
 def to_json(value: Any) -> Any:
@@ -204,7 +204,13 @@ def _parse_json(text: str) -> Any:
     return value
 
 
-_LEAVES: dict[str, Leaf] = {"numeric": Decimal, "json": _parse_json, "jsonb": _parse_json}
+_LEAVES: dict[str, Leaf] = {
+    "numeric": Decimal,
+    "numrange": Decimal,
+    "nummultirange": Decimal,
+    "json": _parse_json,
+    "jsonb": _parse_json,
+}
 
 
 # -- JSON -----------------------------------------------------------------------------------------------------------
@@ -216,14 +222,6 @@ def _json_number(value: float) -> float | str:
     return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
 
 
-def _json_interval(value: pa.MonthDayNano) -> str:
-    """ISO 8601 as PostgreSQL's IntervalStyle iso_8601 writes it: P1M-1DT2H becomes P1M-1DT7200S."""
-    seconds = Decimal(value.nanoseconds).scaleb(-9).normalize()
-    parts = [f"{value.months}M" if value.months else "", f"{value.days}D" if value.days else ""]
-    parts.append(f"T{seconds:f}S" if seconds or not any(parts) else "")
-    return "P" + "".join(parts)
-
-
 _JSON: dict[type, Callable[[Any], Any]] = {
     Decimal: lambda v: format(v, "f"),
     float: _json_number,
@@ -232,7 +230,6 @@ _JSON: dict[type, Callable[[Any], Any]] = {
     date: date.isoformat,
     time: time.isoformat,
     UUID: str,
-    pa.MonthDayNano: _json_interval,
     list: lambda v: [to_json(x) for x in v],
     tuple: lambda v: [to_json(x) for x in v],
     dict: lambda v: {k: to_json(x) for k, x in v.items()},
