@@ -13,14 +13,21 @@ from decimal import Decimal
 from itertools import zip_longest
 from typing import Any
 
+import bytewax.operators as op
 import pyarrow.compute as pc
 import pytest
+from bytewax.dataflow import Dataflow
+from bytewax.testing import TestingSink, TestingSource, run_main
 from conftest import Database
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from psycopg import sql
 from pydantic import ValidationError
-from test_types import CASES, PINNED
+from type_cases import CASES
 
+import pgoutput_source.operators as cdc
 from pgoutput_source.changes import ChangeSet, Position
+from pgoutput_source.connection import PINNED
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.events import ChangeEvent, TableFacts, events_of, row_model
 from pgoutput_source.transactions import Assembler
@@ -35,7 +42,9 @@ class Captured:
 
     def __init__(self, db: Database) -> None:
         self.db = db
-        self.connection = db.connect(options=PINNED + "public")
+        self.connection = db.connect(
+            options=" ".join(f"-c {name}={value}" for name, value in (PINNED | {"search_path": "public"}).items())
+        )
         self.execute = self.connection.execute
         self.execute("CREATE PUBLICATION p FOR ALL TABLES")
         self.slot = f"{SLOT}_{db.name}"
@@ -85,34 +94,73 @@ def mixed(captured: Captured, rounds: int = 30) -> None:
                 captured.execute("TRUNCATE a, c")
 
 
-def test_every_value_of_every_type_comes_back_to_postgresql_through_the_events_json(captured: Captured) -> None:
-    cases = [case for case in CASES if case.sql != '"char"']  # json_populate_record can't read its '\377'
+def back(value: Any, kind: str) -> Any:
+    """A value of an event's JSON as `json_populate_record` reads it: what is an object becomes PostgreSQL's text."""
+    match value:
+        case {"months": months, "days": days, "microseconds": us}:
+            return f"{months} mons {days} days {us} us"
+        case {"x": x, "y": y}:
+            return f"({x},{y})"
+        case {"empty": True}:
+            return "empty"
+        case {"lower": lower, "upper": upper, "lower_inc": lower_inc, "upper_inc": upper_inc}:
+            low, high = ("" if bound is None else f'"{bound}"' for bound in (lower, upper))
+            return f"{'[' if lower_inc else '('}{low},{high}{']' if upper_inc else ')'}"
+        case int() if kind == "pg_lsn":
+            return str(Lsn(value))
+        case list() if kind.endswith("vector"):
+            return " ".join(map(str, value))
+        case list() if kind.endswith("multirange"):
+            return "{" + ",".join(back(v, kind) for v in value) + "}"
+        case list() if kind.endswith("[]") and "json" not in kind:
+            return [back(v, kind.removesuffix("[]")) for v in value]
+    return value
+
+
+@given(data=st.data())
+@settings(max_examples=4, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+def test_every_value_of_every_type_comes_back_to_postgresql_through_the_events_json(
+    captured: Captured, data: st.DataObject
+) -> None:
+    # PostgreSQL does not read these back itself as it writes them: a lone byte, and the class that is none.
+    cases = [case for case in CASES if '"char"' not in case.sql and case.sql != "regclass"]
+    assert len({case.sql for case in cases}) > 80
     columns = [f"c{i}" for i in range(len(cases))]
+    documents = [c for c, case in zip(columns, cases, strict=True) if "json" in case.sql]
     declared = ", ".join(f"{c} {case.sql}" for c, case in zip(columns, cases, strict=True))
+    captured.execute("DROP TABLE IF EXISTS t")
     captured.execute(f"CREATE TABLE t (n serial PRIMARY KEY, {declared})")
-    samples = [[*case.edges, *(['{"a": [1, 2.5, null, 0.1, 1.10, -0.0]}'] if "json" in case.sql else [])]
-               for case in cases]  # fmt: skip
-    marks = ", ".join(f"%s::text::{case.sql}" for case in cases)
-    for row in zip_longest(*samples):
-        captured.execute(f"INSERT INTO t ({', '.join(columns)}) VALUES ({marks})", row)
-    events = captured.events()
-    assert len(events) == max(map(len, samples)) > 10
-    same = " AND ".join(
-        f"(theirs.{c}{as_text}) IS NOT DISTINCT FROM (ours.{c}{as_text})"
-        for c, case in zip(columns, cases, strict=True)
-        for as_text in ["::jsonb" if "json" in case.sql else "::text"]
+    # In a JSON document a number that no float holds comes as a string: see the next test.
+    samples = [
+        [value for value in [*case.edges, *data.draw(st.lists(case.inputs, max_size=5))] if "e400" not in value]
+        for case in cases
+    ]
+    marks = ", ".join(
+        f"CASE WHEN pg_input_is_valid(%s::text, '{case.sql}') THEN (%s::text)::{case.sql} END" for case in cases
     )
+    for row in zip_longest(*samples):
+        twice = [value for value in row for _ in range(2)]
+        captured.execute(f"INSERT INTO t ({', '.join(columns)}) VALUES ({marks})", twice)
+    relation = captured.execute("SELECT 't'::regclass::oid").fetchall()[0][0]
+    events = [e for e in captured.events() if e.table_schema.relation_id == relation]
+    assert len(events) == max(map(len, samples)) > 10
     for event in events:
         after = json.loads(event.model_dump_json())["after"]
-        ok = captured.execute(
-            f"SELECT theirs.n, {same} FROM t AS theirs, json_populate_record(NULL::t, %s::text::json) AS ours"
-            " WHERE theirs.n = ours.n",
-            [json.dumps(after)],
+        ours = {c: back(after[c], case.sql) for c, case in zip(columns, cases, strict=True)}
+        # JSON is compared as what it means: of numbers only the value comes back, not 1.10's last digit.
+        same = ", ".join(
+            f"coalesce(to_jsonb(theirs.{c}), 'null') = sent.j -> '{c}'"
+            if "json" in case.sql
+            else f"theirs.{c}::text IS NOT DISTINCT FROM ours.{c}::text"
+            for c, case in zip(columns, cases, strict=True)
+        )
+        answer = captured.execute(
+            f"SELECT {same} FROM t AS theirs, (SELECT %s::text::jsonb AS j) AS sent,"
+            " json_populate_record(NULL::t, %s::text::json) AS ours WHERE theirs.n = %s",
+            [json.dumps(ours), json.dumps(ours | dict.fromkeys(documents)), after["n"]],
         ).fetchall()
-        if ok != [(after["n"], True)]:
-            pytest.fail(
-                f"row {after['n']} is not what it was: {[(c, after[c]) for c in columns if after[c] is not None]}"
-            )
+        differ = [(k.sql, after[c]) for c, k, ok in zip(columns, cases, answer[0], strict=True) if not ok]
+        assert not differ
 
 
 def test_values_are_pythons_own(captured: Captured) -> None:
@@ -361,3 +409,19 @@ def test_events_follow_what_is_left_of_a_batch(captured: Captured) -> None:
     assert left[0].position == Position(Lsn(left[0].transaction.begin_lsn), 4998)
     assert left == [e.model_copy(update={"after": left[i].after, "table_schema": left[i].table_schema})
                     for i, e in enumerate(e for e in batch.events() if e.row["id"] > 4998)]  # fmt: skip
+
+
+def test_the_operator_gives_the_same_events_in_the_same_order(captured: Captured) -> None:
+    mixed(captured, 10)
+    out: list[ChangeEvent] = []
+    flow = Dataflow("events")
+    sets = op.input("in", flow, TestingSource(captured.changes(step=20)))
+    op.output("out", cdc.events("events", sets), TestingSink(out))
+    run_main(flow)  # type: ignore[no-untyped-call]
+    assert out == captured.events()
+    of_one: list[ChangeEvent] = []
+    flow = Dataflow("events_of_one")
+    batches = cdc.table("b", op.input("in", flow, TestingSource(captured.changes())), "public.b")
+    op.output("out", cdc.events("events", batches), TestingSink(of_one))
+    run_main(flow)  # type: ignore[no-untyped-call]
+    assert of_one == [e for e in out if e.table == "public.b"]
