@@ -26,6 +26,7 @@ from pgoutput_source.schema import OP_CODE
 Ints: TypeAlias = NDArray[np.int64]
 
 _DELETE, _UPDATE, _TRUNCATE = OP_CODE["D"], OP_CODE["U"], OP_CODE["T"]
+KNOWN = "_known "  # stands before a column that was added later, and that rows from before do not know
 _NAN = "NaN"  # NaN is not equal to itself, but it is one group and one key
 _MERGED_BYTES = 256 << 20  # far below the 2 GiB that an Arrow string array can hold
 _GARBAGE_ROWS = 16384
@@ -95,6 +96,11 @@ class KeptRows:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """The columns that are kept, empty while no row is."""
+        return {field.name: field.type for chunk in self._chunks for field in chunk.schema}
 
     def find(self, keys: Sequence[Hashable]) -> Ints:
         """Where each key's row lies, -1 for a key that has none."""
@@ -293,6 +299,7 @@ class Segment:
         masks = unsent(self.data, columns)
         if not masks:
             return {name: (column_of(self.data, name).take(pa.array(have)), None) for name in columns}
+        odd = misfits(self.data)
         order = np.argsort(self.codes, kind="stable")
         of_key = self.codes[order]
         starts = np.concatenate([[True], of_key[1:] != of_key[:-1]])
@@ -308,15 +315,22 @@ class Segment:
                 continue
             sent = ~mask[order]
             source = np.maximum.accumulate(np.where(sent | starts, place, 0))[where[have]]
+            source_row = order[source]
             missing = ~sent[source]  # the chain of this key begins without the value
-            index = order[source]
+            index = source_row
             known = np.full(len(have), -1, np.int64)
             if kept is not None and name in kept.column_names:
                 known = found[self.codes[have]]
+                if KNOWN + name in kept.column_names:
+                    was_there = pc.fill_null(kept.column(KNOWN + name), False).to_numpy()
+                    known = np.where(was_there[known] & (known >= 0), known, -1)
                 old = kept.column(name).combine_chunks()
                 values = pa.concat_arrays([values, old.cast(values.type) if old.type != values.type else old])
                 index = np.where(missing & (known >= 0), len(self.data) + known, index)
             unknown = missing & (known < 0)
+            if name in odd:
+                # What the column's type can't hold is in that change's `_raw`, not in its cell.
+                unknown |= odd[name][source_row] & (source_row != have)
             out[name] = (values.take(pa.array(index)), unknown if unknown.any() else None)
         return out
 
@@ -334,6 +348,16 @@ def unsent(data: pa.RecordBatch, columns: Sequence[str]) -> dict[str, NDArray[np
             mask = np.zeros(len(data), np.bool_)
             mask[rows[names.indices.to_numpy() == code]] = True
             masks[name] = mask
+    return masks
+
+
+def misfits(data: pa.RecordBatch) -> dict[str, NDArray[np.bool_]]:
+    """By column, the rows whose value its Arrow type can't hold: they are in `_raw`."""
+    masks: dict[str, NDArray[np.bool_]] = {}
+    if data.column("_raw").null_count < len(data):
+        for row, texts in enumerate(data.column("_raw").to_pylist()):
+            for name, _ in texts or ():
+                masks.setdefault(name, np.zeros(len(data), np.bool_))[row] = True
     return masks
 
 

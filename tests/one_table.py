@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import random
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 from bytewax.dataflow import Dataflow
+from bytewax.errors import BytewaxRuntimeError
 from bytewax.recovery import RecoveryConfig, init_db_dir
 from bytewax.testing import cluster_main, run_main
 
 from pgoutput_source.changes import ChangeSet
+from pgoutput_source.errors import PgOutputError
+from pgoutput_source.schema import Position
 from pgoutput_source.transactions import Assembler
 
 TABLE = """
@@ -28,6 +32,7 @@ ALTER TABLE t ALTER note SET STORAGE EXTERNAL;
 CREATE PUBLICATION p FOR TABLE t;
 """
 
+Row = tuple[Any, ...]
 STATUSES = ("open", "paid", "sent", "zürich", "", None)
 
 
@@ -125,6 +130,39 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return "NaN" if math.isnan(value) else float(f"{value:.12g}") + 0.0
     return value.normalize() + 0 if isinstance(value, Decimal) else value
+
+
+class Checkpoints:
+    """Change sets of a workload, and what the queries gave after some of them."""
+
+    def __init__(self, connection: psycopg.Connection[Any], identity: str, seed: int, queries: Sequence[str]) -> None:
+        workload = Workload(connection, f"agg{seed}", seed, identity)
+        connection.execute("SET extra_float_digits = 3")
+        assembler = Assembler()
+        self.sets: list[ChangeSet] = []
+        self.known: list[tuple[Position, list[list[Row]]]] = []
+        for _ in range(40):
+            for _ in range(workload.random.randrange(1, 4)):
+                workload.transaction(workload.random.choice([1, 1, 3, 10]))
+            frames = workload.frames()
+            self.sets += workload.feed(assembler, frames)
+            if self.sets and assembler.position is not None:
+                self.known.append((assembler.position, [connection.execute(q).fetchall() for q in queries]))
+
+
+def ordered(rows: Iterable[Row]) -> list[Row]:
+    """Rows as they compare with PostgreSQL's, in any one order."""
+    return sorted((tuple(plain(v) for v in row) for row in rows), key=repr)
+
+
+def refused(kind: type[PgOutputError], run: Callable[[], object]) -> None:
+    """Assert that a flow ends with this error."""
+    with pytest.raises(BytewaxRuntimeError) as raised:
+        run()
+    error: BaseException | None = raised.value
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    assert error is not None, f"no {kind.__name__}"
 
 
 def run_flow(

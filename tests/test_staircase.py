@@ -48,6 +48,7 @@ STAIRCASE = (
     "sums",
     "windows",
     "aggregates",
+    "latest",
     "operators",
     PACKAGE,  # the package itself, which hands out names of the modules above
     "demo",

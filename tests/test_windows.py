@@ -19,7 +19,7 @@ import pytest
 from bytewax.dataflow import Dataflow
 from bytewax.errors import BytewaxRuntimeError
 from bytewax.testing import TestingSink, TestingSource
-from one_table import Workload, plain, run_flow
+from one_table import Workload, ordered, plain, run_flow
 
 import pgoutput_source.operators as cdc
 from pgoutput_source.changes import ChangeSet
@@ -88,10 +88,6 @@ def rows(batches: Sequence[pa.RecordBatch]) -> list[tuple[Any, ...]]:
     return [tuple(plain(v) for v in row.values()) for b in batches for row in b.to_pylist()]
 
 
-def ordered(values: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    return sorted(values, key=repr)
-
-
 MEASURES: dict[str, Any] = {
     "count": True,
     "sum": ["amount", "free", "big", "region"],
@@ -120,7 +116,7 @@ def expected(
     """
     connection.execute("SET timezone = 'UTC'")
     found = connection.execute(query, {"every": every, "hop": hop}).fetchall()
-    return ordered([tuple(plain(v) for v in row) for row in found])
+    return ordered(found)
 
 
 @pytest.mark.parametrize(
