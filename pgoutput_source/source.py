@@ -149,6 +149,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             publications=settings.publication,
             status_interval=settings.status_interval,
             reconnect_seconds=settings.reconnect_seconds,
+            slot_wait_seconds=settings.slot_wait_seconds,
         )
         self.stream.start(acknowledged)
         self.acknowledged = acknowledged
