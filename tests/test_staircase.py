@@ -49,6 +49,7 @@ STAIRCASE = (
     "windows",
     "aggregates",
     "latest",
+    "shapes",
     "operators",
     PACKAGE,  # the package itself, which hands out names of the modules above
     "demo",
