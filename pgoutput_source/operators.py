@@ -28,9 +28,10 @@ from pgoutput_source.latest import latest
 from pgoutput_source.rows import encode, operations
 from pgoutput_source.schema import OP_CODE
 from pgoutput_source.shapes import mask, rename, select
-from pgoutput_source.windows import WindowStream, window
+from pgoutput_source.windows import CommitClock, WindowStream, window
 
 __all__ = [
+    "CommitClock",
     "WindowStream",
     "aggregate",
     "deletes",
