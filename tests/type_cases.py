@@ -239,7 +239,8 @@ def array_of(element: Case) -> Case:
         inputs,
         lambda cells: json.dumps([None if c is None else element.pack(c).hex() for c in cells]).encode(),
         f"convert_to((SELECT coalesce(json_agg(CASE WHEN e IS NOT NULL THEN encode((SELECT {element.send}"
-        " FROM (SELECT e) AS y(v)), 'hex') END ORDER BY n), '[]') FROM unnest(v) WITH ORDINALITY AS x(e, n))::text, 'UTF8')",
+        " FROM (SELECT e) AS y(v)), 'hex') END ORDER BY n), '[]')"
+        " FROM unnest(v) WITH ORDINALITY AS x(e, n))::text, 'UTF8')",
         ("{}", "{NULL}", *shapes),
         misfit=misfit,
         since=element.since,

@@ -17,7 +17,8 @@ import pyarrow as pa
 from pgoutput_source.types.base import Decode, PgType, Texts, dense, nulled, one_of, refuse
 from pgoutput_source.types.nested import Cells, cells_of, decode_cells
 
-_BOUNDS = re.compile(rb"(?:\[-?\d+:-?\d+\]){1,6}=")
+_BOUNDS = re.compile(rb"((?:\[-?\d+:-?\d+\]){1,6})=")
+_BOUND = re.compile(rb"\[(-?\d+):(-?\d+)\]")
 _BRACES = b"{}"
 
 
@@ -60,14 +61,40 @@ def _decoder(element: Decode, delimiter: bytes) -> Decode:
         other = (t.at(0) == ord("[")) | (t.at(1) == ord("{"))
         if not other.any():
             return one_dimension(values, kind)
-        for value in values.filter(pa.array(other)).to_pylist():
-            bounds = _BOUNDS.match(value)
-            body = value[bounds.end() :] if bounds else value
-            if body[:1] != b"{" or body[-1:] != b"}":
-                refuse("array")
+        leaves = [_flat(value, delimiter) for value in values.filter(pa.array(other)).to_pylist()]
+        one_dimension(pa.array(leaves, pa.binary()), kind)  # Misfits or not, they must be arrays of the element's type.
         return dense(one_dimension)(nulled(values, other), kind)
 
     return decode
+
+
+def _flat(value: bytes, delimiter: bytes) -> bytes:
+    """The elements of an array of any shape as one of a single dimension: ``[0:1]={{1,2},{3,4}}`` is ``{1,2,3,4}``."""
+    bounds = _BOUNDS.match(value)
+    body = value[bounds.end() :] if bounds else value
+    leaves: list[bytes] = []
+
+    def leaf(found: re.Match[bytes]) -> bytes:
+        leaves.append(found[0])
+        return b"x"
+
+    skeleton = re.sub(rb'"(?:[^"\\]|\\.)*"|[^"\\{}\s' + re.escape(delimiter) + rb"]+", leaf, body, flags=re.DOTALL)
+    lengths: list[int] = []
+    while skeleton != b"x":  # The innermost arrays are all of one length; each becomes an element of the next.
+        innermost = re.findall(rb"\{x(?:" + re.escape(delimiter) + rb"x)*\}", skeleton)
+        if len(set(innermost)) != 1 or skeleton.count(b"x") != len(innermost) * innermost[0].count(b"x"):
+            refuse("array")
+        lengths.insert(0, innermost[0].count(b"x"))
+        skeleton = skeleton.replace(innermost[0], b"x")
+    declared = [(int(low), int(high)) for low, high in _BOUND.findall(bounds[1])] if bounds else []
+    if len(lengths) > 6 or (bounds and [high - low + 1 for low, high in declared] != lengths):
+        refuse("array")
+    # PostgreSQL's limits; and it writes bounds only if some dimension does not begin at 1.
+    if any(low < -(2**31) or high >= 2**31 - 1 for low, high in declared) or (
+        bounds and {1} == {low for low, _ in declared}
+    ):
+        refuse("array")
+    return b"{" + delimiter.join(leaves) + b"}"
 
 
 def _without_empty(values: pa.BinaryArray, cells: Cells) -> Cells:

@@ -23,8 +23,10 @@ from pgoutput_source.types.base import Bools, Decode, Ints, Texts, Uint8s, nulle
 
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _SPACES = b" \t\n\r\v\f"
-# The inside of a quoted cell, where each quote is escaped, and an escaped character in it.
-_QUOTED = re.compile(rb'"((?:[^"\\]|\\.|"")*)"', re.DOTALL)
+# A quoted cell and the escaped characters in it. Arrays know only backslashes; in ranges and composites a quote may
+# also be doubled.
+_QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
+_QUOTED_OR_DOUBLED = re.compile(rb'"((?:[^"\\]|\\.|"")*)"', re.DOTALL)
 _ESCAPED = re.compile(rb'\\(.)|""', re.DOTALL)
 
 
@@ -80,9 +82,10 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
         if odd.any():
             if not enclosed[odd].all():
                 refuse(name)
+            form = _QUOTED if opening == b"{" else _QUOTED_OR_DOUBLED
             raw = _gather(t.data, starts[odd], ends[odd]).to_pylist()
             texts = pc.replace_with_mask(
-                texts, pa.array(odd), pa.array([_unescape(cell, name) for cell in raw], pa.binary())
+                texts, pa.array(odd), pa.array([_unescape(cell, form, name) for cell in raw], pa.binary())
             )
         return Cells(counts, texts, enclosed)
     return Cells(counts, _gather(t.data, starts, ends), np.zeros(len(starts), bool))
@@ -110,8 +113,8 @@ def _gather(data: Uint8s, starts: Ints, ends: Ints) -> pa.BinaryArray:
     return every.take(pa.array(np.arange(0, 2 * len(starts), 2)))
 
 
-def _unescape(cell: bytes, name: str) -> bytes:
-    if (match := _QUOTED.fullmatch(cell)) is None:
+def _unescape(cell: bytes, form: re.Pattern[bytes], name: str) -> bytes:
+    if (match := form.fullmatch(cell)) is None:
         refuse(name)
     return _ESCAPED.sub(lambda m: m[1] or b'"', match[1])
 

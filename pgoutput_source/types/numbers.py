@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pgoutput_source.types.base import Bools, Decode, PgType, Texts, always, dense, nulled, one_of, refuse, with_misfits
 
@@ -184,7 +185,11 @@ def money(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     kept = np.append(0, np.cumsum((t.data != ord("$")) & (t.data != ord(",")), dtype=np.int32)).astype(np.int32)
     edges = np.append(kept[t.starts], kept[-1])
     buffers = [None, pa.py_buffer(edges), pa.py_buffer(t.without(b"$,"))]
-    return _exact(pa.Array.from_buffers(pa.binary(), len(t), buffers), kind)
+    amounts = _exact(pa.Array.from_buffers(pa.binary(), len(t), buffers), kind)
+    least, most = pc.min_max(amounts).as_py().values()
+    if len(t) and not -(2**63) <= int(least.scaleb(2)) <= int(most.scaleb(2)) < 2**63:
+        refuse("money")
+    return amounts
 
 
 NUMBERS = (
