@@ -79,6 +79,7 @@ class PartWriter:
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, batch: pa.RecordBatch) -> None:
+        """Take a batch, which waits in memory for `flush`."""
         self.waiting.append(batch)
         self.waiting_rows += batch.num_rows
         self.waiting_bytes += batch.nbytes

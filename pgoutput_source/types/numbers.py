@@ -55,6 +55,8 @@ def _check_plain(t: Texts, scale: int, name: str) -> None:
 
 
 def integer_text(name: str) -> Decode:
+    """How to read the text of the integer type `name`."""
+
     @dense
     def integer(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         _check_plain(Texts(values), 0, name)
@@ -64,6 +66,8 @@ def integer_text(name: str) -> Decode:
 
 
 def floating_text(name: str) -> Decode:
+    """How to read the text of the floating-point type `name`, whose infinities and NaN Arrow holds as they are."""
+
     @dense
     def floating(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         special = None
