@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,6 +30,8 @@ from pgoutput_source.connection import (
 from pgoutput_source.embedded import default_dsn
 from pgoutput_source.errors import NotConfigured, PublicationError, SlotLost, SlotMismatch, SlotNotFound
 from pgoutput_source.settings import SourceSettings
+from pgoutput_source.types import TYPES, PgType
+from pgoutput_source.types.catalogue import FACTS, TypeFacts, from_catalogue
 from pgoutput_source.wire import Lsn
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "create",
     "create_publication_and_slot",
     "current_lsn",
+    "defined_types",
     "identify",
     "publications",
     "slot_state",
@@ -352,6 +355,17 @@ def _patience(message: str, *arguments: object) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def defined_types(dsn: str) -> Callable[[Sequence[int]], dict[int, PgType]]:
+    """What looks up the types that the database defines, for `relations`: each time on a connection of its own."""
+
+    def look_up(oids: Sequence[int]) -> dict[int, PgType]:
+        with connect(dsn) as conn, _explained():
+            facts = conn.execute(FACTS, {"oids": list(oids)}).fetchall()
+        return from_catalogue((TypeFacts(*fact) for fact in facts), TYPES)
+
+    return look_up
 
 
 def current_lsn(conn: Connection) -> Lsn:

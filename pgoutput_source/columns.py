@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from pgoutput_source.changes import OP_CODE, OPS, ChangeBatch, Column, TableSchema
 from pgoutput_source.errors import ConfigurationError, DecodeError, ProtocolError
-from pgoutput_source.types import type_of
+from pgoutput_source.relations import Relations
+from pgoutput_source.types import Decode
 from pgoutput_source.wire import PG_EPOCH_US, XLOG_DATA_HEADER
 
 Ints = NDArray[np.int64]
@@ -165,7 +166,9 @@ class _Tuples:
         )
 
 
-def decode(frames: Frames, rows: Rows, schema: TableSchema, *, on_misfit: str = "raw") -> ChangeBatch:
+def decode(
+    frames: Frames, rows: Rows, schema: TableSchema, relations: Relations, *, on_misfit: str = "raw"
+) -> ChangeBatch:
     """Rows of one table version as a batch; `columns` of DESIGN are described in `changes.metadata_fields`.
 
     Raises:
@@ -174,7 +177,7 @@ def decode(frames: Frames, rows: Rows, schema: TableSchema, *, on_misfit: str = 
     """
     tag = frames.tag[rows.frame]
     new, old, old_rows = _read(frames, rows.frame, tag, len(schema.columns), schema)
-    decoder = _Decoder(frames, rows, schema, on_misfit)
+    decoder = _Decoder(frames, rows, schema, relations, on_misfit)
     arrays = [
         decoder.column(c, new.kind[i], new.start[i], new.length[i], None, i) for i, c in enumerate(schema.columns)
     ]
@@ -304,8 +307,9 @@ class _Where:
 class _Decoder:
     """Decodes one table version's columns and collects the values that their Arrow type can't hold."""
 
-    def __init__(self, frames: Frames, rows: Rows, schema: TableSchema, on_misfit: str) -> None:
+    def __init__(self, frames: Frames, rows: Rows, schema: TableSchema, relations: Relations, on_misfit: str) -> None:
         self.frames, self.rows, self.schema, self.on_misfit = frames, rows, schema, on_misfit
+        self.relations = relations
         self.misfits: dict[int, list[tuple[int, str, str]]] = {}
 
     def column(
@@ -319,12 +323,15 @@ class _Decoder:
         if not every and not sent.any():
             return pa.nulls(len(kind), column.arrow)
         text = self.frames.slices(start, length, None if every else sent)
-        decode_column = type_of(column.type_oid).decode
+        decode_column = self.relations.type_of(column.type_oid).decode
         try:
             values = decode_column(text, column.arrow)
         except (ValueError, pa.ArrowException) as e:
-            bad = _first_bad(text, lambda part: decode_column(part, column.arrow))
-            raise self._error(column, rows, bad, text[bad].as_py(), "not a value of its type") from e
+            if not self.relations.defined(column.type_oid):
+                bad = _first_bad(text, lambda part: decode_column(part, column.arrow))
+                raise self._error(column, rows, bad, text[bad].as_py(), "not a value of its type") from e
+            # The type was altered since this was written, so the catalogue describes another version of it.
+            values = _salvage(decode_column, text, column.arrow)
         if values.null_count != text.null_count:
             self._keep(column, values, text, rows, order)
         return values
@@ -359,6 +366,18 @@ class _Decoder:
             return pa.nulls(len(self.rows), kind)
         found = {row: [(name, text) for _, name, text in sorted(items)] for row, items in self.misfits.items()}
         return pa.array([found.get(i) for i in range(len(self.rows))], kind)
+
+
+def _salvage(decode_column: Decode, text: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+    """The values that decode; the others are null."""
+    try:
+        return decode_column(text, kind)
+    except (ValueError, pa.ArrowException):
+        if len(text) == 1:
+            return pa.nulls(1, kind)
+        half = len(text) // 2
+        parts = [_salvage(decode_column, part, kind) for part in (text.slice(0, half), text.slice(half))]
+        return pa.concat_arrays(parts)
 
 
 def _first_bad(text: pa.BinaryArray, decode_part: Any) -> int:

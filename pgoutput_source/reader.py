@@ -22,16 +22,16 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from pydantic import BaseModel
 
-from pgoutput_source import catalog
+from pgoutput_source import catalog, messages
 from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.connection import Connection, connect, quote_name, server_error
 from pgoutput_source.errors import ConfigurationError, PgOutputError
 from pgoutput_source.events import ChangeEvent, TableFacts, events_of, row_model
+from pgoutput_source.relations import Relations
 from pgoutput_source.replication import ReplicationStream
-from pgoutput_source.schema import Column, TableSchema
+from pgoutput_source.schema import TableSchema
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.transactions import Assembler
-from pgoutput_source.types import OPAQUE, type_of
 from pgoutput_source.wire import Lsn, XLogData
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ class PgOutputReader:
             self._until = None if settings.until is None else _target(settings.until, connection)
         self._confirmed = self._fetched = slot.confirmed_flush_lsn or Lsn(0)
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", settings.slot))
-        self._assembler = Assembler(origin, on_misfit=settings.on_misfit)
+        look_up = catalog.defined_types(self._dsn)
+        self._assembler = Assembler(origin, on_misfit=settings.on_misfit, look_up=look_up)
         self._stream = ReplicationStream(
             self._dsn,
             slot=settings.slot,
@@ -355,7 +356,7 @@ class PgOutputReader:
             ConfigurationError: There is no such table.
         """
         with connect(catalog.connection_string(self.settings)) as connection:
-            schema = _table_schema(connection, table)
+            schema = _table_schema(connection, table, Relations((), catalog.defined_types(self._dsn)))
             return row_model(schema, _table_facts(connection, schema.relation_id))
 
     def _facts_of(self, schema: TableSchema) -> TableFacts | None:
@@ -424,11 +425,12 @@ def peek(dsn: str | None = None, *, slot: str, publication: str | Iterable[str],
         ()
     """
     settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication)
-    with connect(catalog.connection_string(settings)) as connection:
+    where = catalog.connection_string(settings)
+    with connect(where) as connection:
         catalog.check(connection, settings)
         system = catalog.identify(connection)
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", slot))
-        assembler = Assembler(origin)
+        assembler = Assembler(origin, look_up=catalog.defined_types(where))
         sets = []
         names = ",".join(map(quote_name, settings.publication))
         try:
@@ -444,7 +446,11 @@ def peek(dsn: str | None = None, *, slot: str, publication: str | Iterable[str],
                     sets.append(assembler.feed(frames))
         except psycopg.Error as e:
             raise server_error(e, slot=slot, publications=settings.publication, streaming=True) from e
-    return ChangeSet(tuple(b for s in sets for b in s.batches), tuple(m for s in sets for m in s.messages))
+    return ChangeSet(
+        tuple(b for s in sets for b in s.batches),
+        tuple(m for s in sets for m in s.messages),
+        tuple(t for s in sets for t in s.truncates),
+    )
 
 
 # -- pypgoutput's face ----------------------------------------------------------------------------------------------
@@ -508,12 +514,11 @@ def _table_facts(connection: Connection, relation_id: int) -> TableFacts | None:
     )
 
 
-def _table_schema(connection: Connection, table: str) -> TableSchema:
+def _table_schema(connection: Connection, table: str, relations: Relations) -> TableSchema:
     """A table as the catalogue describes it now."""
     namespace, _, name = table.partition(".")
     rows = connection.execute(
-        "SELECT c.oid, c.relreplident::text, a.attname::text, a.atttypid, a.atttypmod,"
-        "       pg_catalog.format_type(a.atttypid, NULL)"
+        "SELECT c.oid, c.relreplident::text, a.attname::text, a.atttypid, a.atttypmod"
         "  FROM pg_catalog.pg_class c"
         "  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
         "  JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
@@ -522,20 +527,6 @@ def _table_schema(connection: Connection, table: str) -> TableSchema:
     ).fetchall()
     if not rows:
         raise ConfigurationError(f"there is no table {table!r}", hint="write schema and table: 'public.orders'")
-    return TableSchema(
-        relation_id=rows[0][0],
-        namespace=namespace,
-        name=name,
-        replica_identity=rows[0][1],
-        columns=tuple(
-            Column(
-                column,
-                oid,
-                typmod,
-                False,
-                type_name if type_of(oid) is OPAQUE else type_of(oid).name,
-                type_of(oid).arrow(typmod),
-            )
-            for _, _, column, oid, typmod, type_name in rows
-        ),
-    )
+    columns = tuple(messages.RelationColumn(False, column, oid, typmod) for _, _, column, oid, typmod in rows)
+    relations.announce(messages.Relation(rows[0][0], namespace, name, rows[0][1], columns))
+    return relations.current(rows[0][0])

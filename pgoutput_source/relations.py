@@ -7,20 +7,29 @@ makes a new version. Type messages give names to the types that the type table d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
 from pgoutput_source import messages
 from pgoutput_source.changes import Column, TableSchema
 from pgoutput_source.errors import ProtocolError
-from pgoutput_source.types import OPAQUE, type_of
+from pgoutput_source.types import OPAQUE, TYPES, PgType
+
+LookUp: TypeAlias = Callable[[Sequence[int]], Mapping[int, PgType]]
+"""Rows for the types that a database defines itself, by OID, from its catalogue."""
 
 
 class Relations:
     """The current `TableSchema` of every relation that was announced.
 
     `origin` (name, value pairs such as system, database and slot) is written into the metadata of each batch.
+    `look_up` is asked once for each type that the type table lacks; without it such a type is its text.
     """
 
-    def __init__(self, origin: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(self, origin: tuple[tuple[str, str], ...] = (), look_up: LookUp | None = None) -> None:
         self.origin = origin
+        self._look_up = look_up
+        self._types: dict[int, PgType] = {}
         self._current: dict[int, TableSchema] = {}
         self._type_names: dict[int, str] = {}
 
@@ -41,6 +50,7 @@ class Relations:
 
     def announce(self, relation: messages.Relation) -> TableSchema | None:
         """Take note of a Relation message; the new version, or None if nothing has changed."""
+        self._learn([column.type_oid for column in relation.columns])
         schema = TableSchema(
             relation_id=relation.relation_id,
             namespace=relation.namespace or "pg_catalog",  # the protocol's way to save a few bytes
@@ -59,7 +69,21 @@ class Relations:
         """Take note of a Type message. A domain's carries the domain's OID with its base type's name."""
         self._type_names[message.type_oid] = f"{message.namespace or 'pg_catalog'}.{message.name}"
 
+    def type_of(self, oid: int) -> PgType:
+        """The row that decodes a type: the type table's, the database's own, or its text."""
+        return TYPES.get(oid) or self._types.get(oid, OPAQUE)
+
+    def defined(self, oid: int) -> bool:
+        """Whether the database defines the type itself: then its catalogue may be newer than a value."""
+        return oid in self._types
+
+    def _learn(self, oids: list[int]) -> None:
+        # What was learned is kept: a type that is dropped later still decodes, and a column keeps its Arrow type.
+        new = [oid for oid in dict.fromkeys(oids) if oid not in TYPES and oid not in self._types]
+        if new and self._look_up:
+            self._types.update(dict.fromkeys(new, OPAQUE) | dict(self._look_up(new)))
+
     def _column(self, column: messages.RelationColumn) -> Column:
-        kind = type_of(column.type_oid)
+        kind = self.type_of(column.type_oid)
         name = self._type_names.get(column.type_oid, f"oid {column.type_oid}") if kind is OPAQUE else kind.name
         return Column(column.name, column.type_oid, column.typmod, column.key, name, kind.arrow(column.typmod))

@@ -142,7 +142,9 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         position, acknowledged = _reconcile(resume, settings, slot, system)
         self.system = system
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", self.slot))
-        self.assembler = Assembler(origin, skip_until=position, on_misfit=settings.on_misfit)
+        self.assembler = Assembler(
+            origin, skip_until=position, on_misfit=settings.on_misfit, look_up=catalog.defined_types(dsn)
+        )
         self.stream = ReplicationStream(
             dsn,
             slot=self.slot,

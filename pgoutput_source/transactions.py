@@ -11,17 +11,17 @@ from Begin on. So a transaction may be cut anywhere: what was read of it is fina
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgoutput_source import messages
-from pgoutput_source.changes import ChangeBatch, ChangeSet, Message, Position, TableSchema
+from pgoutput_source.changes import ChangeBatch, ChangeSet, Message, Position, TableSchema, Truncate
 from pgoutput_source.columns import Frames, Rows, decode
 from pgoutput_source.errors import ProtocolError
-from pgoutput_source.relations import Relations
+from pgoutput_source.relations import LookUp, Relations
 from pgoutput_source.wire import PG_EPOCH_US, Lsn, pg_datetime
 
 BETWEEN, INSIDE = "between transactions", "inside a transaction"
@@ -36,6 +36,9 @@ TRANSITIONS: Final[dict[str, dict[str, str]]] = {
 _LEGAL = np.zeros((len(STATES), 256), np.bool_)
 for _state, _row in TRANSITIONS.items():
     _LEGAL[STATES.index(_state), [ord(t) for t in _row]] = True
+
+_Truncates = dict[int, tuple[messages.Truncate, tuple[str, ...]]]
+"""By frame, with the names that the tables had then."""
 
 _BEGIN_SIZE, _COMMIT_SIZE = 21, 26
 _LAST_MOMENT = 2**63 - 1 - PG_EPOCH_US
@@ -64,8 +67,9 @@ class Assembler:
         *,
         skip_until: Position | None = None,
         on_misfit: str = "raw",
+        look_up: LookUp | None = None,
     ) -> None:
-        self.relations = Relations(origin)
+        self.relations = Relations(origin, look_up)
         self.on_misfit = on_misfit
         self.position = skip_until
         self.end_lsn = Lsn(0)
@@ -97,11 +101,12 @@ class Assembler:
         inside = self._check_order(f, begins | commits)
         transactions = self._transactions(f, begins, commits)
         versions, truncates, found = self._rare(f, transactions, inside)
-        rows, relation = _rows(f, transactions, truncates, self.position)
+        tables = {i: t.relation_ids for i, (t, _) in truncates.items()}
+        rows, relation = _rows(f, transactions, tables, self.position)
         self.skipped += transactions.changes - len(rows)
         batches = self._batches(f, rows, relation, versions)
         self._advance(f, transactions, begins, commits, rows)
-        return ChangeSet(tuple(batches), tuple(found))
+        return ChangeSet(tuple(batches), tuple(found), tuple(_truncates(f, rows, truncates)))
 
     def _check_order(self, f: Frames, ends: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Begin and Commit say in which state all that follows is, up to the next of them: who is inside."""
@@ -158,10 +163,10 @@ class Assembler:
 
     def _rare(
         self, f: Frames, t: _Transactions, inside: NDArray[np.bool_]
-    ) -> tuple[dict[int, list[tuple[int, TableSchema]]], dict[int, tuple[int, ...]], list[Message]]:
-        """Schema versions by relation (first frame, schema), truncated relations by frame, and logical messages."""
+    ) -> tuple[dict[int, list[tuple[int, TableSchema]]], _Truncates, list[Message]]:
+        """Schema versions by relation (first frame, schema), truncates by frame, and logical messages."""
         versions: dict[int, list[tuple[int, TableSchema]]] = {}
-        truncates: dict[int, tuple[int, ...]] = {}
+        truncates: _Truncates = {}
         found: list[Message] = []
         for i in np.flatnonzero(_RARE[f.tag]).tolist():
             try:
@@ -174,8 +179,9 @@ class Assembler:
                             versions.setdefault(schema.relation_id, first).append((i, schema))
                     case messages.Type() as kind:
                         self.relations.name_type(kind)
-                    case messages.Truncate(relation_ids=ids):
-                        truncates[i] = ids
+                    case messages.Truncate() as truncate:
+                        emptied = map(self.relations.find, truncate.relation_ids)
+                        truncates[i] = truncate, tuple(schema.table for schema in emptied if schema is not None)
                     case messages.Message() as m:
                         found += self._message(t, i, m, inside=bool(inside[i]))
             except ProtocolError as e:
@@ -215,7 +221,7 @@ class Assembler:
                     raise
                 groups += _cut(f, mine, cuts)
         groups.sort(key=lambda g: g[0])
-        return [decode(f, part, schema, on_misfit=self.on_misfit) for _, part, schema in groups]
+        return [decode(f, part, schema, self.relations, on_misfit=self.on_misfit) for _, part, schema in groups]
 
     def _advance(
         self, f: Frames, t: _Transactions, begins: NDArray[np.bool_], commits: NDArray[np.bool_], rows: Rows
@@ -284,6 +290,22 @@ def _rows(
             keep = np.flatnonzero(fresh)
             rows, relation = rows.take(keep), relation[keep]
     return rows, relation
+
+
+def _truncates(f: Frames, rows: Rows, truncates: _Truncates) -> Iterator[Truncate]:
+    """The truncates whose rows are given out."""
+    for i, (truncate, tables) in truncates.items():
+        row = int(np.searchsorted(rows.frame, i))
+        if row < len(rows) and rows.frame[row] == i:
+            yield Truncate(
+                position=Position(Lsn(int(rows.commit_lsn[row])), int(rows.seq[row])),
+                lsn=Lsn(int(f.integers(">u8", f.start[i : i + 1] + 1)[0])),
+                tables=tables,
+                cascade=truncate.cascade,
+                restart_identity=truncate.restart_identity,
+                xid=int(rows.xid[row]),
+                commit_ts=pg_datetime(int(rows.commit_ts[row])),
+            )
 
 
 def _cut(f: Frames, rows: Rows, cuts: list[tuple[int, TableSchema]]) -> list[tuple[Position, Rows, TableSchema]]:
