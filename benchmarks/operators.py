@@ -126,6 +126,8 @@ CASES: list[tuple[str, str, Step]] = [
     ("aggregate min max, full", "f", lambda up: cdc.aggregate("step", up, by="status", min="amount", max="amount")),
     ("aggregate by status, kept", "d", lambda up: cdc.aggregate("step", up, by="status", sum="amount", count=True)),
     ("aggregate by customer, kept", "d", lambda up: cdc.aggregate("step", up, by="customer_id", sum="amount")),
+    ("latest", "d", lambda up: cdc.latest("step", up)),
+    ("latest, no fill", "d", lambda up: cdc.latest("step", up, fill=False)),
 ]
 
 

@@ -408,6 +408,13 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
                 table=batch.table,
                 hint=f"ALTER TABLE {batch.table} REPLICA IDENTITY FULL, and don't drop _before on the way here",
             )
+        missing = {*self._columns} - {field.name for field in data.schema.field("_before").type}
+        if missing:
+            raise ConfigurationError(
+                f"_before has no column {', '.join(sorted(missing))}",
+                table=batch.table,
+                hint="what is aggregated must be in the old rows as well: a column that map_batches adds is not",
+            )
         for name in unsent(data, self._columns):
             raise _not_sent(batch, name)
         truncates = np.flatnonzero(ops == _TRUNCATE).tolist()

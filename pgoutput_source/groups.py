@@ -320,10 +320,7 @@ def referenced(where: pc.Expression | None, schema: pa.Schema) -> tuple[str, ...
     try:
         schema.empty_table().filter(where)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
-        raise ConfigurationError(
-            f"where= does not fit the table: {e}",
-            hint="compare each column with a value of its own type, numeric with Decimal",
-        ) from e
+        raise _does_not_fit(e, schema) from e
     names = []
     for name in schema.names:
         # An expression does not tell, but without a column that it needs it fails.
@@ -332,6 +329,26 @@ def referenced(where: pc.Expression | None, schema: pa.Schema) -> tuple[str, ...
         except pa.ArrowInvalid:
             names.append(name)
     return tuple(names)
+
+
+def filtered(data: pa.RecordBatch, where: pc.Expression) -> pa.RecordBatch:
+    """The rows for which an expression is true.
+
+    Raises:
+        ConfigurationError: It does not fit the columns.
+    """
+    try:
+        return data.filter(where)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        raise _does_not_fit(e, data.schema) from e
+
+
+def _does_not_fit(error: Exception, schema: pa.Schema) -> ConfigurationError:
+    return ConfigurationError(
+        f"the condition does not fit the table: {error}",
+        table=_metadata(schema, b"pg.table"),
+        hint="compare each column that there is with a value of its own type, a numeric with a Decimal",
+    )
 
 
 def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], prefix: str = "") -> None:

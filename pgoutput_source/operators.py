@@ -23,7 +23,7 @@ from pgoutput_source.aggregates import aggregate
 from pgoutput_source.changes import ChangeBatch, ChangeSet
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.events import ChangeEvent
-from pgoutput_source.groups import column_of
+from pgoutput_source.groups import column_of, filtered
 from pgoutput_source.latest import latest
 from pgoutput_source.rows import encode, operations
 from pgoutput_source.schema import OP_CODE
@@ -104,7 +104,10 @@ def filter(step_id: str, up: Stream[ChangeBatch], where: pc.Expression | Predica
     def rows(batches: list[ChangeBatch]) -> list[ChangeBatch]:
         kept = []
         for batch in batches:
-            data = batch.data.filter(where if isinstance(where, pc.Expression) else where(batch.data))
+            if isinstance(where, pc.Expression):
+                data = filtered(batch.data, where)
+            else:
+                data = batch.data.filter(where(batch.data))
             if data.num_rows:
                 kept.append(batch.replace(data))
         return kept

@@ -24,7 +24,7 @@ from bytewax.operators.windowing import UTC_MAX, UTC_MIN, Clock, ClockLogic
 
 from pgoutput_source.changes import ChangeBatch
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.groups import ROWS, Columns, Grouping, check_version, pack, sorted_batch, unpack
+from pgoutput_source.groups import ROWS, Columns, Grouping, check_version, filtered, pack, sorted_batch, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ def windows(
         newest = int(times.max())
         data = _of_ops(data.append_column("_window", pa.array(spans.panes(times))), ops)
         if where is not None:
-            data = data.filter(where)
+            data = filtered(data, where)
         return Part(newest, spans.spread(grouping.partial(data, {"window": data.column("_window")})))
 
     keyed = op.flat_map_batch("parts", up, parts)

@@ -135,13 +135,15 @@ def plain(value: Any) -> Any:
 class Checkpoints:
     """Change sets of a workload, and what the queries gave after some of them."""
 
-    def __init__(self, connection: psycopg.Connection[Any], identity: str, seed: int, queries: Sequence[str]) -> None:
+    def __init__(
+        self, connection: psycopg.Connection[Any], identity: str, seed: int, queries: Sequence[str], rounds: int = 40
+    ) -> None:
         workload = Workload(connection, f"agg{seed}", seed, identity)
         connection.execute("SET extra_float_digits = 3")
         assembler = Assembler()
         self.sets: list[ChangeSet] = []
         self.known: list[tuple[Position, list[list[Row]]]] = []
-        for _ in range(40):
+        for _ in range(rounds):
             for _ in range(workload.random.randrange(1, 4)):
                 workload.transaction(workload.random.choice([1, 1, 3, 10]))
             frames = workload.frames()

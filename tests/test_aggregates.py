@@ -137,6 +137,14 @@ def test_two_workers_give_the_same(checkpoints: Checkpoints) -> None:
     assert at(position, results, ["status"]) == exact(answers[0])
 
 
+def test_on_each_major_it_equals_group_by(any_db: Database) -> None:
+    made = Checkpoints(any_db.connect(), "DEFAULT", 31, QUERIES[2:3], rounds=8)
+    by, where, _ = WHERES[2]
+    results = run(made.sets, by=by, where=where, **MEASURES)
+    for position, answers in made.known:
+        assert at(position, results, by) == exact(answers[0])
+
+
 def last(results: Sequence[pa.RecordBatch]) -> dict[str, Any]:
     row: dict[str, Any] = results[-1].to_pylist()[-1]
     return row

@@ -119,6 +119,8 @@ def test_columns_that_are_not_there_are_refused() -> None:
         lambda up: cdc.mask("step", up, "nothing"),
         lambda up: cdc.mask("step", up, "card", using=lambda v: v.slice(1)),
         lambda up: cdc.key_by("step", up, "nothing"),
+        lambda up: cdc.filter("step", up, pc.field("nothing") == 1),
+        lambda up: cdc.filter("step", up, pc.field("card") == 1),
     )
     for step in steps:
         refused(ConfigurationError, functools.partial(run, step, everywhere()))
