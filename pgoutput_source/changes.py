@@ -30,6 +30,7 @@ __all__ = [
     "Message",
     "Position",
     "TableSchema",
+    "Truncate",
     "metadata_fields",
 ]
 
@@ -99,14 +100,31 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Truncate:
+    """One TRUNCATE, as PostgreSQL sends it: the published tables that it emptied, and how it was said.
+
+    Each of `tables` has a row with `_op` T in its own batch as well; `position` is the first of these rows'. A table
+    that CASCADE emptied is named only if it is published.
+    """
+
+    position: Position
+    lsn: Lsn
+    tables: tuple[str, ...]
+    cascade: bool
+    restart_identity: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ChangeSet:
     """What one poll brought: consecutive transactions, columnar by table; the last may continue in the next set.
 
-    `batches` holds one `ChangeBatch` per version of a table, ordered by their first change.
+    `batches` holds one `ChangeBatch` per version of a table, ordered by their first change. `truncates` says of rows
+    with `_op` T what the statement was; `messages` are the logical decoding messages.
     """
 
     batches: tuple[ChangeBatch, ...]
     messages: tuple[Message, ...] = ()
+    truncates: tuple[Truncate, ...] = ()
 
     def __len__(self) -> int:
         return sum(map(len, self.batches))

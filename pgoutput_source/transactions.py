@@ -303,8 +303,6 @@ def _truncates(f: Frames, rows: Rows, truncates: _Truncates) -> Iterator[Truncat
                 tables=tables,
                 cascade=truncate.cascade,
                 restart_identity=truncate.restart_identity,
-                xid=int(rows.xid[row]),
-                commit_ts=pg_datetime(int(rows.commit_ts[row])),
             )
 
 
