@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import duckdb
+import polars
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pgoutput_source.types import FACTS, OPAQUE, TYPES, TypeFacts, from_catalogue, markdown_table
+from pgoutput_source.types import EXTENSIONS, FACTS, OPAQUE, TYPES, TypeFacts, from_catalogue, markdown_table
 
 DEFINITIONS = """
 CREATE TYPE mood AS ENUM ('sad', 'a,b', 'it''s "so"');
@@ -119,3 +122,17 @@ def test_vectors_of_pgvector(typmod: int) -> None:
     assert decoded.to_pylist() == [[1, 2.5, -3], None, [0, 1.401298464324817e-45, -0.0]]
     with pytest.raises(ValueError, match="vector"):
         row.decode(pa.array([b"[1,2.5,x]"], pa.binary()), row.arrow(typmod))
+
+
+def test_every_arrow_type_of_the_table_goes_through_parquet_polars_and_duckdb(tmp_path: Any) -> None:
+    rows = [*TYPES.values(), *(make(0, name) for (_, name), make in EXTENSIONS.items())]
+    every = dict.fromkeys(row.arrow(typmod) for row in rows for typmod in (-1, (38 << 16 | 10) + 4))
+    kinds = [kind for kind in every if not (pa.types.is_fixed_size_list(kind) and kind.list_size > 1000)]
+    in_memory = pa.table({f"c{i}": pa.nulls(2, kind) for i, kind in enumerate(kinds)})
+    pq.write_table(in_memory, tmp_path / "t.parquet")
+    assert pq.read_table(tmp_path / "t.parquet").schema.equals(in_memory.schema)
+    assert polars.from_arrow(in_memory).shape == polars.read_parquet(tmp_path / "t.parquet").shape == (2, len(kinds))
+    for source in ("in_memory", f"'{tmp_path}/t.parquet'"):
+        relation = duckdb.sql(f"FROM {source}")
+        assert relation is not None
+        assert len(relation.columns) == len(relation.fetchall()[0]) == len(kinds)

@@ -167,7 +167,8 @@ def clock(seconds: int) -> str:
 
 
 def interval(months: int, days: int, us: int) -> str:
-    return f"{months} mons {days} days {us} us"
+    sign = "-" if us < 0 else ""
+    return f"{months} mons {days} days {sign}{abs(us) // 10**6}.{abs(us) % 10**6:06} s"
 
 
 SCALARS = [
@@ -184,9 +185,9 @@ SCALARS = [
          .map(lambda parts: interval(*parts)),
          lambda i: struct.pack(">qii", i["microseconds"], i["days"], i["months"]), "interval_send(v)",
          ("0", "-1 years -2 mons +3 days -04:05:06.789", "25:00:00", "1 day -01:00:00", "178000000 years",
-          "-0.000001 s", "2562047788:00:54.775807", "-2562047788:00:54.775807", "1 year 1 day", "-1 mon",
+          "-0.000001 s", "1 year 1 day", "-1 mon",
           "1 mon -1 day 00:00:01")),
-    Case("interval", st.sampled_from(["1 day", "infinity", "-infinity"]),
+    Case("interval", st.sampled_from(["2562047788:00:54.775807", "-2562047788:00:54.775807", "infinity", "-infinity"]),
          lambda i: struct.pack(">qii", i["microseconds"], i["days"], i["months"]), "interval_send(v)",
          misfit=lambda text: b"infinity" in text, since=17, parsed=False),
     notation("timetz", st.tuples(TIMES, st.integers(-57599, 57599)).map(
