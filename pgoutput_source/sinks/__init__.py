@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pgoutput_source.sinks.base import TwoPhaseSink
+from pgoutput_source.sinks.ipc import IpcSink
+from pgoutput_source.sinks.jsonl import JsonLinesSink
 from pgoutput_source.sinks.parquet import ParquetSink, read
 
-__all__ = ["ParquetSink", "read"]
+__all__ = ["IpcSink", "JsonLinesSink", "ParquetSink", "TwoPhaseSink", "read"]

@@ -1,0 +1,127 @@
+"""`IpcSink`: Arrow batches into a folder of Arrow IPC stream files, exactly once, with no more work than a copy.
+
+    out/orders/00018c3f9a1b2c3d-00000007-0000.arrows              published: whole, committed, never changed again
+    out/orders/_staging/00018c3f9a1b2c3d-00000008-0000.arrows     staged: whole and synced; its epoch may still be lost
+
+https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import pyarrow as pa
+
+from pgoutput_source.changes import ChangeBatch
+from pgoutput_source.errors import SinkError
+from pgoutput_source.sinks.base import TwoPhaseSink
+from pgoutput_source.sinks.folder import STAGING, explained
+
+Item: TypeAlias = ChangeBatch | pa.RecordBatch | pa.Table
+
+SUFFIX = ".arrows"
+
+
+class IpcSink(TwoPhaseSink[Item]):
+    """Arrow batches as Arrow IPC stream files in a folder.
+
+    There is no parallelism: one partition writes the folder. With recovery (``-r``) every row is in exactly one
+    published file. Without it nothing that came from the source is lost, and rows may be there twice after a crash.
+    Readers see only whole files of committed epochs, which never change: ``folder/*.arrows``.
+
+    An epoch becomes one file for each Arrow schema in it, so a version of a table never shares a file with another, and
+    names sort in the order of the epochs. Rows are as they are in memory: types, dictionaries and metadata stay, and
+    ``pa.ipc.open_stream(file)`` maps them. It suits a reader that wants each epoch at once. What is to be kept for long
+    is smaller, and in fewer files, with `ParquetSink`.
+
+    Args:
+        folder: The folder; it is created when the first batch comes.
+
+    Example:
+        >>> IpcSink("out/orders")
+        IpcSink('out/orders')
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.staging = self.folder / STAGING
+
+    def __repr__(self) -> str:
+        return f"IpcSink({str(self.folder)!r})"
+
+    def stage(self, token: str, items: list[Item]) -> None:
+        """Write one file for each schema into the staging folder."""
+        with explained("can't stage in", self.staging):
+            self.staging.mkdir(parents=True, exist_ok=True)
+            for number, batches in enumerate(_by_schema(items)):
+                with (self.staging / f"{token}-{number:04d}{SUFFIX}").open("xb") as file:
+                    with pa.ipc.new_stream(file, batches[0].schema) as stream:
+                        for batch in batches:
+                            stream.write_batch(batch)
+                    file.flush()
+                    os.fsync(file.fileno())
+            _sync(self.staging)
+
+    def publish(self, token: str) -> None:
+        """Move its files to where readers look, first the first."""
+        with explained("can't publish in", self.folder):
+            for file in self._files(token):
+                target = self.folder / file.name
+                if target.exists():
+                    raise SinkError(
+                        f"{self.folder} is ahead of the recovery folder: {target.name} is there already",
+                        hint="an old recovery folder was restored. Start afresh with a new folder for the files",
+                    )
+                file.rename(target)
+            _sync(self.folder)
+
+    def discard(self, token: str) -> None:
+        """Delete its files."""
+        with explained("can't clean", self.staging):
+            for file in self._files(token):
+                file.unlink()
+
+    def staged(self) -> Iterable[str]:
+        """The tokens in the names of the staged files."""
+        return {file.stem.rpartition("-")[0] for file in self.staging.glob(f"*{SUFFIX}")}
+
+    def _files(self, token: str) -> list[Path]:
+        return sorted(self.staging.glob(f"{token}-????{SUFFIX}"))
+
+
+def _by_schema(items: list[Item]) -> list[list[pa.RecordBatch]]:
+    groups: list[list[pa.RecordBatch]] = []
+    for batch in (batch for item in items for batch in _batches(item)):
+        for group in groups:
+            if group[0].schema.equals(batch.schema, check_metadata=True):
+                group.append(batch)
+                break
+        else:
+            groups.append([batch])
+    return groups
+
+
+def _batches(item: Item) -> Iterator[pa.RecordBatch]:
+    match item:
+        case ChangeBatch():
+            yield item.data
+        case pa.RecordBatch():
+            yield item
+        case pa.Table():
+            yield from item.to_batches()
+        case _:
+            raise SinkError(
+                f"an IPC sink takes ChangeBatch, pyarrow.RecordBatch or pyarrow.Table, not {type(item).__name__}",
+                hint="take a table's batches with cdc.table(…); rows become lines with JsonLinesSink",
+            )
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,209 @@
+"""`JsonLinesSink`: changes, events and rows as lines of JSON, at least once, into a file or onto standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Final, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
+
+from pgoutput_source.changes import ChangeBatch
+from pgoutput_source.errors import SinkError
+from pgoutput_source.events import ChangeEvent
+from pgoutput_source.schema import Column
+from pgoutput_source.sinks.folder import explained
+from pgoutput_source.values import rows, to_json, to_python
+
+Item: TypeAlias = ChangeBatch | ChangeEvent | pa.RecordBatch | pa.Table | Mapping[str, Any]
+
+_TOGETHER: Final = 4096  # rows that become Python objects at once
+_TAIL: Final = 1 << 16
+
+
+class JsonLinesSink(FixedPartitionedSink[Item, None]):
+    r"""Lines of JSON, UTF-8, at least once: after a crash those of the epochs that were not yet durable come again.
+
+    There is no parallelism: one partition writes all lines, in order. A file is only ever appended to, and synced at
+    the end of each epoch before PostgreSQL may forget what is in it; a line that a crash tore is removed by the next
+    start. Standard output is flushed, and what reads it is on its own. Who wants each change once drops the lines whose
+    position (`_commit_lsn`, `_seq`) or `message_id` came before, or uses `ParquetSink` or `TwoPhaseSink`.
+
+    A batch gives a line for each row, with the columns' own names. Values are lossless: numerics are strings, bytes
+    are PostgreSQL's hexadecimal text, times are ISO 8601, json and jsonb are JSON. A column that PostgreSQL did not
+    send, because its large value did not change, is absent and named in `_unchanged`; `_before`, `_unchanged` and
+    `_raw` are absent where they are null. An event gives pypgoutput's JSON, a dict its own.
+
+    Args:
+        file: A path, whose folder is created when the first item comes; None is standard output.
+
+    Example:
+        >>> from bytewax import operators as op
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSource, run_main
+        >>> flow = Dataflow("alerts")
+        >>> alerts = op.input("in", flow, TestingSource([("7", {"customer": 7, "city": "Ōsaka", "raw": b"\x00"})]))
+        >>> op.output("out", alerts, JsonLinesSink())
+        >>> run_main(flow)
+        {"customer": 7, "city": "Ōsaka", "raw": "\\x00"}
+    """
+
+    def __init__(self, file: str | Path | None = None) -> None:
+        self.file = None if file is None else Path(file)
+
+    def __repr__(self) -> str:
+        return f"JsonLinesSink({'' if self.file is None else repr(str(self.file))})"
+
+    def list_parts(self) -> list[str]:
+        """One."""
+        return ["jsonl"]
+
+    def part_fn(self, item_key: str) -> int:
+        """Every key goes to the one partition."""
+        return 0
+
+    def build_part(self, step_id: str, for_part: str, resume_state: None) -> _Lines:
+        """Open the file.
+
+        Raises:
+            SinkError: It can't be written.
+        """
+        return _StandardOutput() if self.file is None else _File(self.file)
+
+
+class _Lines(StatefulSinkPartition[Item, None]):
+    def write_batch(self, values: list[Item]) -> None:
+        for item in values:
+            for chunk in _lines(item):
+                self.write(chunk)
+
+    def write(self, text: str) -> None:
+        raise NotImplementedError
+
+
+class _StandardOutput(_Lines):
+    def write(self, text: str) -> None:
+        with explained("can't write to", Path("/dev/stdout")):
+            # Its encoding may be anything, that of JSON is UTF-8. A notebook's has no bytes beneath it.
+            if (buffer := getattr(sys.stdout, "buffer", None)) is not None:
+                sys.stdout.flush()
+                buffer.write(_encoded(text))
+            else:
+                sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def snapshot(self) -> None:
+        return None
+
+
+class _File(_Lines):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explained("can't write to", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file: BinaryIO = path.open("ab+")
+            _cut(self.file)
+
+    def write(self, text: str) -> None:
+        with explained("can't write to", self.path):
+            self.file.write(_encoded(text))
+
+    def snapshot(self) -> None:
+        with explained("can't sync", self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        with explained("can't write to", self.path):
+            self.file.close()
+
+
+def _cut(file: BinaryIO) -> None:
+    """Remove a last line without an end."""
+    end = file.seek(0, os.SEEK_END)
+    at = end
+    while at:
+        start = max(0, at - _TAIL)
+        file.seek(start)
+        found = file.read(at - start).rfind(b"\n")
+        if found >= 0:
+            at = start + found + 1
+            break
+        at = start
+    if at < end:
+        file.truncate(at)
+
+
+def _lines(item: Item) -> Iterator[str]:
+    """The lines of an item, some thousand at a time."""
+    match item:
+        case ChangeBatch():
+            yield from map(_text, _changes(item))
+        case ChangeEvent():
+            yield item.model_dump_json() + "\n"
+        case pa.RecordBatch() | pa.Table():
+            for batch in [item] if isinstance(item, pa.RecordBatch) else item.to_batches():
+                for part in _parts(batch):
+                    yield _text(_rows(part.schema.names, part.columns, {}))
+        case Mapping():
+            yield _text([to_json(dict(item))])
+        case _:
+            raise SinkError(
+                f"a line of JSON can be made of a batch, an event or a dict, not of {type(item).__name__}",
+                hint="map it to a dict before",
+            )
+
+
+def _parts(data: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    for start in range(0, data.num_rows, _TOGETHER):
+        yield data.slice(start, _TOGETHER)
+
+
+def _rows(names: Sequence[str], columns: Sequence[pa.Array], known: Mapping[str, Column]) -> list[dict[str, Any]]:
+    """Rows in the form of JSON; `known` tells what a table's columns hold that Arrow's type does not say."""
+    values = [
+        list(map(to_json, to_python(column, known.get(name)))) for name, column in zip(names, columns, strict=True)
+    ]
+    return rows(names, values, len(columns[0]) if columns else 0)
+
+
+def _changes(batch: ChangeBatch) -> Iterator[list[dict[str, Any]]]:
+    own = {column.name: column for column in batch.schema.columns}
+    for part in _parts(batch.data):
+        names = [name for name in part.schema.names if name != "_before"]
+        found = _rows(names, [part.column(name) for name in names], own)
+        for row in found:
+            for name in row.get("_unchanged") or ():
+                row.pop(name, None)
+            for name in ("_unchanged", "_raw"):
+                if row.get(name, "") is None:
+                    del row[name]
+        if "_before" in part.schema.names:
+            before = part.column("_before")
+            # What PostgreSQL did not send of an old row, and that is all but the key unless it is FULL, is not NULL.
+            sent = [field.name for field in before.type if field.name in own and own[field.name].key]
+            there = np.flatnonzero(before.is_valid().to_numpy(zero_copy_only=False)).tolist()
+            olds = before.drop_null()
+            for i, old in zip(there, _rows(sent, [olds.field(name) for name in sent], own), strict=True):
+                found[i]["_before"] = old
+        yield found
+
+
+def _text(objects: Iterable[Any]) -> str:
+    try:
+        # Nothing that is not JSON may get in: NaN is a string by now, if it is a float.
+        return "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in objects)
+    except (TypeError, ValueError) as e:
+        raise SinkError(f"a value has no form in JSON: {e}", hint="map it to one that has before") from e
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as e:
+        raise SinkError("a text is not Unicode: it has half of a surrogate pair", hint="repair it before") from e
