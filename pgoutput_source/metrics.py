@@ -20,3 +20,4 @@ ACKNOWLEDGED: Final = Gauge("pgoutput_acknowledged_lsn", "Position that PostgreS
 LAG: Final = Gauge("pgoutput_lag_bytes", "WAL received and not yet acknowledged", ["slot"])
 COMMIT_TIME: Final = Gauge("pgoutput_last_commit_timestamp_seconds", "Commit time of the last change", ["slot"])
 GATE_TIME: Final = Gauge("pgoutput_last_gate_timestamp_seconds", "When an epoch was last known to be durable", ["slot"])
+STALLED: Final = Gauge("pgoutput_stalled_seconds", "How long the source has not been called, if too long", ["slot"])

@@ -142,6 +142,8 @@ class SourceSettings(BaseModel):
         max_bytes: Bytes after which a poll hands out what it has: the bound of memory, but for a single larger row.
         reconnect_seconds: How long a lost connection is tried again before the run fails.
         slot_wait_seconds: How long to wait at the start for a slot that another process still holds.
+        stall_seconds: After so long without a call from Bytewax, while the server has more, the process ends with exit
+            code 70, so that the slot is free for another; longer than any step or sink may take. None only warns.
         on_misfit: What happens to a value that its column's Arrow type can't hold: "raw" leaves the cell null and
             keeps the exact text in `_raw`, "error" stops.
 
@@ -169,6 +171,7 @@ class SourceSettings(BaseModel):
     max_bytes: int = Field(default=16 << 20, ge=1)
     reconnect_seconds: float = Field(default=300.0, ge=0, allow_inf_nan=False)
     slot_wait_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    stall_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     on_misfit: Literal["raw", "error"] = "raw"
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:

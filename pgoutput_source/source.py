@@ -14,21 +14,19 @@ Bytewax also calls on errors, and at the end of a run before the last commit).
 from __future__ import annotations
 
 import logging
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
-from types import FrameType, TracebackType
 from typing import Any
 
 from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
 
-from pgoutput_source import catalog, gate, metrics, shop
+from pgoutput_source import catalog, ending, gate, metrics, shop
 from pgoutput_source.changes import ChangeSet, Position
-from pgoutput_source.errors import PgOutputError, SlotAhead, StateError
+from pgoutput_source.errors import SlotAhead, StateError
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.transactions import Assembler
@@ -87,7 +85,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication, create=create, until=until, **options)
         self._settings: Callable[[], SourceSettings] = lambda: settings
         self._shown: SourceSettings | None = settings
-        _catch_signals()
+        ending.catch_signals()
 
     @classmethod
     def from_env(cls, **overrides: Any) -> PgOutputSource:
@@ -107,7 +105,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
         source._settings = settings
         source._shown = None
-        _catch_signals()
+        ending.catch_signals()
         return source
 
     def __repr__(self) -> str:
@@ -117,7 +115,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
     def list_parts(self) -> list[str]:
         """The slot's name, which keys the resume state as well."""
-        _show_errors()
+        ending.joined()
         return [self._settings().slot]
 
     def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _Partition:
@@ -127,10 +125,11 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
 class _Partition(StatefulSourcePartition[ChangeSet, State]):
     def __init__(self, settings: SourceSettings, resume: State | None) -> None:
-        _show_log()
+        ending.show_log()
         self.settings = settings
         self.slot = settings.slot
         dsn = catalog.connection_string(settings)
+        self.dsn = dsn
         if settings.dsn is None:
             _open_shop(dsn)
         with catalog.connect(dsn) as conn:
@@ -164,7 +163,9 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.generation = self.stream.generation
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self._awake: datetime | None = None
-        _running.add(self)
+        ending.began(self)
+        self.open = True
+        self.watchdog = ending.Watchdog(self.slot, self._behind, settings.stall_seconds)
         gate.source_opened(self.slot)
         logger.info(
             "slot %s: streaming from %s%s", self.slot, acknowledged, f" until {self.until}" if self.until else ""
@@ -173,6 +174,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
     # -- Bytewax calls these ------------------------------------------------------------------------------------
 
     def next_batch(self) -> list[ChangeSet]:
+        self.watchdog.called()
         self._gate()
         if self.done:
             return self._leave()
@@ -195,6 +197,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         return self._awake
 
     def snapshot(self) -> State:
+        self.watchdog.called()
         self._gate()
         self.final = self._ending()
         self.staged = self._safe()
@@ -211,8 +214,10 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         }
 
     def close(self) -> None:
-        if self in _running:
-            _running.discard(self)
+        if self.open:
+            self.open = False
+            self.watchdog.close()
+            ending.closed(self)
             gate.source_closed(self.slot)
         self.stream.close()
 
@@ -244,7 +249,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         """Whether nothing more is to be given out: a signal came, or the position to stop at was reached."""
         if self.until is not None and not self.reached and not self.assembler.in_transaction:
             self.reached = self._safe() >= self.until
-        return self.reached or _stop.is_set()
+        return self.reached or ending.stopping()
 
     def _full(self) -> bool:
         return not self.in_main_thread and self.bytes_in_epoch > _EPOCH_BYTES
@@ -259,13 +264,17 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             gate.drain()
             gate.source_finished(self.slot)
             raise StopIteration
-        if any(not other.left for other in _running):
+        if not ending.left(self):
             self._awake = datetime.now(UTC) + _IDLE
             return []
         gate.drain()
         # StopIteration would close all windows and keep them closed in the recovery store. An abort leaves the state
-        # of the last epoch, which is all there is; in a cluster of threads only an interrupt reaches the others.
-        raise AbortExecution if self.in_main_thread else KeyboardInterrupt
+        # of the last epoch, which is all there is; in a cluster only an interrupt reaches the other workers.
+        raise AbortExecution if self.in_main_thread else ending.Drained
+
+    def _behind(self) -> bool:
+        with catalog.connect(self.dsn) as conn:
+            return catalog.identify(conn).lsn > self.acknowledged
 
     def _count(self, changes: ChangeSet) -> None:
         size = sum(b.data.nbytes for b in changes.batches) if not self.in_main_thread else 0
@@ -332,66 +341,3 @@ def _open_shop(dsn: str) -> None:
 
 
 _shops: list[subprocess.Popen[str]] = []
-
-
-# -- the end of a run -------------------------------------------------------------------------------------------
-
-_running: set[_Partition] = set()
-_stop = threading.Event()
-_previous: dict[int, Any] = {}
-
-
-def _catch_signals() -> None:
-    """SIGTERM and Ctrl-C drain while a partition runs; without one, and the second time, they do what they did.
-
-    Handlers can only be installed by the main thread, which with several workers only ever constructs the source.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handler = signal.getsignal(number)
-        if handler is not _on_signal and handler is not None:
-            _previous[number] = handler
-            signal.signal(number, _on_signal)
-
-
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    if _running and not _stop.is_set():
-        _stop.set()
-        logger.info("%s: draining; what is staged will be published when the epoch closes", signal.Signals(number).name)
-        return
-    previous = _previous.get(number, signal.SIG_DFL)
-    if callable(previous):
-        previous(number, frame)
-    elif previous == signal.SIG_DFL:
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-
-
-# -- what a person sees -----------------------------------------------------------------------------------------
-
-
-def _show_log() -> None:
-    """Log lines go to standard error if nobody configured logging: they are few, and each is meant to be read."""
-    package = logging.getLogger("pgoutput_source")
-    if not logging.getLogger().handlers and not package.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        package.addHandler(handler)
-        package.setLevel(logging.INFO)
-
-
-def _show_errors() -> None:
-    """An error of this package that ends the program is shown as itself, not as thirty lines of traceback."""
-    if sys.excepthook is sys.__excepthook__:
-        sys.excepthook = _excepthook
-
-
-def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, PgOutputError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None or logger.isEnabledFor(logging.DEBUG):
-        sys.__excepthook__(kind, error, trace)
-    else:
-        print(f"{type(cause).__name__}: {cause}", file=sys.stderr)

@@ -104,6 +104,7 @@ def test_the_environment_names_every_field() -> None:
         "PGOUTPUT_MAX_BYTES": "2000",
         "PGOUTPUT_RECONNECT_SECONDS": "7",
         "PGOUTPUT_SLOT_WAIT_SECONDS": "3",
+        "PGOUTPUT_STALL_SECONDS": "600",
         "PGOUTPUT_ON_MISFIT": "error",
         "PGOUTPUT_OUT": "out",
         "HOME": "/",

@@ -40,6 +40,7 @@ STAIRCASE = (
     "snapshot",
     "reader",
     "gate",
+    "ending",
     "source",
     "sinks",
     "testing",
