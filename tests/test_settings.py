@@ -125,6 +125,7 @@ def test_the_environment_names_every_field() -> None:
         "max_bytes": 2000,
         "reconnect_seconds": 7.0,
         "slot_wait_seconds": 3.0,
+        "stall_seconds": 600.0,
         "on_misfit": "error",
     }
     assert SourceSettings.from_env(environ, slot="other", until=None).slot == "other"
