@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from pgoutput_source.changes import ChangeBatch, ChangeSet, Position, TableSchema
     from pgoutput_source.errors import PgOutputError
     from pgoutput_source.events import ChangeEvent
+    from pgoutput_source.mirror import current
     from pgoutput_source.reader import LogicalReplicationReader, PgOutputReader, peek
-    from pgoutput_source.sinks.parquet import ParquetSink
+    from pgoutput_source.sinks.base import TwoPhaseSink
+    from pgoutput_source.sinks.ipc import IpcSink
+    from pgoutput_source.sinks.jsonl import JsonLinesSink
+    from pgoutput_source.sinks.parquet import ParquetSink, read
     from pgoutput_source.source import PgOutputSource
     from pgoutput_source.wire import Lsn
 
@@ -23,6 +27,8 @@ _HOME: Final = {
     "ChangeBatch": "changes",
     "ChangeEvent": "events",
     "ChangeSet": "changes",
+    "IpcSink": "sinks.ipc",
+    "JsonLinesSink": "sinks.jsonl",
     "LogicalReplicationReader": "reader",
     "Lsn": "wire",
     "ParquetSink": "sinks.parquet",
@@ -31,13 +37,18 @@ _HOME: Final = {
     "PgOutputSource": "source",
     "Position": "changes",
     "TableSchema": "changes",
+    "TwoPhaseSink": "sinks.base",
+    "current": "mirror",
     "peek": "reader",
+    "read": "sinks.parquet",
 }
 
 __all__ = [
     "ChangeBatch",
     "ChangeEvent",
     "ChangeSet",
+    "IpcSink",
+    "JsonLinesSink",
     "LogicalReplicationReader",
     "Lsn",
     "ParquetSink",
@@ -46,8 +57,11 @@ __all__ = [
     "PgOutputSource",
     "Position",
     "TableSchema",
+    "TwoPhaseSink",
     "__version__",
+    "current",
     "peek",
+    "read",
 ]
 
 

@@ -30,6 +30,7 @@ STAIRCASE = (
     "changes",
     "relations",
     "columns",
+    "streaming",
     "transactions",
     "embedded",
     "shop",
@@ -50,6 +51,7 @@ STAIRCASE = (
     "windows",
     "aggregates",
     "latest",
+    "mirror",
     "shapes",
     "operators",
     PACKAGE,  # the package itself, which hands out names of the modules above

@@ -131,6 +131,11 @@ def origin_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
     return values if any(values) else None
 
 
+def table_of(schema: pa.Schema) -> str:
+    """The table that a schema's metadata names, empty where they don't say."""
+    return str((schema.metadata or {}).get(b"pg.table", b"").decode())
+
+
 @contextlib.contextmanager
 def explained(what: str, path: Path) -> Iterator[None]:
     """Turns the operating system's errors into ours."""

@@ -30,7 +30,17 @@ from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 from pgoutput_source import gate
 from pgoutput_source.changes import ChangeBatch
 from pgoutput_source.errors import ConfigurationError, SinkError, StateError
-from pgoutput_source.sinks.folder import COMMITTED, MERGING, STAGED, UNPROVEN, Folder, FolderInUse, Part, origin_of
+from pgoutput_source.sinks.folder import (
+    COMMITTED,
+    MERGING,
+    STAGED,
+    UNPROVEN,
+    Folder,
+    FolderInUse,
+    Part,
+    origin_of,
+    table_of,
+)
 from pgoutput_source.sinks.writing import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Codec, PartWriter, merge
 
 logger = logging.getLogger(__name__)
@@ -390,10 +400,14 @@ def _origin_text(origin: tuple[str, ...]) -> str:
     return f"database {database!r}, slot {slot!r}, system {system}"
 
 
-def read(folder: str | Path) -> ds.Dataset:
+def read(folder: str | Path, *, table: str | None = None) -> ds.FileSystemDataset:
     """The published files of a `ParquetSink` as one dataset, with a schema that fits all versions of the table.
 
     A column that a file does not have is null in its rows. The dataset is what is published now; call again for more.
+
+    Args:
+        folder: The folder.
+        table: Schema and table: only the files of its changes.
 
     Raises:
         SinkError: Two files have a column of types that can't be brought together: read them one by one.
@@ -402,13 +416,14 @@ def read(folder: str | Path) -> ds.Dataset:
         >>> read("out/nothing-yet").count_rows()
         0
     """
-    files = sorted(Path(folder).glob("*.parquet"))
     try:
-        schemas = [pq.read_schema(file) for file in files] or [pa.schema([])]
-        schema = pa.unify_schemas(schemas, promote_options="permissive")
+        schemas = {file: pq.read_schema(file) for file in sorted(Path(folder).glob("*.parquet"))}
+        if table is not None:
+            schemas = {file: kind for file, kind in schemas.items() if table_of(kind) == table}
+        schema = pa.unify_schemas([*schemas.values()] or [pa.schema([])], promote_options="permissive")
     except pa.ArrowTypeError as e:
         raise SinkError(
             f"the files in {folder} don't fit together: {e}",
             hint="a column has changed its type; read the files of each version by themselves",
         ) from e
-    return ds.dataset([str(file) for file in files], schema=schema, format="parquet")
+    return ds.dataset([str(file) for file in schemas], schema=schema, format="parquet")

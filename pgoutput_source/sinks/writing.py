@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.sinks.folder import FOOTER, Part, explained, origin_of, schema_digest
+from pgoutput_source.sinks.folder import FOOTER, Part, explained, origin_of, schema_digest, table_of
 
 ROW_GROUP_ROWS: Final = 128 * 1024
 ROW_GROUP_BYTES: Final = 32 * 1024 * 1024
@@ -66,7 +66,7 @@ class PartWriter:
             names=(name,),
             rows=0,
             size=0,
-            table=(schema.metadata or {}).get(b"pg.table", b"").decode(),
+            table=table_of(schema),
             schema=schema_digest(schema),
             origin=origin_of(schema.metadata),
             first=None,
