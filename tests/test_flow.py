@@ -31,6 +31,7 @@ class Flow:
         self.module = module
         self.environ = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "BYTEWAX", "RUST_"))},
+            "PYTHONPATH": str(ROOT / "tests"),
             "PGOUTPUT_DSN": db.dsn,
             "PGOUTPUT_SLOT": "cdc",
             "PGOUTPUT_PUBLICATION": "cdc",

@@ -1,0 +1,106 @@
+"""Faults of a flow, made from within its process: deaths at named places, and mistakes that tests must notice.
+
+`KILL_AT` names a place and, behind a colon, how many times it is passed before the process kills itself with SIGKILL:
+``KILL_AT="mid-rename:2"``. `BREAK` names a deliberate mistake. Neither is part of the package: `install` patches it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pgoutput_source import gate, source
+from pgoutput_source.replication import ReplicationStream
+from pgoutput_source.sinks import parquet
+from pgoutput_source.sinks.folder import Folder
+
+Place = tuple[Any, str, bool]
+"""Who has the method, its name, and whether the death comes before it."""
+
+PLACES: dict[str, Place] = {
+    "start: before the stream": (ReplicationStream, "start", True),
+    "start: after the stream": (ReplicationStream, "start", False),
+    "start: the folder is open": (Folder, "_own", False),
+    "start: the folder is repaired": (parquet._Partition, "_restore", False),
+    "in a large transaction": (source._Partition, "next_batch", False),
+    "snapshot in a large transaction": (source._Partition, "snapshot", False),
+    "before staging": (parquet._Partition, "snapshot", True),
+    "before a part's fsync": (Folder, "stage", True),
+    "after staging": (parquet._Partition, "snapshot", False),
+    "epoch durable, nothing committed": (gate, "opened", True),
+    "committed, nothing published": (Folder, "commit", False),
+    "mid-rename": (Folder, "_append", True),
+    "published, parts not deleted": (Folder, "_append", False),
+    "published, not acknowledged": (ReplicationStream, "acknowledge", True),
+    "acknowledged": (ReplicationStream, "acknowledge", False),
+    "before the next epoch": (gate, "opened", False),
+}
+LARGE = ("in a large transaction", "snapshot in a large transaction")
+
+
+def install() -> None:
+    """Patch what `KILL_AT` and `BREAK` name; nothing without them."""
+    _break(os.environ.get("BREAK", ""))
+    at = os.environ.get("KILL_AT", "")
+    if at:
+        name, _, count = at.rpartition(":")
+        _die_at(name, int(count))
+
+
+def _die_at(name: str, count: int) -> None:
+    owner, method, before = PLACES[name]
+    original: Callable[..., Any] = getattr(owner, method)
+    left = count
+
+    def passed(*arguments: Any) -> None:
+        nonlocal left
+        if name in LARGE and not arguments[0].assembler.in_transaction:
+            return
+        if method == "commit" and not arguments[1]:
+            return
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def patched(*arguments: Any, **options: Any) -> Any:
+        if before:
+            passed(*arguments)
+        result = original(*arguments, **options)
+        if not before:
+            passed(*arguments)
+        return result
+
+    setattr(owner, method, patched)
+
+
+def _break(mistake: str) -> None:
+    partition = source._Partition
+    if mistake == "acknowledge early":
+        snapshot = partition.snapshot
+
+        def early(self: Any) -> Any:
+            state = snapshot(self)
+            self.stream.acknowledge(self.staged, now=True)
+            time.sleep(0.1)
+            return state
+
+        partition.snapshot = early  # type: ignore[method-assign]
+    elif mistake == "publish early":
+        stage = parquet._Partition.snapshot
+
+        def publish(self: Any) -> Any:
+            state = stage(self)
+            with gate.lock:
+                self.committed()
+                self.drain()
+            return state
+
+        parquet._Partition.snapshot = publish  # type: ignore[method-assign]
+    elif mistake == "forget":
+        reconcile = source._reconcile
+        source._reconcile = lambda *a: (None, reconcile(*a)[1])
+    elif mistake:
+        raise ValueError(mistake)
