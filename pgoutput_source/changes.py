@@ -39,7 +39,7 @@ __all__ = [
 class ChangeBatch:
     """Changes of one version of one table, in position order, as one Arrow record batch.
 
-    It speaks the Arrow PyCapsule interface: ``pl.from_arrow(batch)``, ``duckdb.from_arrow(batch)`` and
+    It speaks the Arrow PyCapsule interface: ``pl.DataFrame(batch)``, ``duckdb.from_arrow(batch)`` and
     ``pa.record_batch(batch)`` take it as it is. See `metadata_fields` for the columns behind the table's own.
     """
 
