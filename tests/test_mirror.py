@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def captured(database: Database, out: Path, **options: Any) -> None:
     source = PgOutputSource(database.dsn, slot="cdc", publication="cdc", until="current")
     batches = op.flat_map("batches", op.input("in", flow, source), list)
     cdc.output("out", batches, ParquetSink(out, **options))
-    run_main(flow)  # type: ignore[no-untyped-call]
+    run_main(flow, epoch_interval=timedelta(seconds=1))  # type: ignore[no-untyped-call]
     gate.finish()
 
 
