@@ -179,7 +179,7 @@ def new_store(folder: Path) -> Path:
 
 def orders(sink: SqliteSink) -> list[int]:
     with sink.database() as db:
-        return sorted(id for (id,) in db.execute("SELECT id FROM orders"))
+        return sorted(id for (id,) in db.execute("SELECT id FROM orders WHERE id IS NOT NULL"))
 
 
 def crashed_and_resumed(folder: Path, kind: type[Fragile], crash_at: int | None, *, recovery: bool = True) -> Fragile:

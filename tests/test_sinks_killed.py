@@ -1,0 +1,56 @@
+"""The sinks beside Parquet on the real path: a flow that is killed again and again writes what the tables hold."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Database
+from test_flow import Busy, Flow, following, publish, wait_for
+from test_sinks import SqliteSink, orders
+from workload import differences, replayed, tables
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing_and_doubles_only_lines(db: Database, tmp_path: Path) -> None:
+    rng = random.Random(3)
+    flow = Flow(db, tmp_path, module="tests.every_sink")
+    publish(db)
+    with Busy(db.dsn, seed=3, tables=6, largest=1_000) as workload:
+        for _ in range(8):
+            process = flow.start("-s", rng.choice(["0", "1"]), *flow.recovery())
+            with following(process) as lines:
+                if rng.random() < 0.8:
+                    wait_for(lines, "streaming from", process)
+                time.sleep(rng.uniform(0, 2))
+                process.send_signal(signal.SIGKILL)
+        workload.stop()
+        flow.run("-s", "1", *flow.recovery(), PGOUTPUT_UNTIL="current")
+        expected = tables(workload)
+
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    ids: list[int] = []
+    positions: Counter[tuple[int, int]] = Counter()
+    for file in (flow.out / "ipc").glob("*.arrows"):
+        table = pa.ipc.open_stream(file).read_all()
+        pq.write_table(table, folder / f"{file.stem}.parquet")
+        ids += table["id"].to_pylist()
+        positions.update(zip(table["_commit_lsn"].to_pylist(), table["_seq"].to_pylist(), strict=True))
+    rows = [json.loads(line) for line in (flow.out / "lines.jsonl").read_text().splitlines()]
+    lines_positions = Counter((row["_commit_lsn"], row["_seq"]) for row in rows)
+
+    found, count = replayed(folder)
+
+    assert differences(found, expected) == []
+    assert count > 3_000
+    assert Counter(orders(SqliteSink(flow.out / "sqlite.db"))) == Counter(id for id in ids if id is not None)
+    assert lines_positions.keys() == positions.keys()
+    assert lines_positions.total() > positions.total(), "no crash came between a line and its epoch"
