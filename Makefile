@@ -5,6 +5,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 DEMO    := $(VENV)/.ready-for-demo
 SECONDS := 15
+JOBS    := 2
 ARGS    :=
 
 .DEFAULT_GOAL := help
@@ -14,7 +15,7 @@ help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 test: $(READY)  ## Run the tests on real PostgreSQL servers of every supported major; ARGS= goes to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 demo: $(DEMO)  ## Run a shop, capture its changes to Parquet for SECONDS=15, and verify every row
 	@$(BIN)/python -m pgoutput_source demo --seconds $(SECONDS) $(ARGS)
