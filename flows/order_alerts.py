@@ -1,18 +1,17 @@
 """Customers who place several orders within a minute, as lines of JSON: row by row, with Bytewax's own windows.
 
-python -m bytewax.run flows.order_alerts
+    python -m bytewax.run flows.order_alerts
 """
 
-import json
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import bytewax.operators as op
 import bytewax.operators.windowing as win
-from bytewax.connectors.stdio import StdOutSink
 from bytewax.dataflow import Dataflow
 
 import pgoutput_source.operators as cdc
-from pgoutput_source import PgOutputSource
+from pgoutput_source import JsonLinesSink, PgOutputSource
 from pgoutput_source.events import ChangeEvent
 
 MINUTE = timedelta(minutes=1)
@@ -25,12 +24,12 @@ def customer(event: ChangeEvent) -> str:
     return str(event.row["customer_id"])
 
 
-def alert(counted: tuple[str, tuple[int, int]]) -> str | None:
-    """A line for a customer with many orders."""
+def alert(counted: tuple[str, tuple[int, int]]) -> tuple[str, dict[str, Any]] | None:
+    """A customer with many orders, and the line that says so."""
     who, (window, orders) = counted
     if orders < MANY:
         return None
-    return json.dumps({"customer_id": int(who), "minute": (EPOCH + window * MINUTE).isoformat(), "orders": orders})
+    return who, {"customer_id": int(who), "minute": EPOCH + window * MINUTE, "orders": orders}
 
 
 flow = Dataflow("order_alerts")
@@ -38,4 +37,4 @@ changes = op.input("postgres", flow, PgOutputSource.from_env())
 placed = cdc.inserts("placed", cdc.table("orders", changes, "public.orders"))
 minutes = win.TumblingWindower(length=MINUTE, align_to=EPOCH)
 counts = win.count_window("counts", cdc.events("events", placed), cdc.CommitClock(), minutes, customer)
-op.output("alerts", op.filter_map("many", counts.down, alert), StdOutSink())
+op.output("alerts", op.filter_map("many", counts.down, alert), JsonLinesSink())
