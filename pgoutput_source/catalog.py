@@ -28,7 +28,14 @@ from pgoutput_source.connection import (
     server_error,
 )
 from pgoutput_source.embedded import default_dsn
-from pgoutput_source.errors import NotConfigured, PublicationError, SlotLost, SlotMismatch, SlotNotFound
+from pgoutput_source.errors import (
+    ConfigurationError,
+    NotConfigured,
+    PublicationError,
+    SlotLost,
+    SlotMismatch,
+    SlotNotFound,
+)
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.types import TYPES, PgType
 from pgoutput_source.types.catalogue import FACTS, TypeFacts, from_catalogue
@@ -180,8 +187,10 @@ def check(conn: Connection, settings: SourceSettings) -> SlotState:
         NotConfigured: wal_level, or a role that may not replicate.
         SlotNotFound, SlotMismatch, SlotLost: The slot is missing, can't be used by this reader, or is dead.
         PublicationError: A publication is missing.
+        ConfigurationError: An option that this server is too old for.
     """
     check_server(conn)
+    check_options(conn, settings)
     found = publications(conn, settings.publication)
     missing = [name for name in settings.publication if name not in found]
     slot = slot_state(conn, settings.slot)
@@ -229,6 +238,24 @@ def check_server(conn: Connection) -> None:
             hint=f"as a superuser: ALTER ROLE {quote_name(role)} REPLICATION; "
             "on Amazon RDS: GRANT rds_replication TO …",
         )
+
+
+def check_options(conn: Connection, settings: SourceSettings) -> None:
+    """Whether the server is new enough for the options of the stream.
+
+    Raises:
+        ConfigurationError: It is not; which version it takes, and what to do without.
+    """
+    for option, value, since, instead in (
+        ("streaming", "parallel", 16, "streaming='on' gives the same changes"),
+        ("origin", "none", 16, "without it, a publication of other tables keeps replicated ones out"),
+    ):
+        if getattr(settings, option) == value and conn.info.server_version < since * 10_000:
+            raise ConfigurationError(
+                f"{option}={value!r} needs PostgreSQL {since}, and {settings.server} runs "
+                f"{conn.info.server_version // 10_000}",
+                hint=f"leave it out; {instead}",
+            )
 
 
 def check_slot(conn: Connection, slot: SlotState) -> None:

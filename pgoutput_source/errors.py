@@ -17,6 +17,8 @@
     │   └── EmbeddedError         the server in the box
     ├── ProtocolError             bytes that are not what the protocol says
     ├── DecodeError               text that is not a value of its column's type
+    ├── SchemaChanged             a table is not what it was, and on_schema_change="fail" wants to know
+    ├── SpillError                a temporary file of a transaction in progress
     ├── StateError                a resume state or recovery folder that can't be used
     └── SinkError                 a destination
 
@@ -139,6 +141,17 @@ class ProtocolError(PgOutputError):
 
 class DecodeError(PgOutputError):
     """Text that is not a value of its column's type, or a value that the column can't hold with on_misfit="error"."""
+
+
+class SchemaChanged(PgOutputError):
+    """A table is not what it was: its name, columns or replica identity, with on_schema_change="fail".
+
+    Nothing from the change on was given out; `lsn` is the commit of the transaction that it was found in.
+    """
+
+
+class SpillError(PgOutputError):
+    """A transaction in progress outgrew its memory, and no temporary file can be written, or read again."""
 
 
 class StateError(PgOutputError):

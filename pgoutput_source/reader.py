@@ -31,6 +31,7 @@ from pgoutput_source.relations import Relations
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.schema import TableSchema
 from pgoutput_source.settings import SourceSettings
+from pgoutput_source.streaming import PROTOCOLS, streamed
 from pgoutput_source.transactions import Assembler
 from pgoutput_source.wire import Lsn, XLogData
 
@@ -97,6 +98,8 @@ class PgOutputReader:
         self._stream: ReplicationStream | None = None
         self._set: ChangeSet | None = None  # fetched, and not yet taken
         self._rest: Iterator[ChangeEvent] = iter(())  # of the set that is being given out as events
+        self._begun = 0  # how many sets were, or are being, given out as events
+        self._beginning = threading.Lock()
         self._given: ChangeEvent | Position = _NOTHING
         self._by_set: bool | None = None
         self._facts: dict[TableSchema, TableFacts | None] = {}
@@ -127,11 +130,20 @@ class PgOutputReader:
         self._confirmed = self._fetched = slot.confirmed_flush_lsn or Lsn(0)
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", settings.slot))
         look_up = catalog.defined_types(self._dsn)
-        self._assembler = Assembler(origin, on_misfit=settings.on_misfit, look_up=look_up)
+        self._assembler = Assembler(
+            origin,
+            on_misfit=settings.on_misfit,
+            look_up=look_up,
+            streamed=streamed(settings),
+            known_tables=None if settings.on_schema_change == "evolve" else {},
+        )
         self._stream = ReplicationStream(
             self._dsn,
             slot=settings.slot,
             publications=settings.publication,
+            proto_version=PROTOCOLS[settings.streaming],
+            streaming=settings.streaming,
+            origin=settings.origin,
             status_interval=settings.status_interval,
             reconnect_seconds=settings.reconnect_seconds,
             slot_wait_seconds=settings.slot_wait_seconds,
@@ -160,6 +172,7 @@ class PgOutputReader:
                 self._settle(self._stream)
             self._stream.close(graceful=graceful)
             self._stream = None
+            self._assembler.close()
 
     def _settle(self, stream: ReplicationStream) -> None:
         """Look for the commit of a transaction that was acknowledged to its last change, so that it really is."""
@@ -205,11 +218,12 @@ class PgOutputReader:
     async def __anext__(self) -> ChangeEvent:
         while not self._stopping:
             with self._failing():
+                begun = self._begun
                 event = next(self._rest, None)
                 if event is not None:
                     self._given = event
                     return event
-                if not await asyncio.to_thread(self._begin):
+                if not await asyncio.to_thread(self._begin_after, begun):
                     break
         self._end()
         raise StopAsyncIteration
@@ -237,7 +251,13 @@ class PgOutputReader:
         assert self._set is not None
         self._rest = events_of(self._set, self._facts_of)
         self._set = None
+        self._begun += 1
         return True
+
+    def _begin_after(self, begun: int) -> bool:
+        """`_begin`, unless another has begun since: the thread of a task that was cancelled goes on to its end."""
+        with self._beginning:
+            return self._begun != begun or self._begin()
 
     def _fetch(self, *, by_set: bool) -> bool:
         """Wait until there is a set in `_set`; False at the end."""
@@ -264,7 +284,9 @@ class PgOutputReader:
         return self._set is not None and not self._stopping
 
     def _poll(self, stream: ReplicationStream) -> ChangeSet:
-        frames = stream.poll(max_frames=self.settings.max_frames, max_bytes=self.settings.max_bytes, timeout=_WAIT)
+        limits = {"max_frames": self.settings.max_frames, "max_bytes": self.settings.max_bytes}
+        # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
+        frames = [] if self._assembler.pending else stream.poll(**limits, timeout=_WAIT)
         if stream.generation != self._generation:
             self._generation = stream.generation
             self._assembler.reconnected()

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from pgoutput_source import messages
 from pgoutput_source.changes import Column, TableSchema
-from pgoutput_source.errors import ProtocolError
+from pgoutput_source.errors import ProtocolError, SchemaChanged
 from pgoutput_source.types import OPAQUE, TYPES, PgType
 
 LookUp: TypeAlias = Callable[[Sequence[int]], Mapping[int, PgType]]
@@ -23,11 +23,19 @@ class Relations:
     """The current `TableSchema` of every relation that was announced.
 
     `origin` (name, value pairs such as system, database and slot) is written into the metadata of each batch.
-    `look_up` is asked once for each type that the type table lacks; without it such a type is its text.
+    `look_up` is asked once for each type that the type table lacks; without it such a type is its text. `known`
+    describes the tables that must stay as they are, by relation, and grows with each table that comes; None lets all
+    of them change.
     """
 
-    def __init__(self, origin: tuple[tuple[str, str], ...] = (), look_up: LookUp | None = None) -> None:
+    def __init__(
+        self,
+        origin: tuple[tuple[str, str], ...] = (),
+        look_up: LookUp | None = None,
+        known: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.origin = origin
+        self.known = None if known is None else {relation: list(lines) for relation, lines in known.items()}
         self._look_up = look_up
         self._types: dict[int, PgType] = {}
         self._current: dict[int, TableSchema] = {}
@@ -49,7 +57,11 @@ class Relations:
         return self._current.get(relation_id)
 
     def announce(self, relation: messages.Relation) -> TableSchema | None:
-        """Take note of a Relation message; the new version, or None if nothing has changed."""
+        """Take note of a Relation message; the new version, or None if nothing has changed.
+
+        Raises:
+            SchemaChanged: It is not what is known of it, and must be.
+        """
         self._learn([column.type_oid for column in relation.columns])
         schema = TableSchema(
             relation_id=relation.relation_id,
@@ -62,6 +74,8 @@ class Relations:
         known = self._current.get(schema.relation_id)
         if known is not None and known.fingerprint == schema.fingerprint:
             return None
+        if self.known is not None:
+            _compare(self.known, schema)
         self._current[schema.relation_id] = schema
         return schema
 
@@ -87,3 +101,21 @@ class Relations:
         kind = self.type_of(column.type_oid)
         name = self._type_names.get(column.type_oid, f"oid {column.type_oid}") if kind is OPAQUE else kind.name
         return Column(column.name, column.type_oid, column.typmod, column.key, name, kind.arrow(column.typmod))
+
+
+def _compare(known: dict[str, list[str]], schema: TableSchema) -> None:
+    now = [schema.table, f"replica identity {schema.replica_identity!r}"]
+    for c in schema.columns:
+        typmod = "" if c.typmod < 0 else f"({c.typmod})"
+        now.append(f"column {c.name!r} {c.type_name}{typmod}{' in the replica identity' if c.key else ''}")
+    # A table that was dropped and made again has another number and the same name.
+    of_name = next((lines for lines in known.values() if lines[0] == schema.table), now)
+    before = known.setdefault(str(schema.relation_id), of_name)
+    if before != now:
+        parts = [f"no more {line}" for line in before if line not in now]
+        parts += [f"now {line}" for line in now if line not in before]
+        raise SchemaChanged(
+            f"the table has changed: {', '.join(parts) or 'its columns stand in another order'}",
+            table=before[0],
+            hint="see to what reads the output, then go on with on_schema_change='evolve', or with a fresh start",
+        )

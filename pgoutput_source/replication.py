@@ -75,6 +75,8 @@ class ReplicationStream:
         publications: Names of the publications.
         proto_version: Of pgoutput, 1 to 4.
         messages: Whether logical decoding messages are wanted.
+        streaming: "on" (protocol 2) and "parallel" (protocol 4) bring transactions while they are in progress.
+        origin: "none" leaves out what came to the server by replication; PostgreSQL 16.
         status_interval: Seconds between two reports, lowered to a quarter of the server's wal_sender_timeout.
         reconnect_seconds: How long to try again after a loss.
         slot_wait_seconds: How long `start` waits for a slot that another process holds.
@@ -97,6 +99,8 @@ class ReplicationStream:
         publications: Sequence[str],
         proto_version: int = 1,
         messages: bool = True,
+        streaming: str = "off",
+        origin: str = "any",
         status_interval: float = 10.0,
         reconnect_seconds: float = 300.0,
         slot_wait_seconds: float = 60.0,
@@ -109,6 +113,9 @@ class ReplicationStream:
         self.server_version = 0
         self._dsn = dsn
         self._options = {"proto_version": str(proto_version)} | ({"messages": "true"} if messages else {})
+        # Named only where they differ from the default: older servers know neither.
+        self._options |= {"streaming": streaming} if streaming != "off" else {}
+        self._options |= {"origin": origin} if origin != "any" else {}
         self._only_commits = proto_version == 1
         self._status_interval = status_interval
         self._reconnect_seconds = reconnect_seconds

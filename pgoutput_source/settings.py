@@ -146,6 +146,16 @@ class SourceSettings(BaseModel):
             code 70, so that the slot is free for another; longer than any step or sink may take. None only warns.
         on_misfit: What happens to a value that its column's Arrow type can't hold: "raw" leaves the cell null and
             keeps the exact text in `_raw`, "error" stops.
+        on_schema_change: What happens when a table's name, columns or replica identity are not what they were when
+            this run, or the one that it resumes, first saw them: "evolve" goes on with batches of the new version,
+            "fail" stops with `SchemaChanged`.
+        origin: "any" brings all changes, "none" leaves out those that came to the server by replication themselves;
+            from PostgreSQL 16 on.
+        streaming: "on" has PostgreSQL send large transactions while they are in progress instead of keeping them on
+            its own disk until they commit; they are kept here, and come out at their commit as ever. "parallel" is the
+            same with PostgreSQL 16's protocol.
+        streaming_memory: Bytes of transactions in progress that are held in memory. What is more goes to files
+            without a name in the folder for temporary files (TMPDIR).
 
     Raises:
         ConfigurationError: An unknown option or a value that can't be used; nothing was connected.
@@ -173,6 +183,10 @@ class SourceSettings(BaseModel):
     slot_wait_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     stall_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     on_misfit: Literal["raw", "error"] = "raw"
+    on_schema_change: Literal["evolve", "fail"] = "evolve"
+    origin: Literal["any", "none"] = "any"
+    streaming: Literal["off", "on", "parallel"] = "off"
+    streaming_memory: int = Field(default=64 << 20, ge=0)
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         # Only what differs from the default, and the server without anything secret.

@@ -29,6 +29,7 @@ from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.errors import SlotAhead, StateError
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.settings import SourceSettings
+from pgoutput_source.streaming import PROTOCOLS, streamed
 from pgoutput_source.transactions import Assembler
 from pgoutput_source.wire import Lsn
 
@@ -142,12 +143,20 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.system = system
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", self.slot))
         self.assembler = Assembler(
-            origin, skip_until=position, on_misfit=settings.on_misfit, look_up=catalog.defined_types(dsn)
+            origin,
+            skip_until=position,
+            on_misfit=settings.on_misfit,
+            look_up=catalog.defined_types(dsn),
+            streamed=streamed(settings),
+            known_tables=None if settings.on_schema_change == "evolve" else (resume or {}).get("tables", {}),
         )
         self.stream = ReplicationStream(
             dsn,
             slot=self.slot,
             publications=settings.publication,
+            proto_version=PROTOCOLS[settings.streaming],
+            streaming=settings.streaming,
+            origin=settings.origin,
             status_interval=settings.status_interval,
             reconnect_seconds=settings.reconnect_seconds,
             slot_wait_seconds=settings.slot_wait_seconds,
@@ -181,14 +190,17 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         if self._ending() or self._full():
             self._awake = datetime.now(UTC) + _IDLE
             return []
-        frames = self.stream.poll(max_frames=self.settings.max_frames, max_bytes=self.settings.max_bytes, timeout=0.0)
+        limits = {"max_frames": self.settings.max_frames, "max_bytes": self.settings.max_bytes}
+        # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
+        frames = [] if self.assembler.pending else self.stream.poll(**limits, timeout=0.0)
         if self.stream.generation != self.generation:
             self.generation = self.stream.generation
             self.assembler.reconnected()
             metrics.RECONNECTS.labels(self.slot).inc()
-        self._awake = None if frames else datetime.now(UTC) + _IDLE
-        if not frames:
+        if not frames and not self.assembler.pending:
+            self._awake = datetime.now(UTC) + _IDLE
             return []
+        self._awake = None
         changes = self.assembler.feed(frames)
         self._count(changes)
         return [changes] if len(changes) or changes.messages else []
@@ -211,6 +223,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             "commit_lsn": None if position is None else int(position.commit_lsn),
             "seq": None if position is None else position.seq,
             "lsn": int(self.staged),
+            **({} if self.settings.on_schema_change == "evolve" else {"tables": self.assembler.relations.known}),
         }
 
     def close(self) -> None:
@@ -220,6 +233,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             ending.closed(self)
             gate.source_closed(self.slot)
         self.stream.close()
+        self.assembler.close()
 
     # -- positions ----------------------------------------------------------------------------------------------
 

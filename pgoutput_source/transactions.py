@@ -6,12 +6,13 @@ its transaction with a cumulative sum. A stream of single-row transactions costs
 Only what is rare (Relation, Type, Origin, Truncate, Message) is decoded one by one.
 
 This is protocol 1, in which PostgreSQL sends a transaction after its commit, contiguously, with the commit's LSN known
-from Begin on. So a transaction may be cut anywhere: what was read of it is final.
+from Begin on. So a transaction may be cut anywhere: what was read of it is final. Transactions that come while they are
+in progress are turned into this by `streaming`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 from pgoutput_source import messages
 from pgoutput_source.changes import ChangeBatch, ChangeSet, Message, Position, TableSchema, Truncate
 from pgoutput_source.columns import Frames, Rows, decode
-from pgoutput_source.errors import ProtocolError
+from pgoutput_source.errors import ProtocolError, SchemaChanged
 from pgoutput_source.relations import LookUp, Relations
+from pgoutput_source.streaming import StreamedTransactions
 from pgoutput_source.wire import PG_EPOCH_US, Lsn, pg_datetime
 
 BETWEEN, INSIDE = "between transactions", "inside a transaction"
@@ -58,7 +60,8 @@ class Assembler:
     Attributes:
         position: The last change that was given out; pass it as `skip_until` to go on elsewhere.
         end_lsn: The end of the last complete transaction, what may be acknowledged once its changes are durable.
-        in_transaction: Whether a transaction is open: begun and not yet committed.
+        in_transaction: Whether a committed transaction was received and not yet given out to its end.
+        pending: Whether `feed` has more to give without new frames: call it with none before the next poll.
     """
 
     def __init__(
@@ -68,8 +71,11 @@ class Assembler:
         skip_until: Position | None = None,
         on_misfit: str = "raw",
         look_up: LookUp | None = None,
+        streamed: StreamedTransactions | None = None,
+        known_tables: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.relations = Relations(origin, look_up)
+        self.relations = Relations(origin, look_up, known_tables)
+        self._streamed = streamed
         self.on_misfit = on_misfit
         self.position = skip_until
         self.end_lsn = Lsn(0)
@@ -79,13 +85,29 @@ class Assembler:
 
     @property
     def in_transaction(self) -> bool:
-        """Whether a transaction is open: begun and not yet committed."""
-        return self._open is not None
+        """Whether a committed transaction was received and not yet given out to its end.
+
+        One that is still in progress does not count: its commit lies behind every position that the server has
+        reported, so the server sends all of it again, whatever of that is acknowledged.
+        """
+        return self._open is not None or self.pending
+
+    @property
+    def pending(self) -> bool:
+        """Whether `feed` has more to give without new frames: pieces of a streamed transaction that has committed."""
+        return self._streamed is not None and self._streamed.pending
+
+    def close(self) -> None:
+        """Let go of temporary files."""
+        if self._streamed is not None:
+            self._streamed.close()
 
     def reconnected(self) -> None:
         """A new connection starts: the server begins with a whole transaction and may repeat what was given out."""
         self._open = None
         self._last_end = Lsn(0)
+        if self._streamed is not None:
+            self._streamed.reconnected()
 
     def feed(self, frames: Sequence[bytes | memoryview]) -> ChangeSet:
         """What these frames say; `frames` are CopyData payloads with their header, keepalives are passed over.
@@ -93,7 +115,12 @@ class Assembler:
         Raises:
             ProtocolError: An illegal order of messages, or bytes that are no message. The stream can't be used further.
             DecodeError: A value is not text of its column's type.
+            SchemaChanged: A table is not what is known of it.
+            SpillError: A temporary file of a transaction in progress failed.
         """
+        if self._streamed is not None:
+            self._streamed.add(frames)
+            frames = self._streamed.take()
         f = Frames(frames)
         if not len(f):
             return ChangeSet(())
@@ -112,7 +139,7 @@ class Assembler:
         """Begin and Commit say in which state all that follows is, up to the next of them: who is inside."""
         last = np.maximum.accumulate(np.where(ends, np.arange(1, len(f) + 1), 0))
         before = np.concatenate([[0], last[:-1]])
-        state = np.where(before > 0, f.tag[before - 1] == _B, self.in_transaction).astype(np.int8)
+        state = np.where(before > 0, f.tag[before - 1] == _B, self._open is not None).astype(np.int8)
         legal = _LEGAL[state, f.tag]
         if not legal.all():
             bad = int(np.argmin(legal))
@@ -187,6 +214,9 @@ class Assembler:
             except ProtocolError as e:
                 e.lsn = e.lsn if e.lsn is not None else int(f.lsn[i])
                 raise
+            except SchemaChanged as e:
+                e.lsn = int(t.commit_lsn[t.index[i]])
+                raise
         return versions, truncates, found
 
     def _message(self, t: _Transactions, i: int, m: messages.Message, *, inside: bool) -> list[Message]:
@@ -227,7 +257,7 @@ class Assembler:
         self, f: Frames, t: _Transactions, begins: NDArray[np.bool_], commits: NDArray[np.bool_], rows: Rows
     ) -> None:
         ends = np.flatnonzero(begins | commits)
-        is_open = f.tag[ends[-1]] == _B if len(ends) else self.in_transaction
+        is_open = f.tag[ends[-1]] == _B if len(ends) else self._open is not None
         if len(rows):
             self.position = Position(Lsn(int(rows.commit_lsn[-1])), int(rows.seq[-1]))
         if commits.any():

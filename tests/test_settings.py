@@ -106,6 +106,10 @@ def test_the_environment_names_every_field() -> None:
         "PGOUTPUT_SLOT_WAIT_SECONDS": "3",
         "PGOUTPUT_STALL_SECONDS": "600",
         "PGOUTPUT_ON_MISFIT": "error",
+        "PGOUTPUT_ON_SCHEMA_CHANGE": "fail",
+        "PGOUTPUT_ORIGIN": "none",
+        "PGOUTPUT_STREAMING": "parallel",
+        "PGOUTPUT_STREAMING_MEMORY": "5000",
         "PGOUTPUT_OUT": "out",
         "HOME": "/",
     }
@@ -127,6 +131,10 @@ def test_the_environment_names_every_field() -> None:
         "slot_wait_seconds": 3.0,
         "stall_seconds": 600.0,
         "on_misfit": "error",
+        "on_schema_change": "fail",
+        "origin": "none",
+        "streaming": "parallel",
+        "streaming_memory": 5000,
     }
     assert SourceSettings.from_env(environ, slot="other", until=None).slot == "other"
 
