@@ -17,7 +17,7 @@ from conftest import Database
 from workload import Row, Workload, differences, tables
 
 import pgoutput_source.operators as cdc
-from pgoutput_source import ChangeBatch, ParquetSink, PgOutputSource, current, gate, read
+from pgoutput_source import ChangeBatch, ParquetSink, PgOutputSource, current, gate, read, shop
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.testing import batch
 
@@ -57,6 +57,33 @@ def test_current_rows_are_those_of_the_tables(db: Database, tmp_path: Path, seed
         assert differences({name: rows for name, rows in found.items() if rows}, expected) == []
         assert history["_unchanged"].null_count < len(history)
         assert {"I", "U", "D"} <= set(history["_op"].to_pylist())
+
+
+def test_current_rows_of_latest_and_of_aggregate_are_what_postgresql_says(db: Database, tmp_path: Path) -> None:
+    shop.create(db.dsn)
+    connection = db.connect()
+    connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+    work = shop.Workload(db.dsn, seed=3)
+    work.run(lambda _: work.totals.changes > 8_000)
+    flow = Dataflow("orders")
+    source = PgOutputSource(db.dsn, slot="cdc", publication="shop", until="current", max_frames=1000)
+    orders = cdc.table("orders", op.input("in", flow, source), "public.orders")
+    cdc.output("history", orders, ParquetSink(tmp_path / "history"))
+    cdc.output("mirror", cdc.latest("latest", orders), ParquetSink(tmp_path / "mirror"))
+    sales = cdc.aggregate("group", orders, by="status", count=True, sum="amount")
+    cdc.output("sales", sales, ParquetSink(tmp_path / "sales"))
+    run_main(flow, epoch_interval=timedelta(seconds=1))  # type: ignore[no-untyped-call]
+    gate.finish()
+
+    own = ["id", "customer_id", "status", "amount", "note", "placed_at", "updated_at"]
+    expected = connection.execute(f"SELECT {', '.join(own)} FROM orders ORDER BY id".encode()).fetchall()
+    for folder in ("history", "mirror"):
+        rows = current(tmp_path / folder, key="id").select(own).sort_by("id").to_pylist()
+        assert [tuple(row.values()) for row in rows] == expected
+    groups = current(tmp_path / "sales", key="status").select(["status", "count", "amount_sum"]).sort_by("status")
+    query = "SELECT status, count(*), sum(amount) FROM orders GROUP BY status ORDER BY status"
+    assert [tuple(row.values()) for row in groups.to_pylist()] == connection.execute(query).fetchall()
+    assert read(tmp_path / "history").count_rows() > read(tmp_path / "mirror").count_rows() > len(expected)
 
 
 TYPES = {"id": pa.int64(), "n": pa.int64(), "note": pa.utf8()}
