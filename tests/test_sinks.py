@@ -270,6 +270,16 @@ def test_ipc_files_keep_the_schema_and_hold_one_version_of_a_table_each(tmp_path
         sink.stage("0-2", [{"id": 1}])
 
 
+def test_ipc_files_that_a_crash_left_half_written_are_never_published(tmp_path: Path) -> None:
+    sink = IpcSink(tmp_path)
+    sink.stage("0-00000001-unproven", [made(0)])
+    whole = next((tmp_path / "_staging").glob("*.arrows")).read_bytes()
+    (tmp_path / "_staging" / "0-00000002-unproven-0000.writing").write_bytes(whole[:100])
+    sink.build_part("flow.out", "two-phase", None).close()
+    assert [table["id"].to_pylist() for table in arrows(tmp_path)] == [IDS[:ROWS]]
+    assert list((tmp_path / "_staging").iterdir()) == []
+
+
 # -- lines of JSON --------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pgoutput_source.changes import ChangeBatch
 from pgoutput_source.errors import SinkError
 from pgoutput_source.sinks.base import TwoPhaseSink
-from pgoutput_source.sinks.folder import STAGING, explained
+from pgoutput_source.sinks.folder import STAGING, WRITING, explained
 
 Item: TypeAlias = ChangeBatch | pa.RecordBatch | pa.Table
 
@@ -57,12 +57,14 @@ class IpcSink(TwoPhaseSink[Item]):
         with explained("can't stage in", self.staging):
             self.staging.mkdir(parents=True, exist_ok=True)
             for number, batches in enumerate(_by_schema(items)):
-                with (self.staging / f"{token}-{number:04d}{SUFFIX}").open("xb") as file:
+                path = self.staging / f"{token}-{number:04d}{WRITING}"
+                with path.open("wb") as file:
                     with pa.ipc.new_stream(file, batches[0].schema) as stream:
                         for batch in batches:
                             stream.write_batch(batch)
                     file.flush()
                     os.fsync(file.fileno())
+                path.rename(path.with_suffix(SUFFIX))
             _sync(self.staging)
 
     def publish(self, token: str) -> None:
@@ -85,7 +87,10 @@ class IpcSink(TwoPhaseSink[Item]):
                 file.unlink()
 
     def staged(self) -> Iterable[str]:
-        """The tokens in the names of the staged files."""
+        """The tokens in the names of the staged files; what a crash left half-written is deleted."""
+        with explained("can't clean", self.staging):
+            for file in self.staging.glob(f"*{WRITING}"):
+                file.unlink()
         return {file.stem.rpartition("-")[0] for file in self.staging.glob(f"*{SUFFIX}")}
 
     def _files(self, token: str) -> list[Path]:
