@@ -26,11 +26,13 @@ from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourc
 
 from pgoutput_source import catalog, ending, gate, metrics, shop
 from pgoutput_source.changes import ChangeSet, Position
-from pgoutput_source.errors import SlotAhead, StateError
+from pgoutput_source.connection import Connection
+from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotNotFound, StateError
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.streaming import PROTOCOLS, streamed
 from pgoutput_source.transactions import Assembler
+from pgoutput_source.walsender import timeline_end
 from pgoutput_source.wire import Lsn
 
 logger = logging.getLogger(__name__)
@@ -133,14 +135,17 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.dsn = dsn
         if settings.dsn is None:
             _open_shop(dsn)
-        with catalog.connect(dsn) as conn:
+        with _connect(dsn, settings) as conn:
             if settings.create and resume is None:
                 catalog.create(conn, settings)
-            slot = catalog.check(conn, settings)
+            slot = _checked_slot(conn, settings, resume)
             system = catalog.identify(conn)
             self.until = _target(settings, conn)
         position, acknowledged = _reconcile(resume, settings, slot, system)
+        if resume is not None:
+            acknowledged = _on_timeline(dsn, resume["timeline"], system.timeline, position, acknowledged)
         self.system = system
+        self.timeline = system.timeline
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", self.slot))
         self.assembler = Assembler(
             origin,
@@ -195,6 +200,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         frames = [] if self.assembler.pending else self.stream.poll(**limits, timeout=0.0)
         if self.stream.generation != self.generation:
             self.generation = self.stream.generation
+            self._check_timeline()
             self.assembler.reconnected()
             metrics.RECONNECTS.labels(self.slot).inc()
         if not frames and not self.assembler.pending:
@@ -218,7 +224,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         return {
             "v": STATE_VERSION,
             "system": self.system.system_id,
-            "timeline": self.system.timeline,
+            "timeline": self.timeline,
             "slot": self.slot,
             "commit_lsn": None if position is None else int(position.commit_lsn),
             "seq": None if position is None else position.seq,
@@ -245,6 +251,19 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         """
         end = max(self.acknowledged, self.assembler.end_lsn)
         return end if self.assembler.in_transaction else max(end, self.stream.keepalive_lsn)
+
+    def _check_timeline(self) -> None:
+        """The new connection may be to a standby that was promoted."""
+        was, now = self.timeline, self.stream.timeline
+        position = self.assembler.position
+        durable = _on_timeline(self.dsn, was, now, position, self.stream.acknowledged)
+        if durable < self.stream.acknowledged:
+            raise StateError(
+                f"timeline {now} left timeline {was} at {durable}, and the former server was told to forget up to "
+                f"{self.stream.acknowledged}",
+                hint="nothing is lost: start again, and the run goes on from where the timelines part",
+            )
+        self.timeline = now
 
     def _gate(self) -> None:
         """What the last snapshot staged is durable now: publish, then acknowledge, in this order."""
@@ -339,6 +358,60 @@ def _reconcile(
     if resume["commit_lsn"] is not None:
         position = Position(Lsn(resume["commit_lsn"]), resume["seq"])
     return position, lsn
+
+
+def _on_timeline(dsn: str, was: int, now: int, position: Position | None, durable: Lsn) -> Lsn:
+    """The same position on timeline `now` as `durable` on timeline `was`, which the server, or another, was on before.
+
+    Raises:
+        StateError: What was given out did not all happen on this server's timeline.
+    """
+    if was == now:
+        return durable
+    end = timeline_end(dsn, was, now) if was < now else None
+    if end is None:
+        raise StateError(
+            f"the resume state is of timeline {was}, and the server's timeline {now} does not descend from it",
+            hint="this is not the server that took over from the former one: check where host and port lead to",
+        )
+    if position is not None and position.commit_lsn >= end:
+        raise StateError(
+            f"changes up to {position} were given out on timeline {was}, and the server's timeline {now} left it at "
+            f"{end}: the promoted server never had all of them",
+            hint="what was written downstream has changes that do not exist: start afresh. From PostgreSQL 17 on "
+            "synchronized_standby_slots keeps changes back until the standby has them",
+        )
+    logger.warning("the server is on timeline %d now, which left timeline %d at %s", now, was, end)
+    # Only WAL that was looked through, and had nothing for us, may have been beyond the end.
+    return min(durable, end)
+
+
+def _connect(dsn: str, settings: SourceSettings) -> Connection:
+    """A connection; a server that is just starting up, as after a crash, is waited for."""
+    deadline = time.monotonic() + min(60.0, settings.reconnect_seconds)
+    while True:
+        try:
+            return catalog.connect(dsn)
+        except ConnectionFailed as e:
+            if e.sqlstate != "57P03" or time.monotonic() > deadline:
+                raise
+            logger.info("%s; waiting", e.message)
+            time.sleep(0.5)
+
+
+def _checked_slot(conn: Connection, settings: SourceSettings, resume: State | None) -> catalog.SlotState:
+    """The slot, or what its absence means for a flow that has a state."""
+    try:
+        return catalog.check(conn, settings)
+    except SlotNotFound as e:
+        if not isinstance(resume, dict) or "lsn" not in resume:
+            raise
+        raise SlotNotFound(
+            f"{e.message}, and the recovery folder ends at {Lsn(resume['lsn'])}: what was committed after that is lost "
+            "to this flow",
+            hint="it was dropped, or this server is a promoted standby without it: slots follow from PostgreSQL 17 on, "
+            f"if made with failover. Repair the gap, and start with a new slot and a new recovery folder; {e.hint}",
+        ) from e
 
 
 def _open_shop(dsn: str) -> None:

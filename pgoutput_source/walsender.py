@@ -281,3 +281,24 @@ class Walsender:
             if result is None:
                 return
             yield result
+
+
+def timeline_end(dsn: str, timeline: int, current: int) -> Lsn | None:
+    """Where the history of the server's `current` timeline left `timeline`; None if it never was on it.
+
+    https://www.postgresql.org/docs/current/protocol-replication.html (TIMELINE_HISTORY)
+    """
+    with connect(dsn, replication=True) as conn:
+        try:
+            row = conn.execute(f"TIMELINE_HISTORY {current:d}".encode()).fetchone()
+        except psycopg.errors.UndefinedFile:
+            return None  # the first timeline has no history
+        except psycopg.Error as e:
+            raise server_error(e) from e
+    assert row is not None, "TIMELINE_HISTORY gives one row"
+    content = row[1] if isinstance(row[1], str) else bytes(row[1]).decode()
+    for line in content.splitlines():
+        fields = line.split()
+        if fields and fields[0] == str(timeline):
+            return Lsn(fields[1])
+    return None
