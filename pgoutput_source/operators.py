@@ -20,7 +20,7 @@ from bytewax.operators import KeyedStream
 from bytewax.outputs import FixedPartitionedSink
 
 from pgoutput_source.aggregates import aggregate
-from pgoutput_source.changes import ChangeBatch, ChangeSet
+from pgoutput_source.changes import ChangeBatch, ChangeSet, Message
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.events import ChangeEvent
 from pgoutput_source.groups import column_of, filtered
@@ -42,6 +42,7 @@ __all__ = [
     "latest",
     "map_batches",
     "mask",
+    "messages",
     "output",
     "rename",
     "select",
@@ -73,6 +74,38 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
         return [batch for s in sets for batch in s.of(name)]
 
     return op.flat_map_batch("of_table", up, of_table)
+
+
+@operator
+def messages(step_id: str, up: Stream[ChangeSet], *, prefix: str = "") -> Stream[Message]:
+    """Logical decoding messages: what ``pg_logical_emit_message(transactional, prefix, content)`` wrote.
+
+    A transactional one comes with its transaction, and only if this commits; the others come at once. Within a set
+    they stand in the order of the WAL. With `streaming`, a transactional message that was written behind a savepoint
+    which was rolled back comes nevertheless: PostgreSQL does not say of which subtransaction a message is.
+
+    Args:
+        step_id: Unique name of the step.
+        up: What `PgOutputSource` gives.
+        prefix: Only messages whose prefix begins with this; "" for all.
+
+    Example:
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> from pgoutput_source.wire import Lsn
+        >>> made = [Message(Lsn(n), prefix, b"hello", False) for n, prefix in enumerate(["audit.login", "beat"])]
+        >>> flow, out = Dataflow("shop"), []
+        >>> changes = op.input("changes", flow, TestingSource([ChangeSet((), tuple(made))]))
+        >>> op.output("out", messages("audit", changes, prefix="audit."), TestingSink(out))
+        >>> run_main(flow)
+        >>> [(message.prefix, message.content) for message in out]
+        [('audit.login', b'hello')]
+    """
+
+    def of_prefix(sets: list[ChangeSet]) -> list[Message]:
+        return [message for s in sets for message in s.messages if message.prefix.startswith(prefix)]
+
+    return op.flat_map_batch("of_prefix", up, of_prefix)
 
 
 @operator

@@ -20,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from notation import peeked, positions, rendered
 from streams import frame, text_tuple
+from test_flow import Flow, publish
+from workload import Workload, differences, replayed, tables
 
 from pgoutput_source import PgOutputReader, catalog
 from pgoutput_source import messages as m
@@ -81,10 +83,10 @@ def assembled(
     return outcome.done(assembler)
 
 
-def opened(database: Database, *tables: str) -> psycopg.Connection[Any]:
+def opened(database: Database, *definitions: str) -> psycopg.Connection[Any]:
     """Tables, a publication, and a slot that streams whatever is larger than 64 kB."""
     connection = database.connect()
-    for table in tables or ("t (id int PRIMARY KEY, v text)",):
+    for table in definitions or ("t (id int PRIMARY KEY, v text)",):
         connection.execute(f"CREATE TABLE {table}".encode())
     connection.execute("CREATE PUBLICATION p FOR ALL TABLES")
     connection.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
@@ -167,8 +169,7 @@ class Session:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_case_106_109_116_any_workload_gives_the_same_changes_streamed_or_not(any_db: Database, seed: int) -> None:
     rng = random.Random(seed * 100 + any_db.server.major)
-    tables = [f"{name} (id int PRIMARY KEY, v text)" for name in ("s0", "s1", "s2", "shared")]
-    connection = opened(any_db, *tables)
+    connection = opened(any_db, *(f"{name} (id int PRIMARY KEY, v text)" for name in ("s0", "s1", "s2", "shared")))
     sessions = [Session(any_db, number, rng) for number in range(3)]
     for _ in range(180):
         rng.choice(sessions).step()
@@ -445,6 +446,19 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(monkeypatch: pytest.M
 
         assert streamed.spilled
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_files_of_a_flow_that_streams_replayed_equal_the_tables(db: Database, tmp_path: Path) -> None:
+    with Workload(db.dsn, seed=7, tables=6, largest=4000) as workload:
+        publish(db)
+        workload.connection.execute(f"ALTER DATABASE {db.name} SET logical_decoding_work_mem = '64kB'".encode())
+        workload.run(30_000)
+        options = {"PGOUTPUT_STREAMING": "parallel", "PGOUTPUT_STREAMING_MEMORY": "100000"}
+        flow = Flow(db, tmp_path, PGOUTPUT_UNTIL="current", **options)
+        flow.run("-s", "1", *flow.recovery()[:2])
+
+        assert differences(replayed(flow.out)[0], tables(workload)) == []
 
 
 # ------------------------------------------------------------------------------------------------- bytes are hostile
