@@ -1,6 +1,8 @@
 """Customers who place several orders within a minute, as lines of JSON: row by row, with Bytewax's own windows.
 
     python -m bytewax.run flows.order_alerts
+
+Lines go to standard output, each at least once.
 """
 
 from datetime import UTC, datetime, timedelta
