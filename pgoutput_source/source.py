@@ -220,7 +220,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.final = self._ending()
         self.staged = self._safe()
         self.bytes_in_epoch = 0
-        position = self.assembler.position
+        position, known = self.assembler.position, self.assembler.relations.known
         return {
             "v": STATE_VERSION,
             "system": self.system.system_id,
@@ -229,7 +229,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             "commit_lsn": None if position is None else int(position.commit_lsn),
             "seq": None if position is None else position.seq,
             "lsn": int(self.staged),
-            **({} if self.settings.on_schema_change == "evolve" else {"tables": self.assembler.relations.known}),
+            **({} if known is None else {"tables": dict(known)}),
         }
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -31,6 +32,7 @@ import pytest
 from conftest import Database
 from notation import peeked, positions, rendered
 from streams import frame
+from test_flow import Flow, publish
 
 from pgoutput_source import catalog
 from pgoutput_source import messages as m
@@ -777,3 +779,20 @@ def test_a_table_that_must_not_change_ends_the_stream_when_it_does(bare: Databas
 
 def _tags(frames: list[bytes]) -> bytes:
     return bytes(f[25] for f in frames)
+
+
+@pytest.mark.slow
+def test_a_flow_whose_tables_must_not_change_remembers_them(db: Database, tmp_path: Path) -> None:
+    with db.connect() as c:
+        run(c, T)
+        publish(db)
+        run(c, "INSERT INTO t VALUES (1, 'a')")
+        flow = Flow(db, tmp_path, PGOUTPUT_UNTIL="current", PGOUTPUT_ON_SCHEMA_CHANGE="fail")
+        flow.run("-s", "1", *flow.recovery())
+        run(c, "ALTER TABLE t ADD w int\nINSERT INTO t VALUES (2, 'b', 3)")
+        process = flow.start("-s", "1", *flow.recovery())
+        _, said = process.communicate(timeout=60)
+
+        assert process.returncode != 0
+        assert "SchemaChanged: the table has changed: now column 'w' integer (at table public.t" in said
+        Flow(db, tmp_path, PGOUTPUT_UNTIL="current").run("-s", "1", *flow.recovery())
