@@ -202,11 +202,12 @@ class PgOutputReader:
     def __next__(self) -> ChangeEvent:
         while not self._stopping:
             with self._failing():
+                begun = self._begun
                 event = next(self._rest, None)
                 if event is not None:
                     self._given = event
                     return event
-                if not self._begin():
+                if not self._begin_after(begun):
                     break
         self._end()
         raise StopIteration
@@ -256,7 +257,8 @@ class PgOutputReader:
 
     def _begin_after(self, begun: int) -> bool:
         """`_begin`, unless another has begun since: the thread of a task that was cancelled goes on to its end."""
-        with self._beginning:
+        # Nobody hears the error of such a thread: it must be kept for who comes next.
+        with self._beginning, self._failing():
             return self._begun != begun or self._begin()
 
     def _fetch(self, *, by_set: bool) -> bool:

@@ -23,6 +23,7 @@ from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.errors import (
     ConfigurationError,
     ConnectionFailed,
+    DecodeError,
     PublicationError,
     SlotInUse,
     SlotNotFound,
@@ -306,6 +307,21 @@ def test_a_cancelled_task_loses_nothing(shop: Database) -> None:
         return got
 
     assert asyncio.run(main()) == [0, 1, 2]
+
+
+def test_what_goes_wrong_behind_a_cancelled_task_is_not_passed_over(shop: Database) -> None:
+    async def main() -> None:
+        with reader(shop, until=None, on_misfit="error") as r:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(r), 0.5)
+            shop.connect().execute("INSERT INTO amounts VALUES ('NaN')")
+            time.sleep(1)  # the thread that the task has left behind gets it
+            insert(shop, 0, 3)
+            with pytest.raises(DecodeError):
+                await anext(r)
+
+    shop.connect().execute("CREATE TABLE amounts (amount numeric(8, 2)); ALTER PUBLICATION p ADD TABLE amounts")
+    asyncio.run(main())
 
 
 def test_until_an_lsn_ends_there(shop: Database) -> None:
