@@ -413,6 +413,33 @@ def test_a_reader_resumes_in_the_midst_of_a_streamed_transaction(db: Database) -
     assert drained(db, **{k: v for k, v in options.items() if k not in ("slot", "publication")}) == expected[1:]
 
 
+def test_a_lost_connection_in_the_midst_of_chunks_loses_and_repeats_nothing(db: Database) -> None:
+    c = opened(db)
+    c.execute(f"ALTER DATABASE {db.name} SET logical_decoding_work_mem = '64kB'".encode())
+    other = db.connect()
+    other.execute("BEGIN")
+    other.execute(rows(1, 5000))
+    c.execute("INSERT INTO t VALUES (-1, 'a')")
+    options: dict[str, Any] = {"slot": "s", "publication": "p", "streaming": "on", "streaming_memory": 0}
+    with PgOutputReader(db.dsn, **options, max_bytes=50_000) as reader:
+        found = []
+        for changes in reader.sets():
+            found.append(changes)
+            reader.ack(changes)
+            if len(found) == 1:  # the small transaction: the chunks of the other one came before it
+                c.execute("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots")
+                other.execute(rows(6000, 5000))
+                other.execute("COMMIT")
+            elif len(found) == 3:  # in the midst of what is left
+                c.execute("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots")
+                c.execute("INSERT INTO t VALUES (-2, 'b')")
+            elif positions([changes])[-1][1] == 0:
+                break
+    ids = [i for s in found for i in s.table("public.t")["id"].to_pylist()]
+
+    assert ids == [-1, *range(1, 5001), *range(6000, 11_000), -2]
+
+
 def sets_of(database: Database, options: dict[str, Any]) -> Iterator[ChangeSet]:
     with PgOutputReader(database.dsn, **options) as reader:
         yield from reader.sets()
