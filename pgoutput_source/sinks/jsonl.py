@@ -23,6 +23,7 @@ from pgoutput_source.values import rows, to_json, to_python
 Item: TypeAlias = ChangeBatch | ChangeEvent | pa.RecordBatch | pa.Table | Mapping[str, Any]
 
 _TOGETHER: Final = 4096  # rows that become Python objects at once
+_encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _TAIL: Final = 1 << 16
 
 
@@ -166,9 +167,11 @@ def _parts(data: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 def _rows(names: Sequence[str], columns: Sequence[pa.Array], known: Mapping[str, Column]) -> list[dict[str, Any]]:
     """Rows in the form of JSON; `known` tells what a table's columns hold that Arrow's type does not say."""
-    values = [
-        list(map(to_json, to_python(column, known.get(name)))) for name, column in zip(names, columns, strict=True)
-    ]
+    values = []
+    for name, column in zip(names, columns, strict=True):
+        made = to_python(column, known.get(name))
+        # Only what is the same in JSON may be left as it is: a text may be the text of a numeric or of json.
+        values.append(made if pa.types.is_integer(column.type) else list(map(to_json, made)))
     return rows(names, values, len(columns[0]) if columns else 0)
 
 
@@ -197,7 +200,7 @@ def _changes(batch: ChangeBatch) -> Iterator[list[dict[str, Any]]]:
 def _text(objects: Iterable[Any]) -> str:
     try:
         # Nothing that is not JSON may get in: NaN is a string by now, if it is a float.
-        return "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in objects)
+        return "".join(_encode(each) + "\n" for each in objects)
     except (TypeError, ValueError) as e:
         raise SinkError(f"a value has no form in JSON: {e}", hint="map it to one that has before") from e
 
