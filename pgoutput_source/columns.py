@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +54,17 @@ for _tag, _allowed in _MARKERS.items():
 _SHOWN = 32  # characters of an undecodable value that an error may show
 
 
+class Joined(NamedTuple):
+    """XLogData frames that lie joined already, perhaps with gaps: their bytes, and where each frame, its message and
+    its end are in them. Each message has at least its first byte.
+    """
+
+    parts: list[bytes | bytearray | memoryview]
+    start: Ints
+    payload: Ints
+    end: Ints
+
+
 class Frames:
     """CopyData frames joined into one buffer, with readers of big-endian integers at any offset, for many at once.
 
@@ -65,30 +76,40 @@ class Frames:
         ConfigurationError: More than 2 GiB at once.
     """
 
-    def __init__(self, frames: Sequence[bytes | memoryview]) -> None:
-        length = np.fromiter(map(len, frames), np.int64, len(frames))
-        if length.sum() > _MOST_BYTES:
+    def __init__(self, frames: Sequence[bytes | memoryview] | Joined) -> None:
+        if isinstance(frames, Joined):
+            parts: list[bytes | bytearray | memoryview] = [*frames.parts]
+            start, payload, end = frames.start, frames.payload, frames.end
+        else:
+            parts = [*frames]
+            length = np.fromiter(map(len, frames), np.int64, len(frames))
+            end = np.cumsum(length)
+            start = end - length
+            payload = start + XLOG_DATA_HEADER
+        size = int(end.max(initial=0))
+        if size > _MOST_BYTES:
             raise ConfigurationError(
-                f"{length.sum()} bytes of frames in one feed; Arrow's offsets end at {_MOST_BYTES}",
+                f"{size} bytes of frames in one feed; Arrow's offsets end at {_MOST_BYTES}",
                 hint="feed fewer frames at a time; PostgreSQL never sends more than 1 GiB in one",
             )
-        self.raw = b"".join([*frames, _PADDING])
+        parts.append(_PADDING)
+        self.raw = b"".join(parts)
         self.u1 = np.frombuffer(self.raw, np.uint8)
-        end = np.cumsum(length)
-        start = end - length
         kind = self.u1[start]
         data = kind == ord("w")
         if not data.all():
             other = ~data
-            if not ((kind[other] == ord("k")) & (length[other] == _KEEPALIVE_SIZE)).all():
+            if not ((kind[other] == ord("k")) & ((end - start)[other] == _KEEPALIVE_SIZE)).all():
                 raise ProtocolError("a frame that is neither XLogData nor a keepalive")
-            start, end, length = start[data], end[data], length[data]
-        if (length <= XLOG_DATA_HEADER).any():
-            raise ProtocolError(f"XLogData: expected more than {XLOG_DATA_HEADER} bytes, got {length.min()}")
+            start, payload, end = start[data], payload[data], end[data]
+        if (payload >= end).any():
+            raise ProtocolError(
+                f"XLogData: expected more than {XLOG_DATA_HEADER} bytes, got {int((end - start).min())}"
+            )
         self.start: Ints = start
         self.end: Ints = end
-        self.payload: Ints = start + XLOG_DATA_HEADER
-        self.tag: NDArray[np.uint8] = self.u1[self.payload]
+        self.payload: Ints = payload
+        self.tag: NDArray[np.uint8] = self.u1[payload]
 
     def __len__(self) -> int:
         return len(self.start)

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgoutput_source import messages
+from pgoutput_source.columns import Joined
 from pgoutput_source.errors import ProtocolError, SpillError
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.wire import XLOG_DATA_HEADER, XLogData, parse_frame
@@ -101,7 +102,7 @@ class StreamedTransactions:
         self._chunk: _Transaction | None = None  # whose StreamStop is still to come
         self._inside = False
         self._committed: list[_Transaction] = []  # of which not all is handed out
-        self._ready: deque[Iterator[list[Frame]]] = deque()
+        self._ready: deque[Iterator[Joined]] = deque()
         self._serial = itertools.count()
         self._announced: dict[int, tuple[int, Frame]] = {}  # the last Relation that counts, by relation: when, and it
 
@@ -160,7 +161,7 @@ class StreamedTransactions:
             if b"R" in tags:
                 for frame in (f for f, tag in zip(frames, tags, strict=True) if tag == _RELATION):
                     self._announced[_relation_id(frame, _TAG + 1)] = next(self._serial), bytes(frame)
-            self._ready.append(iter([list(frames)]))
+            self._ready.append(iter([_joined(frames)]))
             return
         alien = tags.translate(None, _IN_CHUNK)
         if alien:
@@ -262,9 +263,9 @@ class StreamedTransactions:
 
     # -- out ------------------------------------------------------------------------------------------------------
 
-    def take(self) -> list[Frame]:
+    def take(self) -> Joined:
         """The next frames of protocol 1, about `piece` bytes of them; none if none are pending."""
-        taken: list[Frame] = []
+        taken: list[Joined] = []
         size = 0
         while self._ready:
             piece = next(self._ready[0], None)
@@ -274,9 +275,19 @@ class StreamedTransactions:
             if size >= self.piece:
                 self._ready.appendleft(iter([piece]))
                 break
-            taken += piece
-            size += sum(map(len, piece))
-        return taken
+            shift = size
+            size += sum(map(len, piece.parts))
+            taken.append(
+                piece._replace(start=piece.start + shift, payload=piece.payload + shift, end=piece.end + shift)
+            )
+        if not taken:
+            return _joined(())
+        return Joined(
+            [part for each in taken for part in each.parts],
+            np.concatenate([each.start for each in taken]),
+            np.concatenate([each.payload for each in taken]),
+            np.concatenate([each.end for each in taken]),
+        )
 
     def _announce(self, transaction: _Transaction) -> list[Frame]:
         """The transaction's Relations count from its commit on, but for those of which a younger one came meanwhile."""
@@ -294,20 +305,20 @@ class StreamedTransactions:
 
     def _pieces(
         self, transaction: _Transaction, frame: Frame, commit: messages.StreamCommit, again: list[Frame]
-    ) -> Iterator[list[Frame]]:
+    ) -> Iterator[Joined]:
         """The transaction as protocol 1 would have sent it."""
         head = parse_frame(bytes(frame))
         assert isinstance(head, XLogData)
         begin = b"B" + struct.pack(">QqI", commit.commit_lsn, commit.commit_ts, commit.xid)
         end = b"C" + head.payload[5:]
         aborted = np.array(sorted(transaction.aborted), np.uint32)
-        yield [XLogData(commit.commit_lsn, commit.commit_lsn, head.sent_at, begin).encode()]
+        yield _joined([XLogData(commit.commit_lsn, commit.commit_lsn, head.sent_at, begin).encode()])
         self._seal(transaction)
         for segment in _segments(transaction):
             yield _stripped(segment, aborted)
         transaction.close()
         self._committed.remove(transaction)
-        yield [*again, XLogData(head.start, head.end, head.sent_at, end).encode()]
+        yield _joined([*again, XLogData(head.start, head.end, head.sent_at, end).encode()])
 
 
 def streamed(settings: SourceSettings) -> StreamedTransactions | None:
@@ -343,31 +354,37 @@ def _read(file: IO[bytes], size: int) -> bytes:
     return b"".join(parts)
 
 
-def _stripped(segment: bytes, aborted: NDArray[np.uint32]) -> list[Frame]:
+def _stripped(segment: bytes, aborted: NDArray[np.uint32]) -> Joined:
     """The frames of a segment without their transaction's number, and without those of aborted subtransactions."""
     count, size = _HEAD.unpack_from(segment)
     length = np.frombuffer(segment, _LENGTHS, count, _HEAD.size).astype(np.int64)
-    raw = np.frombuffer(segment, np.uint8, size, _HEAD.size + count * _LENGTHS.itemsize)
-    start = np.cumsum(length) - length
+    part = bytearray(memoryview(segment)[_HEAD.size + count * _LENGTHS.itemsize :])
+    raw = np.frombuffer(part, np.uint8, size)
+    end = np.cumsum(length)
+    start = end - length
     tag = raw[start + _TAG]
     numbered = tag != _ORIGIN
     short = numbered & (length < _XID.stop)
     if short.any():
         bad = int(start[int(np.argmax(short))])
-        raise ProtocolError(
-            "a message of a chunk without its transaction", lsn=_lsn(raw[bad : bad + _TAG].tobytes()), hint=_REPORT
-        )
-    # The number's bytes, gathered one by one: they stand at any offset.
-    number = start[numbered][:, None] + np.arange(_XID.start, _XID.stop)
-    kept = np.ones(count, np.bool_)
+        raise ProtocolError("a message of a chunk without its transaction", lsn=_lsn(part[bad : bad + 9]), hint=_REPORT)
+    payload = start + _TAG
     if len(aborted):
-        xid = np.ascontiguousarray(raw[number]).view(">u4")[:, 0].astype(np.uint32)
-        kept[numbered] = ~np.isin(xid, aborted)
-    mask = np.repeat(kept, length)
-    mask[number] = False
-    bare = memoryview(raw[mask].tobytes())
-    ends = np.cumsum((length - np.where(numbered, 4, 0))[kept]).tolist()
-    return [bare[low:high] for low, high in zip([0, *ends], ends, strict=False)]
+        # A big-endian integer at any offset, for all frames at once.
+        xid = np.ndarray(size - 3, ">u4", buffer=part, strides=(1,))[np.where(numbered, payload + 1, 0)]
+        kept = np.flatnonzero(~(numbered & np.isin(xid.astype(np.uint32), aborted)))
+        start, payload, end, tag, numbered = start[kept], payload[kept], end[kept], tag[kept], numbered[kept]
+    # Nothing is moved but the message's first byte: onto the last one of the number, which nobody reads any more.
+    payload = payload + np.where(numbered, _XID.stop - _XID.start, 0)
+    raw[payload] = tag
+    return Joined([part], start, payload, end)
+
+
+def _joined(frames: Sequence[Frame]) -> Joined:
+    length = np.fromiter(map(len, frames), np.int64, len(frames))
+    end = np.cumsum(length)
+    start = end - length
+    return Joined([b"".join(frames)], start, start + _TAG, end)
 
 
 def _is_keepalive(frame: Frame) -> bool:
@@ -382,7 +399,7 @@ def _relation_id(frame: Frame, at: int) -> int:
     return int.from_bytes(frame[at : at + 4], "big")
 
 
-def _lsn(frame: Frame) -> int:
+def _lsn(frame: Frame | bytearray) -> int:
     return int.from_bytes(frame[1:9], "big")
 
 

@@ -120,8 +120,7 @@ class Assembler:
         """
         if self._streamed is not None:
             self._streamed.add(frames)
-            frames = self._streamed.take()
-        f = Frames(frames)
+        f = Frames(frames if self._streamed is None else self._streamed.take())
         if not len(f):
             return ChangeSet(())
         begins, commits = f.tag == _B, f.tag == _C
