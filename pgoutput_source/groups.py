@@ -10,7 +10,7 @@ https://www.postgresql.org/docs/current/functions-aggregate.html
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -111,6 +111,7 @@ class Grouping:
         if not keys:
             keys["all"] = pa.nulls(data.num_rows)
         operands: dict[str, pa.Array] = {}
+        came_as: dict[str, pa.DataType] = {}
         for m in self.measures:
             if m.column is None:
                 continue
@@ -118,11 +119,12 @@ class Grouping:
             for part in PARTS[m.function]:
                 if f"{part} {m.column}" not in operands:
                     operands[f"{part} {m.column}"] = operand(part, values, kind)
+                    came_as[f"{part} {m.column}"] = values.type
             if m.function == "max" and pa.types.is_floating(values.type):
                 operands[f"nan {m.column}"] = pc.is_nan(values)
         table = pa.table([*keys.values(), *operands.values()], names=[*keys, *operands])
         functions = {name: _FIRST.get(name.partition(" ")[0], name.partition(" ")[0]) for name in operands}
-        return _aggregate(table, list(keys), functions | {ROWS: "count_all"})
+        return _aggregate(table, list(keys), functions | {ROWS: "count_all"}, came_as)
 
     def add_up(self, partials: Sequence[pa.Table], extra: Sequence[str] = ()) -> pa.Table:
         """The partial results of all these together.
@@ -171,11 +173,16 @@ def _result(partial: pa.Table, m: Measure) -> pa.ChunkedArray:
     return values
 
 
-def _aggregate(table: pa.Table, keys: list[str], functions: dict[str, str]) -> pa.Table:
-    """Arrow's group_by, whose sums wrap around on overflow: columns that might are summed in a wider type."""
+def _aggregate(
+    table: pa.Table, keys: list[str], functions: dict[str, str], came_as: Mapping[str, pa.DataType] | None = None
+) -> pa.Table:
+    """Arrow's group_by, whose sums wrap around on overflow: columns that might are summed in a wider type.
+
+    `came_as` has the types that columns had before they were widened, which often tell that none can overflow.
+    """
     narrow: dict[str, pa.DataType] = {}
     for name, function in functions.items():
-        if function == "sum" and _may_overflow(table.column(name)):
+        if function == "sum" and _may_overflow(table.column(name), (came_as or {}).get(name)):
             kind = table.schema.field(name).type
             wide = pa.decimal256(76, kind.scale) if pa.types.is_decimal(kind) else pa.decimal128(38, 0)
             narrow[name] = kind
@@ -196,7 +203,7 @@ def _aggregate(table: pa.Table, keys: list[str], functions: dict[str, str]) -> p
     return done
 
 
-def _may_overflow(column: pa.ChunkedArray) -> bool:
+def _may_overflow(column: pa.ChunkedArray, came_as: pa.DataType | None) -> bool:
     kind = column.type
     if pa.types.is_integer(kind):
         limit = 2**63 - 1
@@ -204,11 +211,20 @@ def _may_overflow(column: pa.ChunkedArray) -> bool:
         limit = 10**kind.precision - 1
     else:
         return False
+    if came_as is not None and (most := _most(came_as)) is not None and most * len(column) <= limit:
+        return False
     edges = pc.min_max(column).as_py()
     if edges["min"] is None:
         return False
     scale = 10**kind.scale if pa.types.is_decimal(kind) else 1
     return bool(max(abs(edges["min"]), abs(edges["max"])) * scale * len(column) > limit)
+
+
+def _most(kind: pa.DataType) -> int | None:
+    """The greatest magnitude of an integer, or of a decimal as a multiple of 10**-scale."""
+    if pa.types.is_integer(kind):
+        return int(2**kind.bit_width)
+    return int(10**kind.precision) if pa.types.is_decimal(kind) else None
 
 
 # ------------------------------------------------------------------------------------------------ columns and types

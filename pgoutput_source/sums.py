@@ -7,6 +7,8 @@ added limb by limb, floats as integers times powers of two. Python's integers ho
 
 from __future__ import annotations
 
+import itertools
+import operator
 from abc import ABC, abstractmethod
 from typing import Any, Final, TypeAlias
 
@@ -276,42 +278,48 @@ class Values(Accumulator):
             values, group, sign = values.drop_null(), group[valid], sign[valid]
         if not len(values):
             return
+        if pa.types.is_floating(values.type):
+            # Values that are equal must have one code, and there are two zeros and many NaNs.
+            values = pa.array(_in_order(values.to_numpy(zero_copy_only=False).astype(np.float64)))
         code, some = encode([values])
         objects = self._objects(values.take(pa.array(some)))
         pair, index = np.unique(group * len(some) + code, return_inverse=True)
         net = np.bincount(index, sign).astype(np.int64)
+        pair, net = pair[net != 0], net[net != 0]
         at, value = np.divmod(pair, len(some))
-        for slot, i, n in zip(slots[at].tolist(), value.tolist(), net.tolist(), strict=True):
-            if n:
-                self._count(slot, objects[i], n)
+        found, more = [objects[i] for i in value.tolist()], net.tolist()
+        ends = np.flatnonzero(np.diff(at, append=-1)) + 1
+        low = 0
+        for slot, high in zip(slots[at[ends - 1]].tolist(), ends.tolist(), strict=True):
+            self._count(slot, found[low:high], more[low:high])
+            low = high
 
-    def _count(self, slot: int, value: Any, n: int) -> None:
+    def _count(self, slot: int, values: list[Any], more: list[int]) -> None:
+        """Let each of these values, all different, occur so many times more."""
         counts, edges = self.counts[slot], self.edges[slot]
-        was = counts.get(value, 0)
-        if was + n:
-            counts[value] = was + n
-        else:
+        was = list(map(counts.get, values, itertools.repeat(0)))
+        now = list(map(operator.add, was, more))
+        counts.update(zip(values, now, strict=True))
+        for value in itertools.compress(values, map(operator.not_, now)):
             del counts[value]
-        if edges is not None and (was > 0) != (was + n > 0):
-            if was + n > 0:
-                self.edges[slot] = (min(edges[0], value), max(edges[1], value))
-            elif value in edges:
+        if edges is not None and (min(values) <= edges[0] or max(values) >= edges[1]):
+            came = [v for v, w, n in zip(values, was, now, strict=True) if w <= 0 < n]
+            went = [v for v, w, n in zip(values, was, now, strict=True) if n <= 0 < w]
+            if edges[0] in went or edges[1] in went:
                 self.edges[slot] = None
+            elif came:
+                self.edges[slot] = (min(edges[0], *came), max(edges[1], *came))
 
     def _objects(self, values: pa.Array) -> list[Any]:
         kind = values.type
-        if pa.types.is_floating(kind):
-            return list(_in_order(values.to_numpy(zero_copy_only=False).astype(np.float64)).tolist())
         if pa.types.is_decimal(kind) or pa.types.is_integer(kind):
             scale = kind.scale if pa.types.is_decimal(kind) else 0
             if scale > self.scale:
                 factor, self.scale = 10 ** (scale - self.scale), scale
                 self.counts = [{value * factor: n for value, n in counts.items()} for counts in self.counts]
                 self.edges = [None] * len(self.edges)
-            one_by_one = np.arange(len(values))
-            exact = values if pa.types.is_decimal(kind) else values.cast(pa.int64())
-            found = added_up(exact, one_by_one, np.ones(len(values), np.int64), len(values))
-            return list(found * 10 ** (self.scale - scale))
+            found = _integers(values)
+            return found if scale == self.scale else [i * 10 ** (self.scale - scale) for i in found]
         return list(plain(values))
 
     def clear(self, slots: Ints) -> None:
@@ -340,7 +348,8 @@ class Values(Accumulator):
             edges = self.edges[slot]
             if edges is None:
                 # Below zero are values that were taken back and never seen: the stream began in the middle.
-                there = [value for value, n in self.counts[slot].items() if n > 0]
+                counts = self.counts[slot]
+                there = counts if min(counts.values(), default=0) > 0 else [v for v, n in counts.items() if n > 0]
                 if not there:
                     out.append(None)
                     continue
@@ -370,6 +379,16 @@ def _in_order(floats: NDArray[np.float64]) -> Ints:
 def _from_order(integers: Ints) -> NDArray[np.float64]:
     found: NDArray[np.float64] = (integers ^ ((integers >> 63) & np.int64(2**63 - 1))).view(np.float64)
     return found
+
+
+def _integers(values: pa.Array) -> list[int]:
+    """Integers or decimals without nulls, as Python's integers; no scale counts."""
+    if not pa.types.is_decimal(values.type):
+        return list(values.to_pylist())
+    if values.type.precision <= 18:
+        words = np.frombuffer(values.buffers()[1], "<i8").reshape(-1, values.type.bit_width // 64)
+        return list(words[values.offset : values.offset + len(values), 0].tolist())
+    return list(added_up(values, np.arange(len(values)), np.ones(len(values), np.int64), len(values)))
 
 
 def added_up(values: pa.Array, group: Ints, sign: Ints, size: int) -> NDArray[np.object_]:

@@ -36,7 +36,7 @@ _ORIGIN: Final = (
 _TICKS: Final = 5  # an idle span is waited for in as many steps, each of which this process must have lived through
 _AFTER_START: Final = timedelta(minutes=1)  # a server may need as long to find its way to a slot's first change
 _NOTICE: Final = timedelta(seconds=1)
-_COMPACT_ROWS: Final = 16384
+_COMPACT_ROWS: Final = 131_072
 _TIMESTAMP: Final = pa.timestamp("us", "UTC")
 
 
@@ -353,6 +353,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
             kept = unpack(state["open"])
             self.open = [] if kept is None else [kept]
         self._compacted = sum(t.num_rows for t in self.open)
+        self._first = _first(self.open)  # start of the first open window
         self._quiet = 0
         self._tick = timedelta(0)
         self._next: datetime | None = None
@@ -413,6 +414,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
                 partial = partial.filter(pa.array(~is_late))
         if partial.num_rows:
             self.open.append(partial)
+            self._first = min(self._first, _first([partial]))
             # Merging costs as much as there is, so it waits for as much again: each row is merged a few times.
             if sum(t.num_rows for t in self.open) > max(2 * self._compacted, _COMPACT_ROWS) or len(self.open) > 256:
                 self._compact()
@@ -427,8 +429,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         """The results of windows that end at or before the watermark; of all, if there is none."""
         if not self.open:
             return []
-        first = min(pc.min(t.column("window")).as_py() for t in self.open) + self.spans.every
-        if watermark is not None and first > watermark:
+        if watermark is not None and self._first + self.spans.every > watermark:
             return []
         self._compact()
         [table] = self.open
@@ -436,7 +437,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         over = np.ones(len(ends), np.bool_) if watermark is None else ends <= watermark
         done, rest = table.filter(pa.array(over)), table.filter(pa.array(~over))
         self.open = [rest] if rest.num_rows else []
-        self._compacted = rest.num_rows
+        self._compacted, self._first = rest.num_rows, _first(self.open)
         last = int(ends[over].max())
         self.closed = last if self.closed is None else max(self.closed, last)
         return [(False, self._results(done))]
@@ -449,3 +450,8 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
             **self.grouping.results(partial),
         }
         return sorted_batch(columns, ["window_start", *self.grouping.by])
+
+
+def _first(tables: Sequence[pa.Table]) -> float:
+    """The first window's start in these partial results; infinity if there is none."""
+    return min((int(t.column("window").to_numpy().min()) for t in tables if t.num_rows), default=math.inf)
