@@ -6,11 +6,18 @@
 
 from __future__ import annotations
 
+import atexit
+import itertools
+import logging
 import os
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from prometheus_client import generate_latest
 
 from pgoutput_source import gate, source
 from pgoutput_source.replication import ReplicationStream
@@ -42,7 +49,18 @@ LARGE = ("in a large transaction", "snapshot in a large transaction")
 
 
 def install() -> None:
-    """Patch what `KILL_AT` and `BREAK` name; nothing without them."""
+    """Patch what `KILL_AT` and `BREAK` name; nothing without them.
+
+    `FILE_SIZE` is the most bytes that a file may have, as if the disk were full; `UMASK` the process's umask, in octal;
+    `TELL_ALL` logs everything that there is to log, and the metrics at the exit.
+    """
+    if size := os.environ.get("FILE_SIZE"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
+    if umask := os.environ.get("UMASK"):
+        os.umask(int(umask, 8))
+    if os.environ.get("TELL_ALL"):
+        logging.basicConfig(level=logging.DEBUG)
+        atexit.register(lambda: print(generate_latest().decode(), file=sys.stderr))
     _break(os.environ.get("BREAK", ""))
     at = os.environ.get("KILL_AT", "")
     if at:
@@ -99,6 +117,17 @@ def _break(mistake: str) -> None:
             return state
 
         parquet._Partition.snapshot = publish  # type: ignore[method-assign]
+    elif mistake in ("raise", "stall"):
+        write, calls = parquet._Partition.write_batch, itertools.count(1)
+
+        def failing(self: Any, values: Any) -> None:
+            if next(calls) == 3:
+                if mistake == "raise":
+                    raise RuntimeError("the sink has had enough")
+                time.sleep(5)
+            write(self, values)
+
+        parquet._Partition.write_batch = failing  # type: ignore[method-assign]
     elif mistake == "forget":
         reconcile = source._reconcile
         source._reconcile = lambda *a: (None, reconcile(*a)[1])

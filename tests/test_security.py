@@ -1,0 +1,165 @@
+"""Secrets stay secret, names are quoted, files are private where asked for, and TLS does what libpq promises."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pyarrow.parquet as pq
+import pytest
+from conftest import Database
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from test_bad_input import failure
+from test_flow import Flow, publish
+
+from pgoutput_source.embedded import Server, find_binaries
+from pgoutput_source.errors import EmbeddedError
+
+VALUE = "a-value-of-a-row"
+ODD = '"; drop --"'
+
+
+@pytest.mark.parametrize("environ", [{}, {"BREAK": "raise"}], ids=["success", "failure"])
+def test_passwords_and_row_values_are_nowhere_but_in_the_files(
+    db: Database, tmp_path: Path, environ: dict[str, str]
+) -> None:
+    publish(db)
+    with db.connect() as connection:
+        connection.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+        for start in range(0, 5_000, 1_000):
+            connection.execute(
+                "INSERT INTO t SELECT i, %s FROM generate_series(%s::int, %s) i", [VALUE, start, start + 999]
+            )
+        connection.execute("UPDATE t SET v = v || 'x' WHERE id < 10")
+    flow = Flow(db, tmp_path, TELL_ALL="1", PGOUTPUT_UNTIL="current", PGOUTPUT_MAX_FRAMES="500", **environ)
+
+    process = flow.start("-s", "0", *flow.recovery())
+    _, said = process.communicate(timeout=120)
+
+    stored = b"".join(file.read_bytes() for file in (tmp_path / "recovery").iterdir())
+    assert process.returncode == bool(environ)
+    assert "streaming from" in said
+    assert "pgoutput_changes_total" in said
+    assert VALUE not in said
+    assert db.server.password not in said
+    assert b"commit_lsn" in stored
+    assert VALUE.encode() not in stored
+    assert db.server.password.encode() not in stored
+
+
+def test_names_that_look_like_sql_are_names(db: Database, tmp_path: Path) -> None:
+    with db.connect() as connection:
+        odd = sql.Identifier(ODD)
+        connection.execute(sql.SQL("CREATE SCHEMA {}").format(odd))
+        connection.execute(sql.SQL("CREATE TABLE {}.{} ({} int PRIMARY KEY)").format(odd, odd, odd))
+        connection.execute(sql.SQL("CREATE PUBLICATION {} FOR ALL TABLES").format(odd))
+        connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+        connection.execute(sql.SQL("INSERT INTO {}.{} SELECT generate_series(1, 10)").format(odd, odd))
+    flow = Flow(db, tmp_path, PGOUTPUT_PUBLICATION=ODD, PGOUTPUT_UNTIL="current")
+    flow.run("-s", "0")
+
+    rows = [row for file in flow.out.glob("*.parquet") for row in pq.read_table(file)[ODD].to_pylist()]
+
+    assert sorted(rows) == list(range(1, 11))
+
+
+def test_files_are_as_private_as_the_umask_says(db: Database, tmp_path: Path) -> None:
+    publish(db)
+    with db.connect() as connection:
+        connection.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        connection.execute("INSERT INTO t SELECT generate_series(1, 10)")
+    Flow(db, tmp_path, PGOUTPUT_UNTIL="current", UMASK="077").run("-s", "0")
+    made = list((tmp_path / "out").rglob("*"))
+
+    assert any(path.suffix == ".parquet" for path in made)
+    assert [path for path in made if stat.S_IMODE(path.stat().st_mode) & 0o077] == []
+
+    Flow(db, tmp_path / "usual", PGOUTPUT_UNTIL="current", UMASK="022").run("-s", "0")
+    assert [path for path in (tmp_path / "usual").rglob("*") if stat.S_IMODE(path.stat().st_mode) & 0o022] == []
+
+
+@pytest.fixture(scope="module")
+def tls() -> Iterator[Server]:
+    """A server with TLS and a certificate of its own making."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate")
+    try:
+        find_binaries(17)
+    except EmbeddedError as error:
+        pytest.skip(error.message)
+    with Server(17, tcp=True) as server:
+        certificate(server.data, "server")
+        for name in ("server.crt", "server.key"):
+            owner = server.data.stat()
+            os.chown(server.data / name, owner.st_uid, owner.st_gid)
+            (server.data / name).chmod(0o600)
+        with psycopg.connect(server.dsn(), autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET ssl = on")
+            connection.execute("SELECT pg_reload_conf()")
+        yield server
+
+
+def certificate(folder: Path, name: str) -> Path:
+    """A self-signed certificate for localhost."""
+    file = folder / f"{name}.crt"
+    command = [
+        "openssl",
+        "req",
+        "-new",
+        "-x509",
+        "-days",
+        "2",
+        "-nodes",
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+    ]
+    subprocess.run([*command, "-out", file, "-keyout", folder / f"{name}.key"], check=True, capture_output=True)
+    return file
+
+
+def test_tls_modes(tls: Server, tmp_path: Path) -> None:
+    db = Database(tls)
+    publish(db)
+    with db.connect() as connection:
+        connection.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    right = tmp_path / "right.crt"
+    right.write_bytes((tls.data / "server.crt").read_bytes())
+    wrong = certificate(tmp_path, "wrong")
+    named = {"host": "localhost", "hostaddr": "127.0.0.1"}
+
+    for options in ({"sslmode": "require"}, {"sslmode": "verify-full", "sslrootcert": str(right)} | named):
+        flow = Flow(db, tmp_path, PGOUTPUT_DSN=make_conninfo(db.dsn, **options), PGOUTPUT_UNTIL="current")
+        flow.run("-s", "0")
+    for options in (
+        {"sslmode": "verify-full", "sslrootcert": str(wrong)} | named,
+        {"sslmode": "verify-full", "sslrootcert": str(right)},  # the certificate names localhost, not 127.0.0.1
+    ):
+        said, code = failure(Flow(db, tmp_path, PGOUTPUT_DSN=make_conninfo(db.dsn, **options)))
+        assert code == 1
+        assert "ConnectionFailed" in said
+        assert "certificate" in said
+        assert "hint: " in said
+        assert "Traceback" not in said
+        assert tls.password not in said
+    db.drop()
+
+
+def test_tls_that_the_server_does_not_have(db: Database, tmp_path: Path) -> None:
+    publish(db)
+    dsn = make_conninfo(db.dsn, sslmode="require")
+    with Server(tcp=True) as server:
+        dsn = make_conninfo(server.dsn(), sslmode="require")
+        said, code = failure(Flow(db, tmp_path, PGOUTPUT_DSN=dsn))
+
+    assert code == 1
+    assert "ConnectionFailed" in said
+    assert "hint: " in said
+    assert "Traceback" not in said
