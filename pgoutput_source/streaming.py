@@ -60,7 +60,7 @@ _HEAD = struct.Struct("<II")  # of a segment: the number of its frames, and thei
 Frame = bytes | memoryview
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Transaction:
     """What came of a transaction so far: sealed segments, in memory or in its file, and the frames behind them."""
 
