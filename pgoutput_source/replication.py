@@ -15,6 +15,7 @@ https://www.postgresql.org/docs/current/protocol-replication.html
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import random
 import re
@@ -22,7 +23,7 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -58,6 +59,20 @@ _ENDS: Final = b"CcPKrp"  # messages whose position is the end of their WAL reco
 _REPLY_INTERVAL: Final = 0.1
 _ACKNOWLEDGE_WITHIN: Final = 1.0
 _SHUTDOWN_KEEPALIVES: Final = 10
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Thousands of frames that are all kept look like garbage to the collector: searching them costs as much as
+    receiving them, and finds nothing, as they can't be part of a cycle.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class ReplicationStream:
@@ -265,7 +280,8 @@ class ReplicationStream:
             return []
         frames: list[memoryview] = []
         try:
-            self._receive(self._walsender, frames, max_frames, max_bytes, timeout)
+            with _no_garbage_collection():
+                self._receive(self._walsender, frames, max_frames, max_bytes, timeout)
         except (Lost, psycopg.OperationalError) as e:
             if self._fatal is None:
                 self._lose(_one_line(e))

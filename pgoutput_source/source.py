@@ -123,6 +123,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
     def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _Partition:
         """Connect, compare the slot with the resume state, and start to stream."""
+        ending.catch_signals()  # once more, because a notebook's kernel sets its own handlers for each cell
         return _Partition(self._settings(), resume_state)
 
 
