@@ -15,7 +15,7 @@ from pgoutput_source.embedded import MAJORS, Server, find_binaries
 from pgoutput_source.errors import EmbeddedError
 
 NEWEST = max(MAJORS)
-SETTINGS = {"max_prepared_transactions": 10, "max_connections": 50}
+SETTINGS = {"max_prepared_transactions": 10, "max_connections": 50, "track_commit_timestamp": True}
 
 _serial = itertools.count(1)
 

@@ -91,6 +91,13 @@ def test_two_workers_give_the_table(checkpoints: Checkpoints) -> None:
     assert mirror(run(checkpoints.sets, key=KEY, workers=2)) == numbers(checkpoints.known[-1][1][0])
 
 
+def test_on_each_major_it_is_the_table(any_db: Database) -> None:
+    made = Checkpoints(any_db.connect(), "DEFAULT", 51, ["SELECT * FROM t"], rounds=8)
+    results = run(made.sets, key=KEY)
+    for position, [answer] in made.known:
+        assert mirror(results, position) == numbers(answer)
+
+
 TYPES = {"id": pa.int64(), "n": pa.int64(), "note": pa.utf8()}
 
 

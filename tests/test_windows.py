@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import bytewax.operators as op
 import psycopg
@@ -19,11 +19,12 @@ import pytest
 from bytewax.dataflow import Dataflow
 from bytewax.errors import BytewaxRuntimeError
 from bytewax.testing import TestingSink, TestingSource
+from conftest import Database
 from one_table import Workload, ordered, plain, run_flow
 
 import pgoutput_source.operators as cdc
 from pgoutput_source.changes import ChangeSet
-from pgoutput_source.embedded import MAJORS, Server
+from pgoutput_source.embedded import Server
 from pgoutput_source.errors import ConfigurationError, DecodeError, StateError
 from pgoutput_source.testing import START, batch
 from pgoutput_source.transactions import Assembler
@@ -40,26 +41,25 @@ CREATE TRIGGER log AFTER INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION log
 """
 
 
-@pytest.fixture(scope="module")
-def remembering() -> Iterator[psycopg.Connection[Any]]:
-    """A server that keeps the commit time of each transaction."""
-    with (
-        Server(max(MAJORS), settings={"track_commit_timestamp": True}) as server,
-        psycopg.connect(server.dsn(), autocommit=True) as connection,
-    ):
-        yield connection
+Work: TypeAlias = tuple[psycopg.Connection[Any], list[ChangeSet]]
 
 
-@pytest.fixture(scope="module")
-def work(remembering: psycopg.Connection[Any]) -> tuple[psycopg.Connection[Any], list[ChangeSet]]:
-    """Some hundred transactions over a second or so, and the change sets that they come to, cut at random."""
-    workload = Workload(remembering, "windows", seed=7)
-    remembering.execute(LOG)
-    for i in range(150):
+def worked(connection: psycopg.Connection[Any], seed: int, transactions: int) -> Work:
+    """Transactions over a second or so, and the change sets that they come to, cut at random."""
+    workload = Workload(connection, f"windows{seed}", seed)
+    connection.execute(LOG)
+    for i in range(transactions):
         workload.transaction(workload.random.choice([1, 1, 2, 5, 20]))
         if i % 10 == 0:
             time.sleep(0.03)
-    return remembering, list(workload.feed(Assembler(), workload.frames()))
+    return connection, list(workload.feed(Assembler(), workload.frames()))
+
+
+@pytest.fixture(scope="module")
+def work(pg: Server) -> Iterator[Work]:
+    database = Database(pg)
+    yield worked(database.connect(), 7, 150)
+    database.drop()
 
 
 def run(
@@ -123,9 +123,7 @@ def expected(
     ("every", "hop", "by"),
     [(20, 20, ["status"]), (20, 20, []), (40, 10, ["region", "status"]), (30, 20, ["free", "score"])],
 )
-def test_windows_equal_group_by_of_the_commits(
-    work: tuple[psycopg.Connection[Any], list[ChangeSet]], every: int, hop: int, by: list[str]
-) -> None:
+def test_windows_equal_group_by_of_the_commits(work: Work, every: int, hop: int, by: list[str]) -> None:
     connection, sets = work
     down, late = run(sets, every=every * MILLISECOND, hop=hop * MILLISECOND, by=by, **MEASURES)
     assert not late
@@ -136,14 +134,14 @@ def test_windows_equal_group_by_of_the_commits(
     assert starts == sorted(starts)
 
 
-def test_where_and_ops_choose_what_counts(work: tuple[psycopg.Connection[Any], list[ChangeSet]]) -> None:
+def test_where_and_ops_choose_what_counts(work: Work) -> None:
     connection, sets = work
     every = 50 * MILLISECOND
     down, _ = run(sets, every=every, by="part", where=pc.field("status") == "paid", ops=["U"], **MEASURES)
     assert ordered(rows(down)) == expected(connection, every, every, ["part"], "status = 'paid' AND op = 'U'")
 
 
-def test_two_workers_and_shards_give_the_same(work: tuple[psycopg.Connection[Any], list[ChangeSet]]) -> None:
+def test_two_workers_and_shards_give_the_same(work: Work) -> None:
     connection, sets = work
     every = 50 * MILLISECOND
     down, late = run(sets, every=every, by="status", shards=3, workers=2, **MEASURES)
@@ -151,9 +149,7 @@ def test_two_workers_and_shards_give_the_same(work: tuple[psycopg.Connection[Any
     assert ordered(rows(down)) == expected(connection, every, every, ["status"])
 
 
-def test_every_change_counts_once_over_crashes(
-    work: tuple[psycopg.Connection[Any], list[ChangeSet]], tmp_path: Path
-) -> None:
+def test_every_change_counts_once_over_crashes(work: Work, tmp_path: Path) -> None:
     connection, sets = work
     every = 50 * MILLISECOND
     got = []
@@ -163,6 +159,13 @@ def test_every_change_counts_once_over_crashes(
         assert not late
         got += rows(down)
     assert ordered(got) == expected(connection, every, every, ["status"])
+
+
+def test_on_each_major_windows_equal_group_by(any_db: Database) -> None:
+    connection, sets = worked(any_db.connect(), 41, 50)
+    down, late = run(sets, every=40 * MILLISECOND, hop=20 * MILLISECOND, by="status", **MEASURES)
+    assert not late
+    assert ordered(rows(down)) == expected(connection, 40 * MILLISECOND, 20 * MILLISECOND, ["status"])
 
 
 def order(amount: Any, seconds: float, customer: str = "ann", **types: Any) -> Any:
