@@ -87,7 +87,7 @@ def _flat(value: bytes, delimiter: bytes) -> bytes:
         lengths.insert(0, innermost[0].count(b"x"))
         skeleton = skeleton.replace(innermost[0], b"x")
     declared = [(int(low), int(high)) for low, high in _BOUND.findall(bounds[1])] if bounds else []
-    if len(lengths) > 6 or (bounds and [high - low + 1 for low, high in declared] != lengths):
+    if not 1 <= len(lengths) <= 6 or (bounds and [high - low + 1 for low, high in declared] != lengths):
         refuse("array")
     # PostgreSQL's limits; and it writes bounds only if some dimension does not begin at 1.
     if any(low < -(2**31) or high >= 2**31 - 1 for low, high in declared) or (
