@@ -26,6 +26,7 @@ Ints: TypeAlias = NDArray[np.int64]
 MOST_ROWS: Final = 1 << 20
 """So many rows may be added at once: bincount adds float64s, in which the sum of as many 32-bit limbs is exact."""
 
+_FEW: Final = 16  # values of a group that are counted one by one, because lists of them would cost more
 _POWER: Final = 1200  # floats are summed up as multiples of 2**-1200; the smallest is 2**-1074
 
 
@@ -291,10 +292,29 @@ class Values(Accumulator):
         ends = np.flatnonzero(np.diff(at, append=-1)) + 1
         low = 0
         for slot, high in zip(slots[at[ends - 1]].tolist(), ends.tolist(), strict=True):
-            self._count(slot, found[low:high], more[low:high])
+            if high - low < _FEW:
+                for i in range(low, high):
+                    self._count(slot, found[i], more[i])
+            else:
+                self._count_all(slot, found[low:high], more[low:high])
             low = high
 
-    def _count(self, slot: int, values: list[Any], more: list[int]) -> None:
+    def _count(self, slot: int, value: Any, more: int) -> None:
+        """Let a value occur so many times more."""
+        counts, edges = self.counts[slot], self.edges[slot]
+        was = counts.get(value, 0)
+        now = was + more
+        if now:
+            counts[value] = now
+        else:
+            del counts[value]
+        if edges is not None and (was > 0) != (now > 0):
+            if now > 0:
+                self.edges[slot] = (min(edges[0], value), max(edges[1], value))
+            elif value in edges:
+                self.edges[slot] = None
+
+    def _count_all(self, slot: int, values: list[Any], more: list[int]) -> None:
         """Let each of these values, all different, occur so many times more."""
         counts, edges = self.counts[slot], self.edges[slot]
         was = list(map(counts.get, values, itertools.repeat(0)))
