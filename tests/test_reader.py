@@ -309,6 +309,24 @@ def test_a_cancelled_task_loses_nothing(shop: Database) -> None:
     assert asyncio.run(main()) == [0, 1, 2]
 
 
+def test_a_task_that_begins_while_a_cancelled_one_still_waits_gets_everything(shop: Database) -> None:
+    async def main() -> list[int]:
+        got = []
+        with reader(shop, until=None) as r:
+            for first in range(0, 15, 3):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(anext(r), 0.01)
+                task = asyncio.ensure_future(anext(r))
+                await asyncio.sleep(0.05)  # now two threads wait
+                await asyncio.to_thread(insert, shop, first, 3)
+                got.append((await asyncio.wait_for(task, 20)).row["id"])
+                for _ in range(2):
+                    got.append((await asyncio.wait_for(anext(r), 20)).row["id"])
+        return got
+
+    assert asyncio.run(main()) == list(range(15))
+
+
 def test_what_goes_wrong_behind_a_cancelled_task_is_not_passed_over(shop: Database) -> None:
     async def main() -> None:
         with reader(shop, until=None, on_misfit="error") as r:
