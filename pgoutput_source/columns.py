@@ -190,7 +190,7 @@ class _Tuples:
 def decode(
     frames: Frames, rows: Rows, schema: TableSchema, relations: Relations, *, on_misfit: str = "raw"
 ) -> ChangeBatch:
-    """Rows of one table version as a batch; `columns` of DESIGN are described in `changes.metadata_fields`.
+    """Rows of one table version as a batch; its columns are described in `changes.metadata_fields`.
 
     Raises:
         ProtocolError: A frame doesn't hold the tuples that its message must have.
