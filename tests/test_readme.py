@@ -14,12 +14,38 @@ from bytewax.testing import run_main
 from conftest import Database
 
 from pgoutput_source import gate, shop, types
+from pgoutput_source.schema import METADATA_COLUMNS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 DSN = "postgresql://localhost/shop"
+
+
+SECTIONS = [
+    "A dataflow",
+    "In a notebook",
+    "Without a dataflow",
+    "Options",
+    "What a batch holds",
+    "Guarantees",
+    "Types",
+    "What it is not",
+]
+
+
+def test_every_section_is_there_with_its_table_or_its_code() -> None:
+    parts = dict(re.findall(r"^## (.*)\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL))
+
+    assert list(parts) == SECTIONS
+    assert len(PYTHON) == 3
+    for name in SECTIONS[:3]:
+        assert "```python" in parts[name]
+    for name in ("A dataflow", "What a batch holds", "Guarantees", "Types"):
+        assert re.search(r"^\|(---\|)+$", parts[name], re.MULTILINE)
+    for name in METADATA_COLUMNS:
+        assert f"`{name}`" in parts["What a batch holds"]
 
 
 @pytest.fixture
