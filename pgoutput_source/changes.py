@@ -41,6 +41,14 @@ class ChangeBatch:
 
     It speaks the Arrow PyCapsule interface: ``pl.DataFrame(batch)``, ``duckdb.from_arrow(batch)`` and
     ``pa.record_batch(batch)`` take it as it is. See `metadata_fields` for the columns behind the table's own.
+
+    Example:
+        >>> from pgoutput_source.testing import batch
+        >>> made = batch("public.orders", [("I", {"id": 1, "amount": 5}), ("U", {"id": 1, "amount": 7})])
+        >>> made.table, len(made), made.data["amount"].to_pylist()
+        ('public.orders', 2, [5, 7])
+        >>> pa.record_batch(made).num_rows
+        2
     """
 
     schema: TableSchema
@@ -120,6 +128,12 @@ class ChangeSet:
 
     `batches` holds one `ChangeBatch` per version of a table, ordered by their first change. `truncates` says of rows
     with `_op` T what the statement was; `messages` are the logical decoding messages.
+
+    Example:
+        >>> from pgoutput_source.testing import batch
+        >>> found = ChangeSet((batch("public.orders", [("I", {"id": 1})]), batch("public.items", [("I", {"id": 7})])))
+        >>> found.tables, len(found), found.table("public.items")["id"].to_pylist()
+        (('public.orders', 'public.items'), 2, [7])
     """
 
     batches: tuple[ChangeBatch, ...]

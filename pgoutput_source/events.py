@@ -95,6 +95,12 @@ class ChangeEvent(_Frozen):
             it. None if PostgreSQL sent neither.
         after: The new row; None for deletes and truncates.
         seq: The change's number within its transaction. Not part of the JSON.
+
+    Example:
+        >>> from pgoutput_source.testing import batch
+        >>> event, = batch("public.orders", [("U", {"id": 1, "amount": 7})]).events()
+        >>> event.op, event.table, event.after, event.after["amount"]
+        ('U', 'public.orders', {'id': 1, 'amount': 7}, 7)
     """
 
     op: str

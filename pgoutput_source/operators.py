@@ -66,6 +66,18 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
 
     Raises:
         ConfigurationError: `name` has no schema.
+
+    Example:
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> from pgoutput_source.testing import batch
+        >>> poll = ChangeSet((batch("public.orders", [("I", {"id": 1})]), batch("public.items", [("I", {"id": 7})])))
+        >>> flow, out = Dataflow("shop"), []
+        >>> op.output("out", table("orders", op.input("in", flow, TestingSource([poll])), "public.orders"),
+        ...           TestingSink(out))
+        >>> run_main(flow)
+        >>> [(batch.table, batch.data["id"].to_pylist()) for batch in out]
+        [('public.orders', [1])]
     """
     if "." not in name:
         raise ConfigurationError(f"table {name!r} has no schema", hint=f"write 'public.{name}'")
@@ -179,6 +191,17 @@ def updates(step_id: str, up: Stream[ChangeBatch]) -> Stream[ChangeBatch]:
     Args:
         step_id: Unique name of the step.
         up: Batches.
+
+    Example:
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> from pgoutput_source.testing import batch
+        >>> made = batch("public.orders", [("I", {"id": 1}), ("U", {"id": 1}), ("D", {"id": 1}), ("T", None)])
+        >>> flow, out = Dataflow("shop"), []
+        >>> op.output("out", updates("updates", op.input("orders", flow, TestingSource([made]))), TestingSink(out))
+        >>> run_main(flow)
+        >>> [batch.data.column("_op").to_pylist() for batch in out]
+        [['U']]
     """
     return op.flat_map_batch("rows", up, _of("U"))
 
@@ -190,6 +213,17 @@ def deletes(step_id: str, up: Stream[ChangeBatch]) -> Stream[ChangeBatch]:
     Args:
         step_id: Unique name of the step.
         up: Batches.
+
+    Example:
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> from pgoutput_source.testing import batch
+        >>> made = batch("public.orders", [("I", {"id": 1}), ("U", {"id": 1}), ("D", {"id": 1}), ("T", None)])
+        >>> flow, out = Dataflow("shop"), []
+        >>> op.output("out", deletes("deletes", op.input("orders", flow, TestingSource([made]))), TestingSink(out))
+        >>> run_main(flow)
+        >>> [batch.data.column("_op").to_pylist() for batch in out]
+        [['D']]
     """
     return op.flat_map_batch("rows", up, _of("D"))
 
@@ -330,6 +364,20 @@ def output(step_id: str, up: Stream[Batch], sink: FixedPartitionedSink[Any, Any]
         step_id: Unique name of the step; the sink's state is kept under it.
         up: Batches.
         sink: The destination, such as ``ParquetSink("out/orders")``.
+
+    Example:
+        >>> import tempfile
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSource, run_main
+        >>> from pgoutput_source import JsonLinesSink
+        >>> from pgoutput_source.testing import batch
+        >>> flow, file = Dataflow("shop"), tempfile.NamedTemporaryFile("r")
+        >>> orders = op.input("orders", flow, TestingSource([batch("public.orders", [("I", {"id": 1})])]))
+        >>> output("lines", orders, JsonLinesSink(file.name))
+        >>> run_main(flow)
+        >>> with file:
+        ...     print(file.read()[:20])
+        {"id": 1, "_op": "I"
     """
     keyed = op.key_on("key", up, lambda batch: batch.table if isinstance(batch, ChangeBatch) else "")
     op.output("write", keyed, sink)

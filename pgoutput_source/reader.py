@@ -492,6 +492,21 @@ class LogicalReplicationReader(PgOutputReader):
         dsn: A libpq connection string or URL.
         kwargs: libpq's options, such as `host`, `port`, `database`, `user` and `password`; None leaves one out. With
             no option and no DSN libpq's own environment variables say where to connect.
+
+    Example:
+        >>> import psycopg
+        >>> from pgoutput_source import shop
+        >>> from pgoutput_source.embedded import Server
+        >>> with Server() as server:
+        ...     shop.create(server.dsn())
+        ...     reader = LogicalReplicationReader(publication_name="shop", slot_name="shop", dsn=server.dsn())
+        ...     with psycopg.connect(server.dsn()) as connection:
+        ...         _ = connection.execute("UPDATE customers SET city = 'Quito' WHERE id = 1")
+        ...     for message in reader:
+        ...         print(message.op, message.table_schema.table, message.after["city"])
+        ...         break
+        ...     reader.stop()
+        U customers Quito
     """
 
     def __init__(self, publication_name: str, slot_name: str, dsn: str | None = None, **kwargs: str | None) -> None:

@@ -86,6 +86,12 @@ class TableSchema:
     `replica_identity` is PostgreSQL's letter: 'd' default (the primary key), 'f' full, 'i' index, 'n' nothing.
     `origin` names where it comes from (`system`, `database`, `slot`) and is written into the metadata of each batch,
     so that files tell whose changes they hold. Two versions are equal if and only if their `fingerprint` is.
+
+    Example:
+        >>> columns = (Column("id", 20, -1, True, "bigint", pa.int64()), Column("v", 25, -1, False, "text", pa.utf8()))
+        >>> orders = TableSchema(16401, "public", "orders", "d", columns)
+        >>> orders.table, orders.key, orders.row_type
+        ('public.orders', ('id',), StructType(struct<id: int64, v: string>))
     """
 
     relation_id: int

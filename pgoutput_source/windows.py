@@ -42,7 +42,18 @@ _TIMESTAMP: Final = pa.timestamp("us", "UTC")
 
 @dataclass(frozen=True)
 class WindowStream(Stream[pa.RecordBatch]):
-    """The results of `window`: a stream like any other, and beside it what came too late, as `late`."""
+    """The results of `window`: a stream like any other, and beside it what came too late, as `late`.
+
+    Example:
+        >>> from bytewax import operators as op
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSource
+        >>> from pgoutput_source.testing import batch
+        >>> orders = op.input("in", Dataflow("shop"), TestingSource([batch("public.orders", [("I", {"id": 1})])]))
+        >>> per_minute = window("per_minute", orders, every=timedelta(minutes=1), count=True)
+        >>> isinstance(per_minute, WindowStream), isinstance(per_minute.late, Stream)
+        (True, True)
+    """
 
     late: Stream[pa.RecordBatch]
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import pgoutput_source
+from pgoutput_source import operators
+
 PACKAGE = "pgoutput_source"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
@@ -88,6 +91,13 @@ def imports_of(name: str) -> Iterator[str]:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 yield inner if inner in NAMES else str(node.module)
+
+
+def test_every_public_name_has_an_example() -> None:
+    public = {name: getattr(pgoutput_source, name) for name in pgoutput_source.__all__ if name[0] != "_"}
+    public |= {f"cdc.{name}": getattr(operators, name) for name in operators.__all__}
+
+    assert [name for name, each in public.items() if ">>>" not in (each.__doc__ or "")] == []
 
 
 @BY_NAME
