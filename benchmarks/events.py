@@ -45,7 +45,7 @@ def main() -> None:
     print(
         f"{'rows a transaction':>18} {'pg_recvlogical':>15}", *(f"{way:>12} {'ratio':>5} {'µs CPU':>6}" for way in WAYS)
     )
-    with Server(settings={"max_wal_size": "8GB", "checkpoint_timeout": "1h"}) as server:
+    with Server(tcp=True, settings={"max_wal_size": "8GB", "checkpoint_timeout": "1h"}) as server:
         for size in arguments.sizes:
             measure(server, arguments.rows, size or arguments.rows, arguments.runs)
 

@@ -13,7 +13,6 @@ CHANGES: Final = Counter("pgoutput_changes", "Changes given to the dataflow", ["
 SKIPPED: Final = Counter(
     "pgoutput_changes_skipped", "Changes that the server sent again and that were dropped", ["slot"]
 )
-TRANSMITTED: Final = Counter("pgoutput_received_bytes", "Bytes of CopyData received", ["slot"])
 RECONNECTS: Final = Counter("pgoutput_reconnects", "Replication connections that were lost and replaced", ["slot"])
 RECEIVED: Final = Gauge("pgoutput_received_lsn", "Highest position received", ["slot"])
 ACKNOWLEDGED: Final = Gauge("pgoutput_acknowledged_lsn", "Position that PostgreSQL was told it may forget", ["slot"])

@@ -315,6 +315,9 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.bytes_in_epoch += size
         metrics.CHANGES.labels(self.slot).inc(len(changes))
         metrics.RECEIVED.labels(self.slot).set(self.stream.received)
+        if changes.batches:
+            last = max(batch.data.column("_commit_ts")[-1].value for batch in changes.batches)
+            metrics.COMMIT_TIME.labels(self.slot).set(last / 1_000_000)
         if self.assembler.skipped:
             metrics.SKIPPED.labels(self.slot).inc(self.assembler.skipped)
             self.assembler.skipped = 0
