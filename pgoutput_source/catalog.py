@@ -54,6 +54,7 @@ __all__ = [
     "identify",
     "publications",
     "slot_state",
+    "target",
 ]
 
 logger = logging.getLogger(__name__)
@@ -424,6 +425,13 @@ def current_lsn(conn: Connection) -> Lsn:
             conn.execute("SELECT pg_current_xact_id()")
         time.sleep(0.01)
     return target
+
+
+def target(conn: Connection, settings: SourceSettings) -> Lsn | None:
+    """Where a bounded run ends, as `settings.until` says it; None if it has no end."""
+    if settings.until is None:
+        return None
+    return current_lsn(conn) if settings.until == "current" else Lsn(settings.until)
 
 
 def _before_page_header(lsn: Lsn, page: int, segment: int) -> Lsn:

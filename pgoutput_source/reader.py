@@ -31,7 +31,7 @@ from pgoutput_source.relations import Relations
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.schema import TableSchema
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.streaming import PROTOCOLS, streamed
+from pgoutput_source.streaming import streamed
 from pgoutput_source.transactions import Assembler
 from pgoutput_source.wire import Lsn, XLogData
 
@@ -126,7 +126,7 @@ class PgOutputReader:
             self._prepare(connection)
             slot = catalog.check(connection, settings)
             system = catalog.identify(connection)
-            self._until = None if settings.until is None else _target(settings.until, connection)
+            self._until = catalog.target(connection, settings)
         self._confirmed = self._fetched = slot.confirmed_flush_lsn or Lsn(0)
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", settings.slot))
         look_up = catalog.defined_types(self._dsn)
@@ -137,17 +137,7 @@ class PgOutputReader:
             streamed=streamed(settings),
             known_tables=None if settings.on_schema_change == "evolve" else {},
         )
-        self._stream = ReplicationStream(
-            self._dsn,
-            slot=settings.slot,
-            publications=settings.publication,
-            proto_version=PROTOCOLS[settings.streaming],
-            streaming=settings.streaming,
-            origin=settings.origin,
-            status_interval=settings.status_interval,
-            reconnect_seconds=settings.reconnect_seconds,
-            slot_wait_seconds=settings.slot_wait_seconds,
-        )
+        self._stream = ReplicationStream.of(self._dsn, settings)
         self._stream.start(self._confirmed)
         self._generation = self._stream.generation
         logger.info("slot %s: streaming from %s", settings.slot, self._confirmed)
@@ -388,10 +378,6 @@ class PgOutputReader:
             with connect(self._dsn) as connection:
                 self._facts[schema] = _table_facts(connection, schema.relation_id)
         return self._facts[schema]
-
-
-def _target(until: str, connection: Connection) -> Lsn:
-    return catalog.current_lsn(connection) if until == "current" else Lsn(until)
 
 
 def _position(pair: tuple[int, int]) -> Position:

@@ -38,6 +38,8 @@ from pgoutput_source.errors import (
     SlotInUse,
     StateError,
 )
+from pgoutput_source.settings import SourceSettings
+from pgoutput_source.streaming import PROTOCOLS
 from pgoutput_source.walsender import Backend, Lost, Walsender
 from pgoutput_source.wire import XLOG_DATA_HEADER, Keepalive, Lsn, XLogData, parse_frame
 
@@ -162,6 +164,21 @@ class ReplicationStream:
         self._lost_at: float | None = None
         self._attempts = 0
         self._next_attempt = 0.0
+
+    @classmethod
+    def of(cls, dsn: str, settings: SourceSettings) -> Self:
+        """The stream that `settings` describe, on the server of `dsn`."""
+        return cls(
+            dsn,
+            slot=settings.slot,
+            publications=settings.publication,
+            proto_version=PROTOCOLS[settings.streaming],
+            streaming=settings.streaming,
+            origin=settings.origin,
+            status_interval=settings.status_interval,
+            reconnect_seconds=settings.reconnect_seconds,
+            slot_wait_seconds=settings.slot_wait_seconds,
+        )
 
     @property
     def received(self) -> Lsn:

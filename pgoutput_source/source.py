@@ -30,7 +30,7 @@ from pgoutput_source.connection import Connection
 from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotNotFound, StateError
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.streaming import PROTOCOLS, streamed
+from pgoutput_source.streaming import streamed
 from pgoutput_source.transactions import Assembler
 from pgoutput_source.walsender import timeline_end
 from pgoutput_source.wire import Lsn
@@ -141,7 +141,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
                 catalog.create(conn, settings)
             slot = _checked_slot(conn, settings, resume)
             system = catalog.identify(conn)
-            self.until = _target(settings, conn)
+            self.until = catalog.target(conn, settings)
         position, acknowledged = _reconcile(resume, settings, slot, system)
         if resume is not None:
             acknowledged = _on_timeline(dsn, resume["timeline"], system.timeline, position, acknowledged)
@@ -156,17 +156,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             streamed=streamed(settings),
             known_tables=None if settings.on_schema_change == "evolve" else (resume or {}).get("tables", {}),
         )
-        self.stream = ReplicationStream(
-            dsn,
-            slot=self.slot,
-            publications=settings.publication,
-            proto_version=PROTOCOLS[settings.streaming],
-            streaming=settings.streaming,
-            origin=settings.origin,
-            status_interval=settings.status_interval,
-            reconnect_seconds=settings.reconnect_seconds,
-            slot_wait_seconds=settings.slot_wait_seconds,
-        )
+        self.stream = ReplicationStream.of(dsn, settings)
         self.stream.start(acknowledged)
         self.acknowledged = acknowledged
         self.staged: Lsn | None = None
@@ -321,12 +311,6 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         if self.assembler.skipped:
             metrics.SKIPPED.labels(self.slot).inc(self.assembler.skipped)
             self.assembler.skipped = 0
-
-
-def _target(settings: SourceSettings, conn: Any) -> Lsn | None:
-    if settings.until is None:
-        return None
-    return catalog.current_lsn(conn) if settings.until == "current" else Lsn(settings.until)
 
 
 def _reconcile(
