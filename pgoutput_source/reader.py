@@ -278,7 +278,7 @@ class PgOutputReader:
     def _poll(self, stream: ReplicationStream) -> ChangeSet:
         limits = {"max_frames": self.settings.max_frames, "max_bytes": self.settings.max_bytes}
         # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
-        frames = [] if self._assembler.pending else stream.poll(**limits, timeout=_WAIT)
+        frames = [] if self._assembler.pending else stream.poll(**limits, timeout=_WAIT, whole=self._assembler.whole)
         if stream.generation != self._generation:
             self._generation = stream.generation
             self._assembler.reconnected()

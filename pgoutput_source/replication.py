@@ -38,6 +38,7 @@ from pgoutput_source.errors import (
     SlotInUse,
     StateError,
 )
+from pgoutput_source.memory import LARGE, LargeMessages
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.streaming import PROTOCOLS
 from pgoutput_source.walsender import Backend, Lost, Walsender
@@ -159,6 +160,7 @@ class ReplicationStream:
         self._reply_wanted = False
         self._insistent = 0  # keepalives in a row that want a reply and say the same
         self._insistent_at = 0.0
+        self._large = LargeMessages()
 
         # While there is no connection.
         self._lost_at: float | None = None
@@ -271,7 +273,9 @@ class ReplicationStream:
 
     # -- poll -------------------------------------------------------------------------------------------------------
 
-    def poll(self, *, max_frames: int = 65_536, max_bytes: int = 16 << 20, timeout: float = 0.0) -> list[memoryview]:
+    def poll(
+        self, *, max_frames: int = 65_536, max_bytes: int = 16 << 20, timeout: float = 0.0, whole: bool = False
+    ) -> list[memoryview]:
         """What has come: CopyData payloads of XLogData with their header, without keepalives; nothing after `timeout`.
 
         Once something is there, it waits a moment for more as long as more comes densely, 50 ms at most. What is not
@@ -281,6 +285,8 @@ class ReplicationStream:
             max_frames: Return when there are so many.
             max_bytes: Return when these are so many bytes; a few frames more may come.
             timeout: Seconds to wait for the first.
+            whole: What was handed out so far are whole transactions, so the connection may be replaced. That is done
+                some seconds after a message of more than 32 MiB was acknowledged: it gives libpq's buffer back.
 
         Raises:
             ConnectionFailed: The connection was lost and could not be made again in time.
@@ -294,6 +300,9 @@ class ReplicationStream:
             if self._lost_at is None or self._stop.is_set():
                 raise ConnectionFailed("the stream is not open", hint="call start() first, once, and close() last")
             self._reconnect(timeout)
+            return []
+        if whole and self._large.over(self._received, self._acknowledged):
+            self._renew()
             return []
         frames: list[memoryview] = []
         try:
@@ -329,6 +338,8 @@ class ReplicationStream:
                         lengths, payloads = zip(*chunk, strict=True)
                         got += len(chunk)
                         size += sum(lengths)
+                        if size > LARGE and max(lengths) > LARGE:
+                            self._large.seen()
                         if min(lengths) <= XLOG_DATA_HEADER:
                             self._sift(walsender, chunk, frames)
                         else:
@@ -535,6 +546,13 @@ class ReplicationStream:
         self._attempts = 0
         self._next_attempt = self._lost_at
         logger.warning("slot %r: %s; connecting again for up to %.0f s", self.slot, why, self._reconnect_seconds)
+
+    def _renew(self) -> None:
+        """Replace a connection that works: the server hears first what is acknowledged, and does not send it again."""
+        with self._lock, contextlib.suppress(psycopg.OperationalError):
+            if self._walsender is not None:
+                self._send_status(self._walsender)
+        self._lose("giving back the memory of a very large message")
 
     def _reconnect(self, timeout: float) -> None:
         """One attempt if it is time for one; otherwise wait, but not for longer than `timeout`."""

@@ -188,7 +188,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             return []
         limits = {"max_frames": self.settings.max_frames, "max_bytes": self.settings.max_bytes}
         # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
-        frames = [] if self.assembler.pending else self.stream.poll(**limits, timeout=0.0)
+        frames = [] if self.assembler.pending else self.stream.poll(**limits, timeout=0.0, whole=self.assembler.whole)
         if self.stream.generation != self.generation:
             self.generation = self.stream.generation
             self._check_timeline()

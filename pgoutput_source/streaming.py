@@ -112,6 +112,11 @@ class StreamedTransactions:
         return bool(self._ready)
 
     @property
+    def keeping(self) -> bool:
+        """Whether anything is kept, of transactions in progress or of committed ones."""
+        return bool(self._open or self._ready)
+
+    @property
     def held(self) -> int:
         """Bytes of transactions in progress that are held in memory."""
         return sum(t.held for t in self._open.values())

@@ -97,6 +97,11 @@ class Assembler:
         """Whether `feed` has more to give without new frames: pieces of a streamed transaction that has committed."""
         return self._streamed is not None and self._streamed.pending
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is kept of any transaction: all that was fed was given out, or did not count."""
+        return self._open is None and (self._streamed is None or not self._streamed.keeping)
+
     def close(self) -> None:
         """Let go of temporary files."""
         if self._streamed is not None:

@@ -40,6 +40,7 @@ STAIRCASE = (
     "connection",
     "catalog",
     "walsender",
+    "memory",
     "replication",
     "snapshot",
     "reader",
