@@ -100,7 +100,9 @@ class Relations:
     def _column(self, column: messages.RelationColumn) -> Column:
         kind = self.type_of(column.type_oid)
         name = self._type_names.get(column.type_oid, f"oid {column.type_oid}") if kind is OPAQUE else kind.name
-        return Column(column.name, column.type_oid, column.typmod, column.key, name, kind.arrow(column.typmod))
+        metadata = tuple(kind.metadata(column.typmod).items()) if kind.metadata else ()
+        arrow = kind.arrow(column.typmod)
+        return Column(column.name, column.type_oid, column.typmod, column.key, name, arrow, metadata)
 
 
 def _compare(known: dict[str, list[str]], schema: TableSchema) -> None:

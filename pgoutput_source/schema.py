@@ -43,7 +43,8 @@ class Position(NamedTuple):
 class Column:
     """A published column: what the Relation message says, and the Arrow type that holds its values.
 
-    `key` says whether it belongs to the replica identity (with REPLICA IDENTITY FULL every column does).
+    `key` says whether it belongs to the replica identity (with REPLICA IDENTITY FULL every column does); `metadata` is
+    what its type adds to the Arrow field's.
     """
 
     name: str
@@ -52,12 +53,13 @@ class Column:
     key: bool
     type_name: str
     arrow: pa.DataType
+    metadata: tuple[tuple[str, str], ...] = ()
 
     @property
     def field(self) -> pa.Field:
         """The Arrow field: always nullable, with `pg.oid`, `pg.type` and `pg.typmod` as metadata."""
         meta = {"pg.oid": str(self.type_oid), "pg.type": self.type_name, "pg.typmod": str(self.typmod)}
-        return pa.field(self.name, self.arrow, nullable=True, metadata=meta)
+        return pa.field(self.name, self.arrow, nullable=True, metadata=meta | dict(self.metadata))
 
 
 def metadata_fields(table: pa.DataType) -> list[pa.Field]:

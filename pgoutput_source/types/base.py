@@ -7,7 +7,7 @@ are more generous (``0x1F`` is an int32 to them, ``1e400`` a double), and then l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NoReturn
@@ -30,7 +30,8 @@ class PgType:
     `oid` is PostgreSQL's (0 for a type whose OID differs from database to database); `arrow` gives the canonical Arrow
     type for a typmod (-1: none); `decode` turns a column of PostgreSQL's text into it, see `pgoutput_source.types`.
     `misfits` says in words which legitimate values the Arrow type can't hold. `array` is the OID of the type of its
-    arrays, 0 if it has none, and `delimiter` what separates their elements.
+    arrays, 0 if it has none, and `delimiter` what separates their elements. `metadata` gives for a typmod what the Arrow
+    field says besides PostgreSQL's names, such as the name of an Arrow extension type.
     """
 
     oid: int
@@ -40,6 +41,7 @@ class PgType:
     misfits: str = ""
     array: int = 0
     delimiter: str = ","
+    metadata: Callable[[int], Mapping[str, str]] | None = None
 
 
 def always(kind: pa.DataType) -> Callable[[int], pa.DataType]:

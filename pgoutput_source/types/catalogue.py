@@ -13,7 +13,7 @@ https://www.postgresql.org/docs/current/catalog-pg-type.html
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +21,7 @@ import pyarrow as pa
 from pgoutput_source.types.arrays import array_of
 from pgoutput_source.types.base import PgType, always, text
 from pgoutput_source.types.composite import composite_of
-from pgoutput_source.types.extensions import EXTENSIONS
+from pgoutput_source.types.extensions import DEFINED, EXTENSIONS
 from pgoutput_source.types.ranges import multirange_of, range_of
 
 # pg_range.rngmultitypid exists since PostgreSQL 14: as a key of the row's JSON it may be absent.
@@ -100,10 +100,20 @@ def from_catalogue(facts: Iterable[TypeFacts], known: Mapping[int, PgType]) -> d
         return rows[oid]
 
     def make(fact: TypeFacts) -> PgType:
+        if fact.name in DEFINED:
+            return DEFINED[fact.name](fact.oid, fact.name)
         if fact.typtype == "d":
             base = row(fact.base)
             # A column of a domain has no typmod of its own.
-            return PgType(fact.oid, fact.name, lambda typmod: base.arrow(fact.typmod), base.decode, base.misfits)
+            describe = base.metadata
+            return replace(
+                base,
+                oid=fact.oid,
+                name=fact.name,
+                arrow=lambda typmod: base.arrow(fact.typmod),
+                array=0,
+                metadata=describe and (lambda typmod: describe(fact.typmod)),
+            )
         if fact.typtype == "r" and fact.bound:
             return range_of(row(fact.bound), fact.oid, fact.name)
         if fact.typtype == "m" and fact.range:

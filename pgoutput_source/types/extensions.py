@@ -1,10 +1,24 @@
 r"""Types of extensions. Their OIDs differ from database to database, so they are known by extension and name.
 
-A type of your own needs three lines::
+A type of your own is an entry here, made before a reader or a flow starts, in `EXTENSIONS` by extension and type, in
+`DEFINED` by schema and name. A column of the domain ``public.celsius`` arrives as doubles, whatever its base type is:
 
-    from pgoutput_source.types.base import PgType, always, text
-    from pgoutput_source.types.extensions import EXTENSIONS
-    EXTENSIONS["my_extension", "my_type"] = lambda oid, name: PgType(oid, name, always(pa.utf8()), text)
+>>> import pyarrow as pa
+>>> from pgoutput_source.types import DEFINED, TYPES, PgType, always
+>>> DEFINED["public.celsius"] = lambda oid, name: PgType(oid, name, always(pa.float64()), TYPES[701].decode)
+
+A decoder of your own gets a whole column as PostgreSQL's text (UTF-8, without NULLs behind `dense`) and returns one of
+the same length. It must refuse, with a ValueError, what it does not understand.
+
+>>> import pyarrow.compute as pc
+>>> from pgoutput_source.types import EXTENSIONS, dense
+>>> @dense
+... def version(values, kind):
+...     return pc.split_pattern(values.cast(pa.utf8()), ".").cast(kind)
+>>> EXTENSIONS["semver", "semver"] = lambda oid, name: PgType(oid, name, always(pa.list_(pa.int32())), version)
+>>> version(pa.array([b"1.2.3", None]), pa.list_(pa.int32())).to_pylist()
+[[1, 2, 3], None]
+>>> del DEFINED["public.celsius"], EXTENSIONS["semver", "semver"]
 
 https://www.postgresql.org/docs/current/contrib.html
 https://github.com/pgvector/pgvector
@@ -18,10 +32,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pgoutput_source.types.base import PgType, Texts, always, dense, refuse, text
+from pgoutput_source.types.base import Decode, PgType, Texts, always, dense, refuse, text
 from pgoutput_source.types.nested import cells_of
-from pgoutput_source.types.numbers import floating_text
+from pgoutput_source.types.numbers import floating_text, integer_text
 
 _FLOAT = floating_text("vector")
 _PAIR = re.compile(rb'"((?:[^"\\]|\\.)*)"=>(?:"((?:[^"\\]|\\.)*)"|NULL)(?:, (?=")|$)', re.DOTALL)
@@ -69,7 +84,10 @@ def _vector_arrow(typmod: int) -> pa.DataType:
 
 @dense
 def ewkb(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
-    """PostGIS writes the extended well-known binary form of a geometry as hexadecimal digits."""
+    """PostGIS writes the extended well-known binary form of a geometry as hexadecimal digits.
+
+    The bytes are kept as they are, the SRID of each value in them; GeoArrow's readers take this form for WKB.
+    """
     t = Texts(values)
     if (t.lengths == 0).any() or (t.lengths & 1).any():
         refuse("geometry")
@@ -78,20 +96,73 @@ def ewkb(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(t), [None, pa.py_buffer(edges), pa.py_buffer(data)])
 
 
-def _row(arrow: Callable[[int], pa.DataType], decode: Callable[[pa.BinaryArray, pa.DataType], pa.Array]) -> Make:
-    return lambda oid, name: PgType(oid, name, arrow, decode)
+def _geometry(typmod: int) -> dict[str, str]:
+    """What makes a geometry of bytes in Arrow's eyes; a declared SRID is in the typmod's bits 8 to 28."""
+    srid = typmod >> 8 & 0x1FFFFF if typmod >= 0 else 0
+    crs = f'{{"crs":"{srid}","crs_type":"srid"}}' if srid else "{}"
+    return {"ARROW:extension:name": "geoarrow.wkb", "ARROW:extension:metadata": crs}
 
+
+_SPARSE = r"^\{(?P<cells>[^{}]*)\}/(?P<dim>[1-9][0-9]*)$"
+_INDEX = integer_text("sparsevec")
+
+
+@dense
+def sparsevec(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+    """``{1:1.5,3:2}/5``. The text counts from 1; what is written in binary, and SciPy, from 0, as the indices here."""
+    halves = pc.extract_regex(values.cast(pa.utf8()), _SPARSE)
+    if halves.null_count:
+        refuse("sparsevec")
+    cells = pc.split_pattern(halves.field("cells"), ",")
+    filled = pc.not_equal(halves.field("cells"), "").to_numpy(zero_copy_only=False)
+    counts = np.where(filled, pc.list_value_length(cells).to_numpy(zero_copy_only=False), 0)
+    pairs = pc.split_pattern(cells.filter(pa.array(filled)).flatten(), ":")
+    if not (pc.list_value_length(pairs).to_numpy(zero_copy_only=False) == 2).all():
+        refuse("sparsevec")
+    sides = pairs.flatten().cast(pa.binary())
+    place, number = (sides.take(pa.array(np.arange(side, len(sides), 2))) for side in (0, 1))
+    index = _INDEX(place, pa.int32()).to_numpy(zero_copy_only=False) - 1
+    dim = _INDEX(halves.field("dim").cast(pa.binary()), pa.int32())
+    owner = np.repeat(np.arange(len(counts)), counts)
+    ascending = (np.diff(index) > 0) | (np.diff(owner) > 0)
+    if (index < 0).any() or (index >= dim.to_numpy(zero_copy_only=False)[owner]).any() or not ascending.all():
+        refuse("sparsevec")
+    offsets = pa.array(np.append(0, np.cumsum(counts)).astype(np.int32))
+    indices = pa.ListArray.from_arrays(offsets, pa.array(index, pa.int32()))
+    return pa.StructArray.from_arrays(
+        [indices, pa.ListArray.from_arrays(offsets, _FLOAT(number, pa.float32())), dim], fields=list(kind)
+    )
+
+
+SPARSEVEC = pa.struct(
+    [
+        pa.field("indices", pa.list_(pa.int32())),
+        pa.field("values", pa.list_(pa.float32())),
+        pa.field("dim", pa.int32()),
+    ]
+)
 
 Make = Callable[[int, str], PgType]
+
+
+def _row(arrow: Callable[[int], pa.DataType], decode: Decode) -> Make:
+    return lambda oid, name: PgType(oid, name, arrow, decode)
+
 
 EXTENSIONS: dict[tuple[str, str], Make] = {
     ("hstore", "hstore"): _row(always(pa.map_(pa.utf8(), pa.utf8())), hstore),
     ("vector", "vector"): _row(_vector_arrow, vector),
     # float16 would hold halfvec, but DuckDB does not read it.
     ("vector", "halfvec"): _row(_vector_arrow, vector),
-    ("postgis", "geometry"): _row(always(pa.binary()), ewkb),
+    ("vector", "sparsevec"): _row(always(SPARSEVEC), sparsevec),
+    ("postgis", "geometry"): lambda oid, name: PgType(oid, name, always(pa.binary()), ewkb, metadata=_geometry),
+    # GeoArrow can tell that edges run on a sphere, but DuckDB refuses to read a table that has such a column.
     ("postgis", "geography"): _row(always(pa.binary()), ewkb),
     ("citext", "citext"): _row(always(pa.utf8()), text),
     ("ltree", "ltree"): _row(always(pa.utf8()), text),
 }
 """By extension and type name, what makes the row for an OID. Other types of extensions arrive as their exact text."""
+
+DEFINED: dict[str, Make] = {}
+"""The same for types that the database itself defines, by schema and name as `format_type` writes them, in quotes where
+SQL needs them: ``public.price``, ``shop."Unit"``. It wins over what the catalogue says of the type."""
