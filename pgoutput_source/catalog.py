@@ -49,10 +49,13 @@ __all__ = [
     "connection_string",
     "create",
     "create_publication_and_slot",
+    "create_slot",
     "current_lsn",
     "defined_types",
     "identify",
     "publications",
+    "published_tables",
+    "setting",
     "slot_state",
     "target",
 ]
@@ -60,6 +63,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PLUGIN: Final = "pgoutput"
+
+_INVALIDATIONS: Final = {
+    "wal_removed": "max_slot_wal_keep_size says how much WAL a slot may keep",
+    "idle_timeout": "idle_replication_slot_timeout says for how long a slot may be unused",
+    "rows_removed": "on a standby, hot_standby_feedback with a physical slot on the primary keeps the rows it needs",
+    "conflict with recovery": "on a standby, hot_standby_feedback with a physical slot on the primary prevents it",
+    "wal_level_insufficient": "the primary's wal_level must stay 'logical'",
+}
+"""What to change so that it does not happen again, by the reason of an invalidation."""
 
 _LOG_EVERY = 5.0  # seconds
 _FLUSH_PATIENCE = 10.0
@@ -178,6 +190,24 @@ def publications(conn: Connection, names: Iterable[str]) -> dict[str, bool]:
     return dict(rows)
 
 
+def setting(conn: Connection, name: str) -> str:
+    """A setting of the server."""
+    with _explained():
+        row = conn.execute("SELECT current_setting(%s)", [name]).fetchone()
+    return str(row[0]) if row else ""
+
+
+def published_tables(conn: Connection, names: Iterable[str]) -> tuple[str, ...]:
+    """The tables of these publications now, with their schemas, as SQL writes them."""
+    with _explained():
+        rows = conn.execute(
+            "SELECT DISTINCT format('%%I.%%I', schemaname, tablename) AS name"
+            "  FROM pg_publication_tables WHERE pubname = ANY(%s) ORDER BY name",
+            [list(names)],
+        ).fetchall()
+    return tuple(name for (name,) in rows)
+
+
 def check(conn: Connection, settings: SourceSettings) -> SlotState:
     """Whether a stream can run with these settings: the slot if it can, otherwise an error with the remedy.
 
@@ -286,10 +316,8 @@ def check_slot(conn: Connection, slot: SlotState) -> None:
     if slot.invalidation:
         raise SlotLost(
             f"{name} was invalidated by the server ({slot.invalidation}): changes that it held are lost",
-            hint="make it anew and take a fresh snapshot of the tables, for what changed meanwhile is gone: "
-            f"SELECT pg_drop_replication_slot('{slot.name}'); "
-            f"SELECT pg_create_logical_replication_slot('{slot.name}', '{PLUGIN}'); "
-            "see max_slot_wal_keep_size and idle_replication_slot_timeout for the reason",
+            hint=f"python -m pgoutput_source resync --slot {slot.name} says what is missing, and with --yes makes the "
+            f"slot anew; {_INVALIDATIONS.get(slot.invalidation, 'the server log has the reason')}",
         )
     if slot.synced and standby:
         raise SlotMismatch(
@@ -346,8 +374,21 @@ def create_publication_and_slot(
         except psycopg.Error as e:
             raise server_error(e) from e
         logger.info("created publication %r for %s", name, what.lower() if tables is None else what)
-    if slot_state(conn, slot) is not None:
-        return
+    if slot_state(conn, slot) is None:
+        create_slot(conn, slot)
+
+
+def create_slot(conn: Connection, slot: str, *, failover: bool = False) -> None:
+    """Create the slot; nothing happens if there is one of this name.
+
+    Args:
+        conn: In autocommit mode.
+        slot: Its name.
+        failover: Whether standbys keep a copy of it; from PostgreSQL 17 on.
+
+    Raises:
+        NotConfigured: The role may not do this, or all slots are in use.
+    """
     try:
         with _patience(
             "creating slot %r waits for the transactions that were running: "
@@ -355,7 +396,9 @@ def create_publication_and_slot(
             slot,
         ):
             row = conn.execute(
-                "SELECT lsn::text FROM pg_create_logical_replication_slot(%s, %s)", [slot, PLUGIN]
+                "SELECT lsn::text FROM pg_create_logical_replication_slot(%s, %s"
+                + (", failover => true)" if failover else ")"),
+                [slot, PLUGIN],
             ).fetchone()
     except psycopg.errors.DuplicateObject:
         return

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pgoutput_source import __version__, catalog, demo
+from pgoutput_source import __version__, catalog, demo, resync
 from pgoutput_source.errors import PgOutputError
 from pgoutput_source.settings import SourceSettings
 
@@ -49,10 +49,30 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads PGOUTPUT_DSN, PGOUTPUT_SLOT and PGOUTPUT_PUBLICATION like a flow; options win over them. "
         "Changes nothing.",
     )
-    check.add_argument("--dsn", help="libpq connection string or URL")
-    check.add_argument("--slot", help="the replication slot's name")
-    check.add_argument("--publication", help="one name, or several with commas between")
     check.set_defaults(run=_check)
+
+    again = commands.add_parser(
+        "resync",
+        help="say what a lost slot took with it, and go on behind the gap",
+        description="For a flow that refuses to start because its slot was dropped, invalidated, made anew or moved. "
+        "Says what is missing between the flow's state and the slot, and how to repair it. Changes nothing without "
+        "--yes. The exit code is 0 if nothing is missing or the flow can go on, 1 if there is a gap or an error.",
+    )
+    again.add_argument(
+        "--recovery",
+        metavar="FOLDER",
+        type=Path,
+        action="append",
+        default=[],
+        help="the flow's recovery folder (-r); several times if the processes of a cluster have one each",
+    )
+    again.add_argument("--yes", action="store_true", help="make the slot anew if need be, and move the flow's state")
+    again.set_defaults(run=lambda a: resync.run(_settings(a), a.recovery, yes=a.yes))
+
+    for command in (check, again):
+        command.add_argument("--dsn", help="libpq connection string or URL")
+        command.add_argument("--slot", help="the replication slot's name")
+        command.add_argument("--publication", help="one name, or several with commas between")
     return parser
 
 
@@ -63,9 +83,15 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _settings(arguments: argparse.Namespace) -> SourceSettings:
+    given = {k: v for k in ("dsn", "slot") if (v := getattr(arguments, k)) is not None}
+    if arguments.publication is not None:
+        given["publication"] = [name.strip() for name in arguments.publication.split(",")]
+    return SourceSettings.from_env(**given)
+
+
 def _check(arguments: argparse.Namespace) -> int:
-    given = {k: v for k in ("dsn", "slot", "publication") if (v := getattr(arguments, k)) is not None}
-    settings = SourceSettings.from_env(**given)
+    settings = _settings(arguments)
     with catalog.connect(catalog.connection_string(settings)) as conn:
         slot = catalog.check(conn, settings)
         now = catalog.current_lsn(conn)

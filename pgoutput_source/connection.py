@@ -220,7 +220,7 @@ _COMPLAINTS: Final = {
     "53400": _Complaint(NotConfigured, "drop a slot that nobody uses, or raise max_replication_slots and restart"),
     "55006": _Complaint(SlotInUse, "only one process can stream from a slot: stop the other one, or use a slot each"),
     "55000": _Complaint(SlotError, None),
-    "58P01": _Complaint(SlotLost, "drop the slot, create it anew and take a fresh snapshot: changes are lost"),
+    "58P01": _Complaint(SlotLost, "python -m pgoutput_source resync says what is missing, and makes the slot anew"),
     "22021": _Complaint(
         ServerError,
         "the database holds bytes that are not text in its encoding, and the server can't send them: repair the row, "

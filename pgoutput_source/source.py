@@ -24,23 +24,17 @@ from typing import Any
 
 from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
 
-from pgoutput_source import catalog, ending, gate, metrics, shop
-from pgoutput_source.changes import ChangeSet, Position
-from pgoutput_source.connection import Connection
-from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotNotFound, StateError
+from pgoutput_source import catalog, ending, gate, metrics, resume, shop
+from pgoutput_source.changes import ChangeSet
+from pgoutput_source.errors import StateError
 from pgoutput_source.replication import ReplicationStream
+from pgoutput_source.resume import STATE_VERSION, State
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.streaming import streamed
 from pgoutput_source.transactions import Assembler
-from pgoutput_source.walsender import timeline_end
 from pgoutput_source.wire import Lsn
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, Any]
-"""A resume state: builtins only, with the version of its shape under "v"."""
-
-STATE_VERSION = 1
 
 _IDLE = timedelta(milliseconds=10)  # far less would cost a core, far more would keep epochs from closing
 _EPOCH_BYTES = 256 << 20  # with several workers queues are unbounded within an epoch; a single one has no queues
@@ -128,7 +122,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
 
 class _Partition(StatefulSourcePartition[ChangeSet, State]):
-    def __init__(self, settings: SourceSettings, resume: State | None) -> None:
+    def __init__(self, settings: SourceSettings, state: State | None) -> None:
         ending.show_log()
         self.settings = settings
         self.slot = settings.slot
@@ -136,15 +130,15 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.dsn = dsn
         if settings.dsn is None:
             _open_shop(dsn)
-        with _connect(dsn, settings) as conn:
-            if settings.create and resume is None:
+        with resume.connect(dsn, settings) as conn:
+            if settings.create and state is None:
                 catalog.create(conn, settings)
-            slot = _checked_slot(conn, settings, resume)
+            slot = resume.check(conn, dsn, settings, state)
             system = catalog.identify(conn)
             self.until = catalog.target(conn, settings)
-        position, acknowledged = _reconcile(resume, settings, slot, system)
-        if resume is not None:
-            acknowledged = _on_timeline(dsn, resume["timeline"], system.timeline, position, acknowledged)
+        position, acknowledged = _reconcile(state, settings, slot, system)
+        if state is not None:
+            acknowledged = resume.on_timeline(dsn, state["timeline"], system.timeline, position, acknowledged)
         self.system = system
         self.timeline = system.timeline
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", self.slot))
@@ -154,7 +148,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             on_misfit=settings.on_misfit,
             look_up=catalog.defined_types(dsn),
             streamed=streamed(settings),
-            known_tables=None if settings.on_schema_change == "evolve" else (resume or {}).get("tables", {}),
+            known_tables=None if settings.on_schema_change == "evolve" else (state or {}).get("tables", {}),
         )
         self.stream = ReplicationStream.of(dsn, settings)
         self.stream.start(acknowledged)
@@ -167,6 +161,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.bytes_in_epoch = 0
         self.generation = self.stream.generation
         self.in_main_thread = threading.current_thread() is threading.main_thread()
+        self.commit_ts: int | None = None if state is None else state.get("commit_ts")
         self._awake: datetime | None = None
         ending.began(self)
         self.open = True
@@ -219,6 +214,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             "slot": self.slot,
             "commit_lsn": None if position is None else int(position.commit_lsn),
             "seq": None if position is None else position.seq,
+            "commit_ts": self.commit_ts,
             "lsn": int(self.staged),
             **({} if known is None else {"tables": dict(known)}),
         }
@@ -247,7 +243,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         """The new connection may be to a standby that was promoted."""
         was, now = self.timeline, self.stream.timeline
         position = self.assembler.position
-        durable = _on_timeline(self.dsn, was, now, position, self.stream.acknowledged)
+        durable = resume.on_timeline(self.dsn, was, now, position, self.stream.acknowledged)
         if durable < self.stream.acknowledged:
             raise StateError(
                 f"timeline {now} left timeline {was} at {durable}, and the former server was told to forget up to "
@@ -306,100 +302,11 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         metrics.CHANGES.labels(self.slot).inc(len(changes))
         metrics.RECEIVED.labels(self.slot).set(self.stream.received)
         if changes.batches:
-            last = max(batch.data.column("_commit_ts")[-1].value for batch in changes.batches)
-            metrics.COMMIT_TIME.labels(self.slot).set(last / 1_000_000)
+            self.commit_ts = max(batch.data.column("_commit_ts")[-1].value for batch in changes.batches)
+            metrics.COMMIT_TIME.labels(self.slot).set(self.commit_ts / 1_000_000)
         if self.assembler.skipped:
             metrics.SKIPPED.labels(self.slot).inc(self.assembler.skipped)
             self.assembler.skipped = 0
-
-
-def _reconcile(
-    resume: State | None, settings: SourceSettings, slot: catalog.SlotState, system: catalog.System
-) -> tuple[Position | None, Lsn]:
-    """The position to go on behind, and the position that is acknowledged already.
-
-    Raises:
-        StateError: The state is of another shape, slot or database system.
-        SlotAhead: The slot was moved past the state, so changes in between are lost to this flow.
-    """
-    confirmed = slot.confirmed_flush_lsn or Lsn(0)
-    if resume is None:
-        return None, confirmed
-    if not isinstance(resume, dict) or resume.get("v") != STATE_VERSION:
-        raise StateError(
-            "the resume state is of another version",
-            hint="run the version that wrote it, or start afresh with a new recovery folder",
-        )
-    if resume["system"] != system.system_id:
-        raise StateError(
-            f"the resume state belongs to database system {resume['system']}, this server is {system.system_id}",
-            hint="check the connection; for another database use another recovery folder",
-        )
-    lsn = Lsn(resume["lsn"])
-    if confirmed > lsn:
-        raise SlotAhead(
-            f"slot {settings.slot!r} was moved to {confirmed}, past {lsn}, the last position in the recovery folder",
-            hint="somebody else consumed from the slot, or an old recovery folder was restored: the changes between "
-            "are gone from the slot. Repair the gap, then start afresh with a new recovery folder",
-        )
-    position = None
-    if resume["commit_lsn"] is not None:
-        position = Position(Lsn(resume["commit_lsn"]), resume["seq"])
-    return position, lsn
-
-
-def _on_timeline(dsn: str, was: int, now: int, position: Position | None, durable: Lsn) -> Lsn:
-    """The same position on timeline `now` as `durable` on timeline `was`, which the server, or another, was on before.
-
-    Raises:
-        StateError: What was given out did not all happen on this server's timeline.
-    """
-    if was == now:
-        return durable
-    end = timeline_end(dsn, was, now) if was < now else None
-    if end is None:
-        raise StateError(
-            f"the resume state is of timeline {was}, and the server's timeline {now} does not descend from it",
-            hint="this is not the server that took over from the former one: check where host and port lead to",
-        )
-    if position is not None and position.commit_lsn >= end:
-        raise StateError(
-            f"changes up to {position} were given out on timeline {was}, and the server's timeline {now} left it at "
-            f"{end}: the promoted server never had all of them",
-            hint="what was written downstream has changes that do not exist: start afresh. From PostgreSQL 17 on "
-            "synchronized_standby_slots keeps changes back until the standby has them",
-        )
-    logger.warning("the server is on timeline %d now, which left timeline %d at %s", now, was, end)
-    # Only WAL that was looked through, and had nothing for us, may have been beyond the end.
-    return min(durable, end)
-
-
-def _connect(dsn: str, settings: SourceSettings) -> Connection:
-    """A connection; a server that is just starting up, as after a crash, is waited for."""
-    deadline = time.monotonic() + min(60.0, settings.reconnect_seconds)
-    while True:
-        try:
-            return catalog.connect(dsn)
-        except ConnectionFailed as e:
-            if e.sqlstate != "57P03" or time.monotonic() > deadline:
-                raise
-            logger.info("%s; waiting", e.message)
-            time.sleep(0.5)
-
-
-def _checked_slot(conn: Connection, settings: SourceSettings, resume: State | None) -> catalog.SlotState:
-    """The slot, or what its absence means for a flow that has a state."""
-    try:
-        return catalog.check(conn, settings)
-    except SlotNotFound as e:
-        if not isinstance(resume, dict) or "lsn" not in resume:
-            raise
-        raise SlotNotFound(
-            f"{e.message}, and the recovery folder ends at {Lsn(resume['lsn'])}: what was committed after that is lost "
-            "to this flow",
-            hint="it was dropped, or this server is a promoted standby without it: slots follow from PostgreSQL 17 on, "
-            f"if made with failover. Repair the gap, and start with a new slot and a new recovery folder; {e.hint}",
-        ) from e
 
 
 def _open_shop(dsn: str) -> None:
@@ -414,5 +321,7 @@ def _open_shop(dsn: str) -> None:
     process.stdin.flush()
     _shops.append(process)  # and its standard input stays open: when we are gone, it closes
 
+
+_reconcile = resume.reconcile
 
 _shops: list[subprocess.Popen[str]] = []

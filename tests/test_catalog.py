@@ -303,7 +303,8 @@ def test_a_slot_whose_wal_is_gone_is_lost() -> None:
         with pytest.raises(SlotLost, match="wal_removed") as caught:
             catalog.check(conn, wanted)
 
-    assert "fresh snapshot" in (caught.value.hint or "")
+    assert "resync --slot s" in (caught.value.hint or "")
+    assert "max_slot_wal_keep_size" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,9 @@ Spoil = Callable[[Database, Flow], None]
 # The error without a state, the error with one, and a word of the remedy.
 CASES: list[tuple[Spoil, str | None, str, str]] = [
     (absent, "SlotNotFound", "SlotNotFound", "slot"),
-    (ahead, None, "SlotAhead", "Repair the gap"),
-    (made_anew, None, "SlotAhead", "Repair the gap"),
-    (lost, "SlotLost", "SlotLost", "make it anew"),
+    (ahead, None, "SlotAhead", "resync"),
+    (made_anew, None, "SlotAhead", "resync"),
+    (lost, "SlotLost", "SlotLost", "resync"),
     (of_another_plugin, "SlotMismatch", "SlotMismatch", "another slot"),
     (physical, "SlotMismatch", "SlotMismatch", "another slot"),
     (two_phase, "SlotMismatch", "SlotMismatch", "without"),
@@ -280,7 +280,7 @@ def test_a_promoted_standby_that_never_had_all_is_refused(tmp_path: Path) -> Non
         db.server = standby
         flow.environ["PGOUTPUT_DSN"] = db.dsn
         said, code = failure(flow, *flow.recovery())
-        assert (code, "SlotNotFound" in said, "promoted standby without it" in said) == (1, True, True), said
+        assert (code, "SlotNotFound" in said, "this server is a promoted standby" in said) == (1, True, True), said
         with db.connect() as connection:
             connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
         before = confirmed(db)

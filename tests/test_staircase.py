@@ -42,6 +42,7 @@ STAIRCASE = (
     "walsender",
     "memory",
     "replication",
+    "resume",
     "snapshot",
     "reader",
     "gate",
@@ -60,6 +61,7 @@ STAIRCASE = (
     "operators",
     PACKAGE,  # the package itself, which hands out names of the modules above
     "demo",
+    "resync",
     "cli",
     "__main__",
 )
