@@ -1,12 +1,19 @@
 """Kills a flow again and again, with every other fault around it, and counts what was lost, repeated or too early.
 
     python -m benchmarks.chaos --kills 300 --seed 1 --major 18
+    python -m benchmarks.chaos --kills 60 --no-recovery
+    python -m benchmarks.chaos --break "acknowledge early"
 
-A workload writes all the time. Each kill is a SIGKILL at a random moment or at a named place (tests/faults), with one
-worker or two, with epochs of 0, 1 or 10 seconds; before some of them the walsender is terminated, the server is stopped
-at once and started again, or the connection is cut. Every fifty kills the flow runs to the end, and its files are held
-against a second slot, which nobody disturbed, and against the tables. A `SlotAhead` at any start means that something
-was acknowledged before it was durable.
+A workload writes all the time, now and then a transaction of a million rows. Each kill is a SIGKILL at a random moment
+or at a named place (tests/faults): of a process with one worker or two, or of one or both of two processes that have
+recovery folders of their own; with epochs of 0, 1 or 10 seconds, with transactions streamed while they are in progress
+or not, with fsyncs that take up to a second. Around it the walsender is terminated, the server is stopped at once and
+started again, the connection is cut or falls silent, the disk is full, the sink raises or hangs for longer than
+wal_sender_timeout, or the flow was about to end in order.
+
+Every fifty kills the flow runs to the end, and its files are held against a second slot, which nobody disturbed, and
+against the tables. A `SlotAhead` at any start means that something was acknowledged before it was durable. Without
+recovery, changes may come twice, and none may be lost. A deliberate mistake (`--break`) must be seen.
 """
 
 from __future__ import annotations
@@ -15,7 +22,6 @@ import argparse
 import contextlib
 import os
 import random
-import select
 import shutil
 import signal
 import socket
@@ -24,13 +30,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psycopg
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from psycopg.conninfo import make_conninfo
 
@@ -42,19 +50,42 @@ from pgoutput_source.transactions import Assembler
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from faults import PLACES  # noqa: E402
+from faults import LARGE, PLACES, STREAMED, slow_fsyncs  # noqa: E402
+from proxy import Proxy  # noqa: E402
 from workload import Workload, differences, replayed, tables  # noqa: E402
 
 KILLS_A_ROUND = 50
-LARGE = 30_000
+LARGE_ROWS = 30_000
+MILLION = "public.million"
+PATIENCE = 120
+"""Seconds for what takes one or two on a machine that has nothing else to do."""
+
+FAULTS = {
+    "": 60,
+    "terminate": 7,
+    "restart": 7,
+    "cut": 7,
+    "freeze": 5,
+    "drain": 5,
+    "stall": 3,
+    "raise": 3,
+    "full disk": 3,
+}
+"""What may happen before a kill, and how often of a hundred times."""
+
+ENDS = {"drain": {0, -signal.SIGTERM}, "raise": {1}, "full disk": {1}}
+"""Exit codes that a fault may lead to when it comes before the kill."""
+
+POSITIONS = pa.schema([("_commit_lsn", pa.uint64()), ("_seq", pa.uint64())])
 
 
 @dataclass
 class Report:
     """What happened, and what must not have."""
 
+    recovery: bool = True
     kills: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
+    happened: Counter[str] = field(default_factory=Counter)
     changes: int = 0
     lost: int = 0
     repeated: int = 0
@@ -65,65 +96,18 @@ class Report:
 
     @property
     def held(self) -> bool:
-        """Whether nothing was lost, repeated or acknowledged too early."""
-        return not (self.lost or self.repeated or self.foreign or self.wrong_rows or self.violations or self.failures)
+        """Whether nothing was lost or acknowledged too early, and, with recovery, nothing repeated."""
+        repeated = self.repeated if self.recovery else 0
+        return not (self.lost or repeated or self.foreign or self.wrong_rows or self.violations or self.failures)
 
     def __str__(self) -> str:
-        faults = ", ".join(f"{count} {name}" for name, count in sorted(self.faults.items()))
+        happened = ", ".join(f"{count} {name}" for name, count in sorted(self.happened.items()))
         return (
             f"{self.kills} kills, {self.changes} changes: {self.lost} lost, {self.repeated} repeated, "
             f"{self.foreign} that nobody made, {self.wrong_rows} wrong rows, "
-            f"{self.violations} acknowledgement violations, {len(self.failures)} failures\n({faults})"
+            f"{self.violations} acknowledgement violations, {len(self.failures)} failures\n({happened})"
             + "".join(f"\n{text}" for text in self.failures)
         )
-
-
-class Proxy:
-    """TCP on loopback to a server on loopback, that can be cut."""
-
-    def __init__(self, host: str, port: Callable[[], int]) -> None:
-        self._target = (host, port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                far = socket.create_connection((self._target[0], self._target[1]()))
-            except OSError:
-                near.close()
-                continue
-            self._pairs.append((near, far))
-            threading.Thread(target=self._pump, args=(near, far), daemon=True).start()
-
-    def _pump(self, near: socket.socket, far: socket.socket) -> None:
-        others = {near: far, far: near}
-        with near, far, contextlib.suppress(OSError, ValueError):
-            while True:
-                for ready in select.select(list(others), [], [], 1.0)[0]:
-                    data = ready.recv(1 << 16)
-                    if not data:
-                        return
-                    others[ready].sendall(data)
-
-    def cut(self) -> None:
-        """End all connections at once."""
-        pairs, self._pairs = self._pairs, []
-        for pair in pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Take no more."""
-        self._listener.close()
-        self.cut()
 
 
 class Writing(Workload):
@@ -134,17 +118,30 @@ class Writing(Workload):
         self.dsn = dsn
         self.stopped = threading.Event()
         self.large = threading.Event()
+        self.million = threading.Event()
         self.thread = threading.Thread(target=self._write, daemon=True)
+
+    def create(self) -> None:
+        super().create()
+        self.connection.execute("CREATE TABLE million (id bigint PRIMARY KEY, amount numeric(12,2), note text)")
 
     def _write(self) -> None:
         while not self.stopped.wait(0.03):
             try:
                 if self.large.is_set():
                     self.large.clear()
-                    self.connection.execute(self._insert(self.tables[0], LARGE))
+                    self.connection.execute(self._insert(self.tables[0], LARGE_ROWS))
+                if self.million.is_set():
+                    self.connection.execute(
+                        "INSERT INTO million SELECT i, random() * 1e9, md5(i::text) FROM"
+                        " (SELECT generate_series(n + 1, n + 1000000) i"
+                        "  FROM (SELECT coalesce(max(id), 0) n FROM million) m) g"
+                    )
                 self.transaction()
             except psycopg.Error:
                 self._again()
+            finally:
+                self.million.clear()
 
     def stop(self) -> None:
         """Write no more, and have a connection that works."""
@@ -153,7 +150,7 @@ class Writing(Workload):
         self._again()
 
     def _again(self) -> None:
-        for _ in range(300):
+        for _ in range(10 * PATIENCE):
             with contextlib.suppress(psycopg.Error):
                 self.connection.close()
                 self.connection = psycopg.connect(self.dsn, autocommit=True)
@@ -171,14 +168,20 @@ class Writing(Workload):
 
 
 class Chaos:
-    """One database, slot, recovery folder and output folder."""
+    """One database, slot, recovery store and output folder."""
 
-    def __init__(self, server: Server, folder: Path, rng: random.Random, report: Report, mistake: str) -> None:
+    def __init__(
+        self, server: Server, folder: Path, rng: random.Random, report: Report, *, mistake: str, millions: bool
+    ) -> None:
         self.server, self.folder, self.rng, self.report = server, folder, rng, report
+        self.mistake, self.millions = mistake, millions
+        self.heavy = 0
         self.out = folder / "out"
-        self.recovery = folder / "recovery"
-        self.recovery.mkdir(parents=True)
-        subprocess.run([sys.executable, "-m", "bytewax.recovery", self.recovery, "1"], check=True)
+        # Two parts, which two processes keep in folders of their own.
+        self.stores = [folder / "recovery0", folder / "recovery1"]
+        for store in self.stores:
+            store.mkdir(parents=True)
+        subprocess.run([sys.executable, "-m", "bytewax.recovery", self.stores[0], "2"], check=True)
         name = f"chaos_{rng.randrange(1 << 40):x}"
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
@@ -188,121 +191,233 @@ class Chaos:
             connection.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
             for slot in self.slots:
                 connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [slot])
-        self.proxy = Proxy("127.0.0.1", lambda: server.port)
+        self.proxy = Proxy(lambda: server.port)
         self.environ = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "BYTEWAX", "RUST_"))},
             "PYTHONPATH": str(ROOT / "tests"),
-            "PGOUTPUT_DSN": make_conninfo(self.dsn, host="127.0.0.1", port=self.proxy.port),
             "PGOUTPUT_SLOT": self.slots[0],
             "PGOUTPUT_PUBLICATION": "cdc",
             "PGOUTPUT_OUT": str(self.out),
-            "PGOUTPUT_MAX_FRAMES": "5000",  # so that large transactions are cut
+            # So that large transactions are cut, streamed or not.
+            "PGOUTPUT_MAX_FRAMES": "5000",
+            "PGOUTPUT_MAX_BYTES": "500000",
             "MAX_AGE": "2",
-            "BREAK": mistake,
         }
 
     def sql(self) -> psycopg.Connection[Any]:
         """A connection that does not go through the proxy."""
         return psycopg.connect(self.dsn, autocommit=True)
 
-    def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
-        """The flow in a process of its own."""
-        command = [sys.executable, "-m", "bytewax.run", "tests.all_tables", *arguments]
-        command += ["-r", str(self.recovery), "-b", "0"]
-        log = (self.folder / "flow.log").open("w")
-        with log:
-            return subprocess.Popen(
-                command, cwd=ROOT, env=self.environ | environ, stdout=subprocess.DEVNULL, stderr=log, text=True
-            )
+    # -- one run ------------------------------------------------------------------------------------------------
 
-    def said(self) -> str:
-        """What the last process wrote to standard error."""
-        return (self.folder / "flow.log").read_text()
+    def start(self, processes: int, *arguments: str, **environ: str) -> list[subprocess.Popen[bytes]]:
+        """The flow in so many processes, each with its part of the recovery store."""
+        for part in list(self.folder.glob("recovery?/part-1.sqlite3*")):
+            part.rename(self.stores[processes - 1] / part.name)
+        with ExitStack() as stack:
+            # All ports are held until all are known, so that none is given out twice.
+            held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(processes)]
+            addresses = ";".join(f"127.0.0.1:{each.getsockname()[1]}" for each in held)
+        started = []
+        for number in range(processes):
+            command = [sys.executable, "-m", "bytewax.run", "tests.all_tables", *arguments]
+            if processes > 1:
+                command += ["-i", str(number), "-a", addresses]
+            if self.report.recovery:
+                command += ["-r", str(self.stores[number]), "-b", "0"]
+            with (self.folder / f"{number}.log").open("wb") as log:
+                started.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=self.environ | environ, stdout=subprocess.DEVNULL, stderr=log
+                    )
+                )
+        return started
+
+    def said(self, processes: int) -> str:
+        """What the processes of the last run wrote to standard error."""
+        return "".join((self.folder / f"{number}.log").read_text(errors="replace") for number in range(processes))
+
+    def streaming(self, *, streamed: bool) -> dict[str, str]:
+        """How transactions in progress come, if they do, and how much memory they may take here."""
+        how = ["on", "parallel"] if self.server.major >= 16 else ["on"]
+        way = self.rng.choice(how if streamed else ["off", *how])
+        return {"PGOUTPUT_STREAMING": way, "PGOUTPUT_STREAMING_MEMORY": self.rng.choice(["0", "100000", "64000000"])}
+
+    def connection(self, **settings: str) -> dict[str, str]:
+        """The way through the proxy, with server settings of this session's own."""
+        options = " ".join(f"-c {name}={value}" for name, value in settings.items())
+        return {"PGOUTPUT_DSN": make_conninfo(self.dsn, host="127.0.0.1", port=self.proxy.port, options=options)}
 
     def kill_once(self, writing: Writing) -> None:
         """Start the flow, do things to it, and kill it."""
-        rng, faults = self.rng, self.report.faults
-        at = rng.choice(["", "", *rng.sample(list(PLACES), 2)])
-        environ = {"KILL_AT": f"{at}:{rng.randint(1, 6)}"} if at else {}
-        if "large" in at or rng.random() < 0.1:
+        rng, happened = self.rng, self.report.happened
+        place = rng.choice(["", "", *rng.sample(list(PLACES), 2)])
+        fault = rng.choices(list(FAULTS), list(FAULTS.values()))[0]
+        layout = rng.choice(["1 worker", "1 worker", "2 workers", "2 processes"])
+        epoch = rng.choice(["0", "0", "1", "1", "1"] if place else ["0", "0", "1", "1", "1", "10"])
+        slow = rng.random() < 0.15
+        count = 2 if layout == "2 processes" else 1
+        streaming = self.streaming(streamed=place in STREAMED)
+        environ = streaming | self.connection(
+            logical_decoding_work_mem=rng.choice(["64kB", "64kB", "4MB"]),
+            wal_sender_timeout="3s" if fault in ("freeze", "stall") else "60s",
+        )
+        environ["BREAK"] = ",".join(filter(None, [self.mistake, fault if fault in ("raise", "stall") else ""]))
+        if fault == "full disk":
+            environ["FILE_SIZE"] = str(rng.choice([20_000, 200_000, 1_000_000]))
+        if slow:
+            environ |= slow_fsyncs(self.folder, 1.0)
+        if place:
+            environ["KILL_AT"] = f"{place}:{rng.randint(1, 6)}"
+        if place in LARGE + STREAMED or rng.random() < 0.1:
             writing.large.set()
-        workers, epoch = rng.choice(["1", "1", "2"]), rng.choice(["0", "0", "1", "1", "1", "10"])
-        process = self.start("-w", workers, "-s", epoch, **environ)
-        self.report.kills += 1
-        faults[f"kills at {at}" if at else "kills at random"] += 1
+        if self.millions and rng.random() < 0.03:
+            writing.million.set()
+            happened["transactions of a million rows"] += 1
+            self.heavy = 4
+        self.heavy -= 1
+
+        workers = ["-w", "2"] if layout == "2 workers" else []
+        processes = self.start(count, *workers, "-s", epoch, **environ)
         try:
             if rng.random() < 0.8:
-                deadline = time.monotonic() + 30
-                while "streaming from" not in self.said() and process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.02)
-            until = time.monotonic() + rng.uniform(0, 2.5) + (1.5 if at else 0)
-            if rng.random() < 0.3:
-                time.sleep(rng.uniform(0, 1))
-                self._disturb(rng.choice([self.terminate, self.restart, self.cut]))
-                until += 0.5
-            while process.poll() is None and time.monotonic() < until:
+                self._wait(processes, "streaming from")
+            if rng.random() < 0.5:
+                self._wait_for_million(processes, writing)
+            self._disturb(fault, processes)
+            # With a million rows to go through again, a second or two would never bring it any further.
+            longest = 12.0 if self.heavy > 0 else 2.5
+            until = time.monotonic() + rng.uniform(0, longest) + (1 if count > 1 else 0)
+            until += {"freeze": 5, "stall": 5, "drain": -1}.get(fault, 0) + (4 if place else 0) + (1 if slow else 0)
+            while all(process.poll() is None for process in processes) and time.monotonic() < until:
                 time.sleep(0.02)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+            codes = self._kill(processes)
         finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        self.report.kills += 1
+        happened[f"of {layout}"] += 1
+        happened[f"with epochs of {epoch} s"] += 1
+        happened[f"with streaming {streaming['PGOUTPUT_STREAMING']}"] += 1
+        if slow:
+            happened["with slow fsyncs"] += 1
+        happened[f"at {place}" if place and -signal.SIGKILL in codes else "at random"] += 1
+        if fault:
+            happened[f"fault: {fault}"] += 1
+        self._judge(codes, fault, count)
+
+    def _wait(self, processes: list[subprocess.Popen[bytes]], text: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.said(len(processes)) and time.monotonic() < deadline:
+            if any(process.poll() is not None for process in processes):
+                return
+            time.sleep(0.02)
+
+    def _wait_for_million(self, processes: list[subprocess.Popen[bytes]], writing: Writing) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while writing.million.is_set() and time.monotonic() < deadline:
+            if any(process.poll() is not None for process in processes):
+                return
+            time.sleep(0.05)
+
+    def _disturb(self, fault: str, processes: list[subprocess.Popen[bytes]]) -> None:
+        if fault in ("terminate", "restart", "cut", "freeze", "drain"):
+            time.sleep(self.rng.uniform(0, 1))
+        match fault:
+            case "terminate":
+                with self.sql() as connection:
+                    connection.execute(
+                        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots"
+                        " WHERE active AND slot_name = %s",
+                        [self.slots[0]],
+                    )
+            case "restart":  # it forgets acknowledgements since its last checkpoint
+                self.server.halt("immediate")
+                self.server.start(PATIENCE)
+            case "cut":
+                self.proxy.cut()
+            case "freeze":
+                self.proxy.freeze()
+            case "drain":
+                for process in processes:
+                    process.send_signal(signal.SIGTERM)
+
+    def _kill(self, processes: list[subprocess.Popen[bytes]]) -> set[int]:
+        """Kill one or all; the exit codes of those that died before, or of all if all were killed."""
+        rng = self.rng
+        died = {process.returncode for process in processes if process.poll() is not None}
+        if not died:
+            victim = rng.choice(processes)
+            victim.send_signal(signal.SIGKILL)
+            victim.wait()
+        # The others notice by themselves that a peer is gone, or die as suddenly.
+        patience = time.monotonic() + rng.choice([0, 0.05, 10])
+        while any(process.poll() is None for process in processes) and time.monotonic() < patience:
+            time.sleep(0.01)
+        for process in processes:
             process.kill()
-            code = process.wait()
-        said = self.said()
+        codes = {process.wait() for process in processes}
+        return died or (codes if len(processes) == 1 else set())
+
+    def _judge(self, codes: set[int], fault: str, processes: int) -> None:
+        """`codes` are those of processes that ended before anything was done to them but `fault`."""
+        said = self.said(processes)
         if "SlotAhead" in said:
             self.report.violations += 1
-        elif code != -signal.SIGKILL:
-            self.report.failures.append(f"exit code {code}: {said[-1000:]}")
+            self.report.failures.append(said[-1000:])
+        elif codes - {-signal.SIGKILL} - ENDS.get(fault, set()) and not (processes > 1 and -signal.SIGKILL in codes):
+            self.report.failures.append(f"exit codes {codes}, fault {fault!r}: {said[-2000:]}")
 
-    def _disturb(self, fault: Callable[[], None]) -> None:
-        self.report.faults[fault.__name__] += 1
-        fault()
-
-    def terminate(self) -> None:
-        """End the walsender."""
-        with self.sql() as connection:
-            connection.execute(
-                "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE active AND slot_name = %s",
-                [self.slots[0]],
-            )
-
-    def restart(self) -> None:
-        """Stop the server in an instant and start it again: it forgets acknowledgements since its last checkpoint."""
-        self.server.halt("immediate")
-        self.server.start()
-
-    def cut(self) -> None:
-        """Cut the connection."""
-        self.proxy.cut()
+    # -- the end of a round -------------------------------------------------------------------------------------
 
     def finish(self, writing: Writing) -> None:
         """Let the flow run to the end and hold its files against the other slot and the tables."""
         report = self.report
-        process = self.start("-s", "1", PGOUTPUT_UNTIL="current")
+        environ = self.streaming(streamed=False) | self.connection(logical_decoding_work_mem="64kB")
+        (process,) = self.start(1, "-s", "1", BREAK=self.mistake, PGOUTPUT_UNTIL="current", **environ)
         try:
-            code = process.wait(300)
+            code = process.wait(10 * PATIENCE)
         finally:
             process.kill()
             process.wait()
         if code:
-            report.violations += "SlotAhead" in self.said()
-            report.failures.append(f"the last run: exit code {code}: {self.said()[-1000:]}")
+            report.violations += "SlotAhead" in self.said(1)
+            report.failures.append(f"the last run: exit code {code}: {self.said(1)[-2000:]}")
             return
-        found: Counter[tuple[str, int, int]] = Counter()
+        found: dict[str, list[pa.Table]] = defaultdict(list)
         for file in self.out.glob("*.parquet"):
-            table = pq.read_table(file, columns=["_commit_lsn", "_seq"])
-            name = (table.schema.metadata or {})[b"pg.table"].decode()
-            found.update((name, lsn, seq) for lsn, seq in zip(*(c.to_pylist() for c in table.columns), strict=True))
+            found[_table_of(file)].append(pq.read_table(file, columns=POSITIONS.names).cast(POSITIONS))
         made = self._oracle()
-        report.changes += len(made)
-        report.lost += len(made - found.keys())
-        report.foreign += len(found.keys() - made)
-        report.repeated += sum(count - 1 for count in found.values())
-        if not (report.lost or report.repeated):
-            report.wrong_rows += len(differences(replayed(self.out)[0], tables(writing)))
+        before = report.lost + report.foreign
+        for name in found.keys() | made.keys():
+            self._compare(found.get(name, []), made.get(name, []))
+        if report.lost + report.foreign == before and not (report.repeated and report.recovery):
+            states, _ = replayed(self.out, repeats=not report.recovery, but=[MILLION])
+            report.wrong_rows += len(differences(states, tables(writing))) + self._million_differs(writing)
 
-    def _oracle(self) -> set[tuple[str, int, int]]:
+    def _compare(self, found: list[pa.Table], made: list[pa.Table]) -> None:
+        """Count positions of one table."""
+        files, oracle = (pa.concat_tables([POSITIONS.empty_table(), *each]) for each in (found, made))
+        distinct = files.group_by(POSITIONS.names).aggregate([])
+        self.report.changes += oracle.num_rows
+        self.report.repeated += files.num_rows - distinct.num_rows
+        self.report.lost += oracle.join(distinct, POSITIONS.names, join_type="left anti").num_rows
+        self.report.foreign += distinct.join(oracle, POSITIONS.names, join_type="left anti").num_rows
+
+    def _million_differs(self, writing: Writing) -> bool:
+        """Whether the rows of the millions, which are too many for Python objects, are others than in their table."""
+        row = writing.connection.execute("SELECT count(*), sum(id)::bigint, sum(amount) FROM million").fetchone()
+        files = [file for file in self.out.glob("*.parquet") if _table_of(file) == MILLION]
+        read = [pq.read_table(file, columns=["id", "amount"]).replace_schema_metadata(None) for file in files]
+        if not read:
+            return row != (0, None, None)
+        rows = pa.concat_tables(read).group_by("id").aggregate([("amount", "min")])
+        return row != (rows.num_rows, pc.sum(rows["id"]).as_py(), pc.sum(rows["amount_min"]).as_py())
+
+    def _oracle(self) -> dict[str, list[pa.Table]]:
         """Every change since the slots were made, read by one undisturbed stream."""
-        made: set[tuple[str, int, int]] = set()
+        made: dict[str, list[pa.Table]] = defaultdict(list)
         with self.sql() as connection:
             end = catalog.current_lsn(connection)
             state = catalog.slot_state(connection, self.slots[1])
@@ -313,8 +428,7 @@ class Chaos:
             stream.start(state.confirmed_flush_lsn)
             while assembler.in_transaction or max(assembler.end_lsn, stream.keepalive_lsn) < end:
                 for batch in assembler.feed(stream.poll(timeout=0.2)).batches:
-                    columns = (batch.data.column(name).to_pylist() for name in ("_commit_lsn", "_seq"))
-                    made.update((batch.schema.table, *at) for at in zip(*columns, strict=True))
+                    made[batch.schema.table].append(pa.table(batch.data.select(POSITIONS.names)).cast(POSITIONS))
         return made
 
     def close(self) -> None:
@@ -323,17 +437,36 @@ class Chaos:
         with self.sql() as connection:
             for slot in self.slots:
                 connection.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+        shutil.rmtree(self.folder)
 
 
-def run(kills: int, seed: int, major: int, *, mistake: str = "", show: bool = False, durable: bool = True) -> Report:
-    """Kill a flow so many times; the report is printed as it grows if `show` is set."""
-    rng, report = random.Random(seed), Report()
+def _table_of(file: Path) -> str:
+    return str((pq.read_schema(file).metadata or {})[b"pg.table"].decode())
+
+
+def run(
+    kills: int,
+    seed: int,
+    major: int,
+    *,
+    mistake: str = "",
+    recovery: bool = True,
+    long: bool = False,
+) -> Report:
+    """Kill a flow so many times.
+
+    A `long` run has transactions of a million rows and a server that syncs to disk, and prints the report as it grows.
+    """
+    rng, report = random.Random(seed), Report(recovery)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    settings: dict[str, str | bool] = {"fsync": long, "full_page_writes": long, "max_wal_size": "4GB"}
     try:
-        with Server(major, tcp=True, settings={"fsync": durable, "full_page_writes": durable}) as server:
-            while report.kills < kills and (report.held or mistake):
-                count = min(kills - report.kills, KILLS_A_ROUND)
-                chaos = Chaos(server, folder / str(report.kills), rng, report, mistake)
+        with Server(major, tcp=True, settings=settings) as server:
+            while report.kills < kills and report.held:
+                count = min(kills - report.kills, 5 if mistake else KILLS_A_ROUND)
+                chaos = Chaos(
+                    server, folder / str(report.kills), rng, report, mistake=mistake, millions=long and not mistake
+                )
                 writing = Writing(chaos.dsn, rng.randrange(1 << 20))
                 with writing:
                     writing.thread.start()
@@ -342,9 +475,10 @@ def run(kills: int, seed: int, major: int, *, mistake: str = "", show: bool = Fa
                         if report.violations or report.failures:
                             break
                     writing.stop()
-                    chaos.finish(writing)
+                    if not (report.violations or report.failures):
+                        chaos.finish(writing)
                 chaos.close()
-                if show:
+                if long:
                     print(report, flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -357,12 +491,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--major", type=int, default=18)
+    parser.add_argument("--no-recovery", dest="recovery", action="store_false", help="run the flow without -r")
     parser.add_argument("--break", dest="mistake", default="", help="a mistake of tests/faults.py, which must be seen")
     options = parser.parse_args()
     begun = time.monotonic()
-    report = run(options.kills, options.seed, options.major, mistake=options.mistake, show=True)
+    report = run(
+        options.kills, options.seed, options.major, mistake=options.mistake, recovery=options.recovery, long=True
+    )
     print(f"seed {options.seed}, PostgreSQL {options.major}, {time.monotonic() - begun:.0f} s")
-    sys.exit(not report.held)
+    if options.mistake:
+        print(f"{options.mistake}: {'not seen' if report.held else 'seen'} after {report.kills} kills")
+    sys.exit(report.held is bool(options.mistake))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Faults of a flow, made from within its process: deaths at named places, and mistakes that tests must notice.
 
 `KILL_AT` names a place and, behind a colon, how many times it is passed before the process kills itself with SIGKILL:
-``KILL_AT="mid-rename:2"``. `BREAK` names a deliberate mistake. Neither is part of the package: `install` patches it.
+``KILL_AT="mid-rename:2"``. `BREAK` names deliberate mistakes, with commas between them. `SLOW_FSYNC` is the longest
+that an fsync takes, in seconds: see `slow_fsyncs`. None of it is part of the package: `install` patches it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import atexit
 import itertools
 import logging
 import os
+import random
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import generate_latest
@@ -23,6 +28,7 @@ from pgoutput_source import gate, source
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.sinks import parquet
 from pgoutput_source.sinks.folder import Folder
+from pgoutput_source.streaming import StreamedTransactions
 
 Place = tuple[Any, str, bool]
 """Who has the method, its name, and whether the death comes before it."""
@@ -34,6 +40,8 @@ PLACES: dict[str, Place] = {
     "start: the folder is repaired": (parquet._Partition, "_restore", False),
     "in a large transaction": (source._Partition, "next_batch", False),
     "snapshot in a large transaction": (source._Partition, "snapshot", False),
+    "mid-spill": (StreamedTransactions, "_write", True),
+    "in a streamed transaction's commit": (StreamedTransactions, "take", False),
     "before staging": (parquet._Partition, "snapshot", True),
     "before a part's fsync": (Folder, "stage", True),
     "after staging": (parquet._Partition, "snapshot", False),
@@ -46,6 +54,43 @@ PLACES: dict[str, Place] = {
     "before the next epoch": (gate, "opened", False),
 }
 LARGE = ("in a large transaction", "snapshot in a large transaction")
+STREAMED = ("mid-spill", "in a streamed transaction's commit")
+
+# r^8 of a random number: most take milliseconds, some take nearly all of the time. A library, because the recovery
+# store is SQLite within Bytewax, and does not come through Python's os.
+_SLOW = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <time.h>
+static int slowly(const char *name, int fd) {
+    static __thread unsigned seed;
+    if (!seed) { struct timespec now; clock_gettime(CLOCK_MONOTONIC, &now); seed = now.tv_nsec | 1; }
+    const char *most = getenv("SLOW_FSYNC");
+    double s = rand_r(&seed) / (double)RAND_MAX;
+    s *= s; s *= s; s *= s;
+    s *= most ? atof(most) : 0;
+    struct timespec nap = {(time_t)s, (long)((s - (time_t)s) * 1e9)};
+    nanosleep(&nap, 0);
+    return ((int (*)(int))dlsym(RTLD_NEXT, name))(fd);
+}
+int fsync(int fd) { return slowly("fsync", fd); }
+int fdatasync(int fd) { return slowly("fdatasync", fd); }
+"""
+
+
+def slow_fsyncs(folder: Path, seconds: float) -> dict[str, str]:
+    """The environment of a process whose fsyncs take up to `seconds`, those of its recovery store included.
+
+    Without a C compiler only those that Python makes are slow.
+    """
+    library = folder / "slow.so"
+    compiler = shutil.which("cc")
+    if compiler and sys.platform == "linux" and not library.exists():
+        (folder / "slow.c").write_text(_SLOW)
+        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, folder / "slow.c", "-ldl"], check=True)
+    preload = {"LD_PRELOAD": str(library)} if library.exists() else {}
+    return {"SLOW_FSYNC": str(seconds), **preload}
 
 
 def install() -> None:
@@ -61,11 +106,24 @@ def install() -> None:
     if os.environ.get("TELL_ALL"):
         logging.basicConfig(level=logging.DEBUG)
         atexit.register(lambda: print(generate_latest().decode(), file=sys.stderr))
-    _break(os.environ.get("BREAK", ""))
+    if (seconds := os.environ.get("SLOW_FSYNC")) and "LD_PRELOAD" not in os.environ:
+        _slow_down(float(seconds))
+    for mistake in filter(None, os.environ.get("BREAK", "").split(",")):
+        _break(mistake)
     at = os.environ.get("KILL_AT", "")
     if at:
         name, _, count = at.rpartition(":")
         _die_at(name, int(count))
+
+
+def _slow_down(seconds: float) -> None:
+    fsync = os.fsync
+
+    def slowly(fd: Any) -> None:
+        time.sleep(seconds * random.random() ** 8)
+        fsync(fd)
+
+    os.fsync = slowly
 
 
 def _die_at(name: str, count: int) -> None:
@@ -76,6 +134,8 @@ def _die_at(name: str, count: int) -> None:
     def passed(*arguments: Any) -> None:
         nonlocal left
         if name in LARGE and not arguments[0].assembler.in_transaction:
+            return
+        if method == "take" and not arguments[0].pending:
             return
         if method == "commit" and not arguments[1]:
             return
@@ -131,5 +191,5 @@ def _break(mistake: str) -> None:
     elif mistake == "forget":
         reconcile = source._reconcile
         source._reconcile = lambda *a: (None, reconcile(*a)[1])
-    elif mistake:
+    else:
         raise ValueError(mistake)

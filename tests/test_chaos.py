@@ -1,4 +1,4 @@
-"""A short run of the long kill loop, which holds; and one with a mistake in it, which must not."""
+"""A short run of the long kill loop, which holds; and runs with a mistake in them, which must not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pgoutput_source.embedded import MAJORS
 
 @pytest.mark.slow
 def test_ten_kills_among_other_faults_lose_and_repeat_nothing() -> None:
-    report = chaos.run(10, 5, max(MAJORS), durable=False)
+    report = chaos.run(10, 5, max(MAJORS))
 
     assert report.kills == 10
     assert report.changes > 1_000
@@ -24,7 +24,17 @@ def test_ten_kills_among_other_faults_lose_and_repeat_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_the_loop_would_see_what_comes_twice() -> None:
-    report = chaos.run(4, 3, max(MAJORS), mistake="forget", durable=False)
+def test_kills_without_recovery_lose_nothing() -> None:
+    report = chaos.run(6, 6, max(MAJORS), recovery=False)
 
-    assert report.repeated, report
+    assert report.kills == 6
+    assert report.changes > 1_000
+    assert report.held, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["acknowledge early", "publish early", "forget"])
+def test_a_mistake_would_be_seen(mistake: str) -> None:
+    report = chaos.run(30, 1, max(MAJORS), mistake=mistake)
+
+    assert not report.held, report

@@ -8,22 +8,33 @@ from pathlib import Path
 
 import pytest
 from conftest import Database
-from faults import LARGE, PLACES
+from faults import LARGE, PLACES, STREAMED
+from psycopg.conninfo import make_conninfo
 from test_flow import Flow, publish
 from workload import Workload, differences, replayed, tables
 
 # Pieces of a thousand messages, so that transactions are cut; every epoch is published by itself.
 SMALL = {"PGOUTPUT_MAX_FRAMES": "1000", "MAX_AGE": "0", "PGOUTPUT_UNTIL": "current"}
 
+CELLS = [(place, "1", "off") for place in PLACES if place not in STREAMED]
+# Threads make a difference to who knows of an epoch, and streaming to what a large transaction is.
+CELLS += [(place, "2", "off") for place in PLACES if place.startswith(("epoch", "in a large"))]
+CELLS += [(place, "1", "on") for place in STREAMED]
+CELLS += [(place, "2", "parallel") for place in (*LARGE, "mid-spill")]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("place", PLACES)
-def test_a_death_loses_and_repeats_nothing(db: Database, tmp_path: Path, place: str, workers: str) -> None:
-    if workers == "2" and not place.startswith(("epoch", "in a large")):
-        pytest.skip("threads make no difference here")
+@pytest.mark.parametrize(("place", "workers", "streaming"), CELLS)
+def test_a_death_loses_and_repeats_nothing(
+    db: Database, tmp_path: Path, place: str, workers: str, streaming: str
+) -> None:
     publish(db)
     flow = Flow(db, tmp_path, **SMALL)
+    if streaming != "off":
+        flow.environ |= {"PGOUTPUT_STREAMING": streaming, "PGOUTPUT_STREAMING_MEMORY": "100000"}
+        # A piece of a streamed transaction is so many bytes, whatever the number of its messages.
+        flow.environ["PGOUTPUT_MAX_BYTES"] = "200000"
+        flow.environ["PGOUTPUT_DSN"] = make_conninfo(db.dsn, options="-c logical_decoding_work_mem=64kB")
     with Workload(db.dsn, seed=7, tables=3, largest=300) as workload:
         workload.run(1_000)
         if place.startswith("start"):
@@ -32,7 +43,7 @@ def test_a_death_loses_and_repeats_nothing(db: Database, tmp_path: Path, place: 
         workload.run(8_000)
         workload.largest = 300
         workload.run(500)
-        passes = 1 if place.startswith("start") else 2 if place in LARGE else 3
+        passes = 1 if place.startswith("start") else 2 if place in LARGE + STREAMED else 3
 
         died = flow.start("-s", "0", "-w", workers, *flow.recovery(), KILL_AT=f"{place}:{passes}")
         _, said = died.communicate(timeout=120)

@@ -1,0 +1,83 @@
+"""TCP on loopback to a server on loopback, as networks are: it can be cut, and it can fall silent."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+from collections.abc import Callable
+
+
+class Proxy:
+    """Forwards what comes to `port` to the server, whose port may change when it is started again.
+
+    Args:
+        target: The server's port, asked for at each new connection.
+    """
+
+    def __init__(self, target: Callable[[], int]) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._pairs: list[_Pair] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(("127.0.0.1", self._target()))
+            except OSError:
+                near.close()
+                continue
+            pair = _Pair(near, far)
+            self._pairs = [each for each in self._pairs if each.is_alive()] + [pair]
+            pair.start()
+
+    def cut(self) -> None:
+        """End all connections at once."""
+        for pair in self._pairs:
+            pair.cut()
+
+    def freeze(self) -> None:
+        """Forward nothing more on any connection there is, and tell nobody: half-open TCP. New ones work."""
+        for pair in self._pairs:
+            pair.frozen.set()
+
+    def close(self) -> None:
+        """Take no more, and end what there is."""
+        self._listener.close()
+        self.cut()
+
+
+class _Pair(threading.Thread):
+    """One connection, as its two ends."""
+
+    def __init__(self, near: socket.socket, far: socket.socket) -> None:
+        super().__init__(daemon=True)
+        self.ends = (near, far)
+        self.frozen = threading.Event()
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        near, far = self.ends
+        others = {near: far, far: near}
+        with near, far, contextlib.suppress(OSError, ValueError):
+            while not self.frozen.is_set():
+                for ready in select.select(self.ends, [], [], 0.05)[0]:
+                    data = ready.recv(1 << 16)
+                    if not data:
+                        return
+                    others[ready].sendall(data)
+            # Open, and nobody reads: not even the end of the other side comes through.
+            self.ended.wait()
+
+    def cut(self) -> None:
+        self.ended.set()
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
