@@ -25,6 +25,7 @@ from pgoutput_source.connection import (
     missing_publication_hint,
     missing_slot_hint,
     quote_name,
+    resync_hint,
     server_error,
 )
 from pgoutput_source.embedded import default_dsn
@@ -316,8 +317,7 @@ def check_slot(conn: Connection, slot: SlotState) -> None:
     if slot.invalidation:
         raise SlotLost(
             f"{name} was invalidated by the server ({slot.invalidation}): changes that it held are lost",
-            hint=f"python -m pgoutput_source resync --slot {slot.name} says what is missing, and with --yes makes the "
-            f"slot anew; {_INVALIDATIONS.get(slot.invalidation, 'the server log has the reason')}",
+            hint=f"{resync_hint(slot.name)}; {_INVALIDATIONS.get(slot.invalidation, 'the server log has the reason')}",
         )
     if slot.synced and standby:
         raise SlotMismatch(

@@ -220,7 +220,7 @@ _COMPLAINTS: Final = {
     "53400": _Complaint(NotConfigured, "drop a slot that nobody uses, or raise max_replication_slots and restart"),
     "55006": _Complaint(SlotInUse, "only one process can stream from a slot: stop the other one, or use a slot each"),
     "55000": _Complaint(SlotError, None),
-    "58P01": _Complaint(SlotLost, "python -m pgoutput_source resync says what is missing, and makes the slot anew"),
+    "58P01": _Complaint(SlotLost),
     "22021": _Complaint(
         ServerError,
         "the database holds bytes that are not text in its encoding, and the server can't send them: repair the row, "
@@ -263,7 +263,8 @@ def server_error(
         complaint = _Complaint(PublicationError, "give the table the same column list in all publications")
     else:
         complaint = _COMPLAINTS.get(code, _Complaint(ServerError))
-    result = complaint.kind(of_slot + said, hint=complaint.hint or error.diag.message_hint, lsn=lsn)
+    hint = resync_hint(slot or "…") if complaint.kind is SlotLost else complaint.hint or error.diag.message_hint
+    result = complaint.kind(of_slot + said, hint=hint, lsn=lsn)
     result.sqlstate = code
     return result
 
@@ -271,6 +272,14 @@ def server_error(
 def quote_name(name: str) -> str:
     """A name as PostgreSQL's SQL and its list of publications want it."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def resync_hint(slot: str) -> str:
+    """How to go on behind a gap, the same words wherever there is one."""
+    return (
+        f"python -m pgoutput_source resync --slot {slot} --recovery … says what is missing and how to repair it, and "
+        "with --yes has the flow go on behind the gap"
+    )
 
 
 def missing_slot_hint(slot: str, publications: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ server only when we let it.
 
     poll()          reads until nothing more is there, and answers; the only one that reads, and that reconnects
     acknowledge()   notes the position up to which PostgreSQL may forget
-    the heartbeat   a thread that only sends: what is acknowledged, when nothing was sent for a while
+    the reporter    a thread that only sends: what is acknowledged, when nothing was sent for a while
 
 https://www.postgresql.org/docs/current/protocol-replication.html
 """
@@ -29,6 +29,7 @@ from typing import Final, Self
 
 import psycopg
 
+from pgoutput_source import resume
 from pgoutput_source.errors import (
     ConnectionFailed,
     PgOutputError,
@@ -152,7 +153,7 @@ class ReplicationStream:
         self._timeout = 60.0  # the server's wal_sender_timeout in seconds
         self._fatal: PgOutputError | None = None
         self._stop = threading.Event()
-        self._heartbeat: threading.Thread | None = None
+        self._reporter: threading.Thread | None = None
 
         # What was received on this connection, and when.
         self._heard_at = 0.0
@@ -243,10 +244,10 @@ class ReplicationStream:
                     told = True
                     logger.info("%s; waiting for up to %.0f s", e.message, patience)
                 time.sleep(min(0.1 + waited / 4, 2.0))
-        self._heartbeat = threading.Thread(
-            target=_beat, args=(weakref.ref(self), self._stop), name=f"pgoutput-{self.slot}", daemon=True
+        self._reporter = threading.Thread(
+            target=_keep_reporting, args=(weakref.ref(self), self._stop), name=f"pgoutput-{self.slot}", daemon=True
         )
-        self._heartbeat.start()
+        self._reporter.start()
 
     def close(self, *, graceful: bool = False, timeout: float = 5.0) -> None:
         """End the stream. Closing twice is allowed, and nothing is raised: what went wrong is in the log.
@@ -268,8 +269,8 @@ class ReplicationStream:
                     logger.warning("slot %r: the connection was lost while ending: %s", self.slot, _one_line(e))
                 finally:
                     walsender.close()
-        if self._heartbeat is not None and self._heartbeat is not threading.current_thread():
-            self._heartbeat.join(1.0)
+        if self._reporter is not None and self._reporter is not threading.current_thread():
+            self._reporter.join(1.0)
 
     # -- poll -------------------------------------------------------------------------------------------------------
 
@@ -324,10 +325,11 @@ class ReplicationStream:
         self, walsender: Walsender, frames: list[memoryview], max_frames: int, max_bytes: int, timeout: float
     ) -> None:
         clock = time.monotonic
-        deadline = clock() + timeout
+        begun = clock()
+        deadline = begun + timeout
         until = 0.0
         size = 0
-        asked = False
+        asked = arrived = False
         dry = 0
         while True:
             got = 0
@@ -366,11 +368,16 @@ class ReplicationStream:
                 if got < _ENOUGH:
                     time.sleep(_NAP)
             elif asked:
+                if arrived:  # and no message is whole yet: a very large one takes its time
+                    self._heard_at, self._asked_at = now, None
                 self._watch(now)
-                if now >= deadline:
+                patience = max(deadline, begun + _LINGER) if arrived else deadline
+                if now >= patience:
                     return
-                # Not for longer, because reports are due, and the heartbeat may have read something into libpq.
-                self._poll.poll(min(deadline - now, 0.25) * 1000)
+                # Not for longer, because reports are due, and the reporter may have read something into libpq.
+                arrived = bool(self._poll.poll(min(patience - now, 0.25) * 1000))
+            else:
+                arrived = bool(self._poll.poll(0))
             asked = True
             with self._lock:
                 # Only when libpq has given all that it had: otherwise its buffer would grow and grow.
@@ -441,7 +448,7 @@ class ReplicationStream:
 
         Acknowledge the end of a commit, not its begin, or a keepalive's position while no transaction is open. A
         position below the last one changes nothing. The server hears of it within a second if `poll` is called, else
-        with the next heartbeat.
+        with the next report.
 
         Args:
             lsn: The position.
@@ -481,7 +488,7 @@ class ReplicationStream:
         walsender.send_status(max(self.received, self._acknowledged), self._acknowledged, reply=reply)
         self._reply_wanted = False
 
-    def _beat(self) -> float:
+    def _report_if_silent(self) -> float:
         """Send a status if nothing was sent for a while; the seconds until the next look."""
         with self._lock:
             if self._walsender is not None and time.monotonic() - self._walsender.sent_at >= self._interval * 0.9:
@@ -511,25 +518,14 @@ class ReplicationStream:
             self._send_status(walsender)
 
     def _admit(self, walsender: Walsender) -> None:
-        """Whether it is the server that it was, and has all the WAL that it had."""
-        end = walsender.wal_end
-        if self.system_id and walsender.system_id != self.system_id:
-            raise StateError(
-                f"slot {self.slot!r}: after the connection was lost another database system answered "
-                f"({walsender.system_id}, before {self.system_id})",
-                hint="check where host and port lead to; start afresh on the other system with a new resume state",
-            )
-        if self._acknowledged > end:
-            raise StateError(
-                f"slot {self.slot!r}: {self._acknowledged} was acknowledged, and the server's WAL ends at {end}: "
-                "it lost some, or was restored from a backup",
-                hint="what was written downstream has changes that this server never made: start afresh",
-            )
+        """Whether it is the server that it was, with all that it had. Called before it streams."""
+        resume.admit(walsender, self.system_id, self._acknowledged)
         if self.timeline and walsender.timeline != self.timeline:
             logger.warning(
                 "slot %r: the server is on timeline %d now, not %d", self.slot, walsender.timeline, self.timeline
             )
             # What the former primary had sent beyond the end of the new one must not be acknowledged to it.
+            end = walsender.wal_end
             self._received, self._keepalive_lsn = min(self._received, end), min(self._keepalive_lsn, end)
         self.system_id, self.timeline = walsender.system_id, walsender.timeline
         self.server_version, self._timeout = walsender.server_version, walsender.timeout
@@ -580,14 +576,14 @@ class ReplicationStream:
             logger.warning("slot %r: connected again after %.1f s", self.slot, time.monotonic() - lost_at)
 
 
-def _beat(stream: weakref.ref[ReplicationStream], stop: threading.Event) -> None:
-    """The heartbeat. It holds no stream alive that nobody else does."""
+def _keep_reporting(stream: weakref.ref[ReplicationStream], stop: threading.Event) -> None:
+    """The reporter. It holds no stream alive that nobody else does."""
     wait = 0.1
     while not stop.wait(wait):
         owner = stream()
         if owner is None:
             return
-        wait = owner._beat()
+        wait = owner._report_if_silent()
         del owner
 
 

@@ -17,11 +17,11 @@ import time
 from typing import Any, Final
 
 from pgoutput_source import catalog
-from pgoutput_source.connection import Connection
+from pgoutput_source.connection import Connection, resync_hint
 from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError
 from pgoutput_source.schema import Position
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.walsender import timeline_end
+from pgoutput_source.walsender import Walsender, timeline_end
 from pgoutput_source.wire import Lsn
 
 logger = logging.getLogger(__name__)
@@ -83,14 +83,6 @@ def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | N
         error = type(e)(message, hint=hint)
         error.sqlstate = e.sqlstate
         raise error from e
-
-
-def resync_hint(slot: str) -> str:
-    """How to go on behind a gap, the same words wherever there is one."""
-    return (
-        f"python -m pgoutput_source resync --slot {slot} --recovery … says what is missing and how to repair it, and "
-        "with --yes has the flow go on behind the gap"
-    )
 
 
 def reconcile(
@@ -161,3 +153,33 @@ def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable
     logger.warning("the server is on timeline %d now, which left timeline %d at %s", now, was, end)
     # Only WAL that was looked through, and had nothing for us, may have been beyond the end.
     return min(durable, end)
+
+
+def admit(walsender: Walsender, system_id: str, acknowledged: Lsn) -> None:
+    """Whether a connection leads to the system that a stream was on (empty: to any), and to a slot that did not move.
+
+    Raises:
+        StateError: It is another database system, or has lost WAL.
+        SlotAhead: The slot was moved, or made anew, while nobody was connected.
+    """
+    slot, end = walsender.slot, walsender.wal_end
+    if system_id and walsender.system_id != system_id:
+        raise StateError(
+            f"slot {slot!r}: after the connection was lost another database system answered "
+            f"({walsender.system_id}, before {system_id})",
+            hint="check where host and port lead to; start afresh on the other system with a new resume state",
+        )
+    if acknowledged > end:
+        raise StateError(
+            f"slot {slot!r}: {acknowledged} was acknowledged, and the server's WAL ends at {end}: it lost some, or was "
+            "restored from a backup",
+            hint="what was written downstream has changes that this server never made: start afresh, with a new "
+            "recovery folder and new folders for the output",
+        )
+    # The server moves a slot only to what its reader acknowledged. A stream that has acknowledged nothing can't know.
+    if acknowledged and walsender.confirmed is not None and walsender.confirmed > acknowledged:
+        raise SlotAhead(
+            f"slot {slot!r} was moved to {walsender.confirmed}, past {acknowledged}, the last position acknowledged",
+            hint="somebody else consumed from the slot or made it anew meanwhile: the changes between are gone from "
+            f"it. {resync_hint(slot)}",
+        )

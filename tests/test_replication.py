@@ -27,6 +27,7 @@ from pgoutput_source.errors import (
     ProtocolError,
     PublicationError,
     ServerError,
+    SlotAhead,
     SlotInUse,
     SlotLost,
     SlotMismatch,
@@ -338,23 +339,42 @@ def test_a_position_beyond_the_servers_wal_is_refused(source: Source) -> None:
     assert source.state().confirmed_flush_lsn < Lsn("FF/0")  # type: ignore[operator]
 
 
+def test_a_slot_that_was_made_anew_while_nobody_was_connected_is_refused(source: Source) -> None:
+    source.insert(1, 10)
+    stream = source.stream()
+    read(stream, catalog.current_lsn(source.conn))
+    stream.acknowledge(stream.received, now=True)
+    acknowledged = stream.acknowledged
+    wait(lambda: source.state().confirmed_flush_lsn == acknowledged)
+    source.conn.execute("SELECT pg_terminate_backend(%s, 5000)", [source.state().active_pid])
+    source.conn.execute("SELECT pg_drop_replication_slot(%s)", [source.slot])
+    source.insert(11, 20)
+    source.conn.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [source.slot])
+    made = source.state().confirmed_flush_lsn
+
+    with pytest.raises(SlotAhead, match=f"was moved to {made}, past {acknowledged}") as caught:
+        read(stream, catalog.current_lsn(source.conn))
+    assert f"resync --slot {source.slot}" in (caught.value.hint or "")
+    assert source.state().confirmed_flush_lsn == made
+
+
 # -- what it survives -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heartbeat", [True, False])
-def test_a_stalled_consumer_keeps_its_connection_by_the_heartbeat(
-    source: Source, heartbeat: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reporter", [True, False])
+def test_a_stalled_consumer_keeps_its_connection_by_the_reporter(
+    source: Source, reporter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not heartbeat:
-        monkeypatch.setattr(ReplicationStream, "_beat", lambda self: 0.1)
+    if not reporter:
+        monkeypatch.setattr(ReplicationStream, "_report_if_silent", lambda self: 0.1)
     source.insert(1, 100_000, width=100)
     stream = source.stream(make_conninfo(source.dsn, options="-c wal_sender_timeout=1s"))
     payloads = [bytes(frame[XLOG_DATA_HEADER:]) for frame in stream.poll(max_frames=10, timeout=5)]
     time.sleep(3.5)
     more = read(stream, catalog.current_lsn(source.conn))
 
-    assert stream.generation == (0 if heartbeat else 1)
-    if heartbeat:
+    assert stream.generation == (0 if reporter else 1)
+    if reporter:
         assert ids(payloads + more) == list(range(1, 100_001))
 
 
@@ -541,10 +561,10 @@ def test_a_slot_that_is_lost_meanwhile_is_not_tried_again(own: Server, own_sourc
     with pytest.raises(SlotLost) as caught:
         fill_and_poll()
 
-    assert "fresh snapshot" in (caught.value.hint or "")
+    assert f"resync --slot {source.slot}" in (caught.value.hint or "")
 
 
-def test_the_heartbeat_ends_with_its_stream(source: Source) -> None:
+def test_the_reporter_ends_with_its_stream(source: Source) -> None:
     def beating() -> int:
         return sum(thread.name == f"pgoutput-{source.slot}" for thread in threading.enumerate())
 
