@@ -353,6 +353,9 @@ class _Decoder:
                 raise self._error(column, rows, bad, text[bad].as_py(), "not a value of its type") from e
             # The type was altered since this was written, so the catalogue describes another version of it.
             values = _salvage(decode_column, text, column.arrow)
+        older = self.relations.older(column.type_oid, self.rows.xid if rows is None else self.rows.xid[rows])
+        if older is not None:
+            values = values.take(pa.array(np.arange(len(values)), mask=older))
         if values.null_count != text.null_count:
             self._keep(column, values, text, rows, order)
         return values

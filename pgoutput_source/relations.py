@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pgoutput_source import messages
 from pgoutput_source.changes import Column, TableSchema
 from pgoutput_source.errors import ProtocolError, SchemaChanged
@@ -25,7 +28,7 @@ class Relations:
     `origin` (name, value pairs such as system, database and slot) is written into the metadata of each batch.
     `look_up` is asked once for each type that the type table lacks; without it such a type is its text. `known`
     describes the tables that must stay as they are, by relation, and grows with each table that comes; None lets all
-    of them change.
+    of them change. `types` is the type table of the server that the relations are of.
     """
 
     def __init__(
@@ -33,9 +36,11 @@ class Relations:
         origin: tuple[tuple[str, str], ...] = (),
         look_up: LookUp | None = None,
         known: Mapping[str, Sequence[str]] | None = None,
+        types: Mapping[int, PgType] = TYPES,
     ) -> None:
         self.origin = origin
         self.known = None if known is None else {relation: list(lines) for relation, lines in known.items()}
+        self._table = types
         self._look_up = look_up
         self._types: dict[int, PgType] = {}
         self._current: dict[int, TableSchema] = {}
@@ -85,15 +90,23 @@ class Relations:
 
     def type_of(self, oid: int) -> PgType:
         """The row that decodes a type: the type table's, the database's own, or its text."""
-        return TYPES.get(oid) or self._types.get(oid, OPAQUE)
+        return self._table.get(oid) or self._types.get(oid, OPAQUE)
 
     def defined(self, oid: int) -> bool:
         """Whether the database defines the type itself: then its catalogue may be newer than a value."""
         return oid in self._types
 
+    def older(self, oid: int, xids: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
+        """Which of these transactions may have written a type's values before it was altered; None stands for none."""
+        changed = self.type_of(oid).changed
+        if not changed:
+            return None
+        older: NDArray[np.bool_] = (xids - np.uint32(changed)).view(np.int32) <= 0  # transaction numbers wrap around
+        return older if older.any() else None
+
     def _learn(self, oids: list[int]) -> None:
         # What was learned is kept: a type that is dropped later still decodes, and a column keeps its Arrow type.
-        new = [oid for oid in dict.fromkeys(oids) if oid not in TYPES and oid not in self._types]
+        new = [oid for oid in dict.fromkeys(oids) if oid not in self._table and oid not in self._types]
         if new and self._look_up:
             self._types.update(dict.fromkeys(new, OPAQUE) | dict(self._look_up(new)))
 

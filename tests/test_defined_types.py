@@ -81,10 +81,54 @@ def test_a_catalogue_newer_than_the_values_makes_misfits_and_nothing_wrong(db: D
     found = peek(db.dsn, slot="cdc", publication="cdc")
     first, second = found.of("public.t")
 
-    assert first.data["p"].to_pylist() == [None, {"a": 7, "b": "z"}]
-    assert first.data["_raw"].to_pylist() == [[("p", "(x,y)")], None]
+    # That "7" is no less an attribute of type text than "x" is.
+    assert first.data["p"].to_pylist() == [None, None]
+    assert first.data["_raw"].to_pylist() == [[("p", "(x,y)")], [("p", "(7,z)")]]
     assert second.data["p"].to_pylist() == ["text now"]
     assert found.table("public.gone")["m"].to_pylist() == ["sad"]
+
+
+def test_attributes_that_were_altered_while_nobody_read_make_misfits_of_what_is_older(any_db: Database) -> None:
+    with any_db.connect() as c:
+        c.execute("CREATE TYPE pair AS (a text, b text)")
+        c.execute("CREATE TYPE pairs AS (one pair, more pair[])")
+        c.execute("CREATE DOMAIN known AS pair")
+        c.execute("CREATE TABLE t (id int PRIMARY KEY, p pair, ps pair[], deep pairs, d known, other text)")
+        c.execute("ALTER TABLE t REPLICA IDENTITY FULL")
+        c.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
+        c.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+        row = "'(x,y)', '{\"(x,y)\"}', '(\"(x,y)\",{})', '(x,y)', 'here'"
+        c.execute(f"INSERT INTO t VALUES (1, {row})".encode())
+        c.execute(b"INSERT INTO t VALUES (2, NULL, NULL, NULL, NULL, 'here')")
+        # As many attributes as before: the text of old values would fit, under wrong names.
+        c.execute("ALTER TYPE pair DROP ATTRIBUTE a, ADD ATTRIBUTE c text")
+        c.execute(f"INSERT INTO t VALUES (3, {row})".encode())
+        c.execute("UPDATE t SET other = 'there' WHERE id = 1")
+    data = peek(any_db.dsn, slot="cdc", publication="cdc").table("public.t").to_pylist()
+    new = {"b": "x", "c": "y"}
+
+    before = {"p": "(x,y)", "ps": '{"(x,y)"}', "deep": '("(x,y)",{})', "d": "(x,y)"}
+    assert [dict(row["_raw"] or ()) for row in data] == [before, {}, {}, {}]
+    assert [row["p"] for row in data] == [None, None, new, {"b": "y", "c": None}]
+    assert [row["ps"] for row in data] == [None, None, [new], [{"b": "y", "c": None}]]
+    assert [row["deep"] for row in data][:3] == [None, None, {"one": new, "more": []}]
+    assert [row["d"] for row in data] == [None, None, new, {"b": "y", "c": None}]
+    assert data[3]["_before"]["p"] == {"b": "y", "c": None}
+
+
+def test_a_type_that_was_never_altered_has_no_older_values(any_db: Database) -> None:
+    with any_db.connect() as c:
+        c.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
+        c.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+        with c.transaction():
+            c.execute("CREATE TYPE pair AS (a text, b text)")
+            c.execute("CREATE TABLE t (p pair)")
+            c.execute("INSERT INTO t VALUES ('(x,y)')")
+        c.execute("ALTER TYPE pair RENAME TO couple")
+        c.execute("INSERT INTO t VALUES ('(x,y)')")
+    batch = peek(any_db.dsn, slot="cdc", publication="cdc").of("public.t")[0]
+
+    assert batch.data["p"].to_pylist() == [{"a": "x", "b": "y"}] * 2
 
 
 def test_vectors_of_pgvector(db: Database) -> None:

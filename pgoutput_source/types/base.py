@@ -31,7 +31,8 @@ class PgType:
     type for a typmod (-1: none); `decode` turns a column of PostgreSQL's text into it, see `pgoutput_source.types`.
     `misfits` says in words which legitimate values the Arrow type can't hold. `array` is the OID of the type of its
     arrays, 0 if it has none, and `delimiter` what separates their elements. `metadata` gives for a typmod what the Arrow
-    field says besides PostgreSQL's names, such as the name of an Arrow extension type.
+    field says besides PostgreSQL's names, such as the name of an Arrow extension type. `changed` is the transaction
+    that last changed what a value of the type consists of, 0 if it is as it was made.
     """
 
     oid: int
@@ -42,6 +43,7 @@ class PgType:
     array: int = 0
     delimiter: str = ","
     metadata: Callable[[int], Mapping[str, str]] | None = None
+    changed: int = 0
 
 
 def always(kind: pa.DataType) -> Callable[[int], pa.DataType]:

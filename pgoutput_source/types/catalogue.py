@@ -5,7 +5,8 @@ Enums, domains, composites, ranges, their arrays and the types of extensions hav
 Nothing here touches a server.
 
 The catalogue may be newer than the WAL from which a value came. Text is robust against that: a new label of an enum
-is just another text, and a composite with another number of attributes is a misfit, never something wrong.
+is just another text. The text of a composite does not name its attributes, and nothing announces that they were
+altered: what a transaction wrote that is not younger than the one that altered them is a misfit, never something wrong.
 
 https://www.postgresql.org/docs/current/catalog-pg-type.html
 """
@@ -55,7 +56,10 @@ SELECT t.oid::bigint, pg_catalog.format_type(t.oid, NULL), t.typname::text, t.ty
        (SELECT range::bigint FROM ranges WHERE multirange = t.oid),
        (SELECT json_agg(json_build_array(attname, atttypid::bigint, atttypmod) ORDER BY attnum)
         FROM pg_catalog.pg_attribute
-        WHERE attrelid = t.typrelid AND t.typtype = 'c' AND attnum > 0 AND NOT attisdropped)
+        WHERE attrelid = t.typrelid AND t.typtype = 'c' AND attnum > 0 AND NOT attisdropped),
+       (SELECT CASE WHEN bool_or(attisdropped) OR min(age(a.xmin)) <> max(age(a.xmin)) OR min(age(a.xmin)) < age(t.xmin)
+                    THEN min(ARRAY[age(a.xmin), a.xmin::text::bigint]) FILTER (WHERE age(a.xmin) >= 0) END
+        FROM pg_catalog.pg_attribute AS a WHERE attrelid = t.typrelid AND t.typtype = 'c' AND attnum > 0)
 FROM needed JOIN pg_catalog.pg_type AS t USING (oid)
 ORDER BY t.oid
 """
@@ -67,6 +71,7 @@ class TypeFacts:
     """What the catalogue says about one type; the fields stand in the order of the columns of `FACTS`.
 
     `typtype` is PostgreSQL's letter: b base, c composite, d domain, e enum, m multirange, p pseudo, r range.
+    `changed` is the last transaction that altered the attributes, behind its age; None if they are as they were made.
     """
 
     oid: int
@@ -81,6 +86,7 @@ class TypeFacts:
     bound: int | None = None
     range: int | None = None
     attributes: Sequence[Sequence[Any]] | None = None
+    changed: Sequence[int] | None = None
 
 
 def from_catalogue(facts: Iterable[TypeFacts], known: Mapping[int, PgType]) -> dict[int, PgType]:
@@ -128,4 +134,13 @@ def from_catalogue(facts: Iterable[TypeFacts], known: Mapping[int, PgType]) -> d
             return known_extension(fact.oid, fact.name)
         return rows[fact.oid]
 
-    return {oid: row(oid) for oid in open_facts}
+    def changed(oid: int, seen: frozenset[int] = frozenset()) -> tuple[int, int] | None:
+        """The youngest change of a type and of all that it is made of: its age, and the transaction."""
+        if oid in seen or (fact := open_facts.get(oid)) is None:
+            return None
+        parts = [fact.base, fact.element, fact.bound, fact.range, *(a[1] for a in fact.attributes or ())]
+        found = [changed(part, seen | {oid}) for part in parts if part]
+        own = (fact.changed[0], fact.changed[1]) if fact.changed else None
+        return min((change for change in (own, *found) if change), default=None)
+
+    return {oid: replace(row(oid), changed=(changed(oid) or (0, 0))[1]) for oid in open_facts}
