@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
 
@@ -89,6 +89,10 @@ class ChangeBatch:
     def replace(self, data: pa.RecordBatch) -> ChangeBatch:
         """The same table with other rows or columns, as `data`."""
         return ChangeBatch(self.schema, data)
+
+
+HEARTBEAT: Final = "pgoutput_source"
+"""The prefix of messages that are heartbeats of ours (`heartbeat`): they are not given out."""
 
 
 @dataclass(frozen=True, slots=True)

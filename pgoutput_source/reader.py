@@ -27,6 +27,7 @@ from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.connection import Connection, connect, quote_name, server_error
 from pgoutput_source.errors import ConfigurationError, PgOutputError
 from pgoutput_source.events import ChangeEvent, TableFacts, events_of, row_model
+from pgoutput_source.heartbeat import Heartbeat
 from pgoutput_source.relations import Relations
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.schema import TableSchema
@@ -140,6 +141,7 @@ class PgOutputReader:
         self._stream = ReplicationStream.of(self._dsn, settings)
         self._stream.start(self._confirmed)
         self._generation = self._stream.generation
+        self._heartbeat = Heartbeat(self._dsn, settings.slot, settings.heartbeat_seconds)
         logger.info("slot %s: streaming from %s", settings.slot, self._confirmed)
 
     def _prepare(self, connection: Connection) -> None:
@@ -160,6 +162,7 @@ class PgOutputReader:
                 return
             if graceful:
                 self._settle(self._stream)
+            self._heartbeat.close()
             self._stream.close(graceful=graceful)
             self._stream = None
             self._assembler.close()
@@ -283,6 +286,8 @@ class PgOutputReader:
             self._generation = stream.generation
             self._assembler.reconnected()
         changes = self._assembler.feed(frames)
+        if changes.batches:
+            self._heartbeat.changed()
         found = _last_positions(changes, messages=bool(self._by_set))
         with self._acknowledging:
             if found and self._ends and self._ends[-1][0] == found[0][0]:

@@ -144,6 +144,8 @@ class SourceSettings(BaseModel):
         slot_wait_seconds: How long to wait at the start for a slot that another process still holds.
         stall_seconds: After so long without a call from Bytewax, while the server has more, the process ends with exit
             code 70, so that the slot is free for another; longer than any step or sink may take. None only warns.
+        heartbeat_seconds: After so long without a change a few bytes are written to the server's WAL, so that the slot
+            moves on a server where nobody writes. None, the default, writes nothing, and is enough to let go of WAL.
         on_misfit: What happens to a value that its column's Arrow type can't hold: "raw" leaves the cell null and
             keeps the exact text in `_raw`, "error" stops.
         on_schema_change: What happens when a table's name, columns or replica identity are not what they were when
@@ -182,6 +184,7 @@ class SourceSettings(BaseModel):
     reconnect_seconds: float = Field(default=300.0, ge=0, allow_inf_nan=False)
     slot_wait_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     stall_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    heartbeat_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     on_misfit: Literal["raw", "error"] = "raw"
     on_schema_change: Literal["evolve", "fail"] = "evolve"
     origin: Literal["any", "none"] = "any"

@@ -27,6 +27,7 @@ from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourc
 from pgoutput_source import catalog, ending, gate, metrics, resume, shop
 from pgoutput_source.changes import ChangeSet
 from pgoutput_source.errors import StateError
+from pgoutput_source.heartbeat import Heartbeat
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.resume import STATE_VERSION, State
 from pgoutput_source.settings import SourceSettings
@@ -166,6 +167,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         ending.began(self)
         self.open = True
         self.watchdog = ending.Watchdog(self.slot, self._behind, settings.stall_seconds)
+        self.heartbeat = Heartbeat(dsn, self.slot, settings.heartbeat_seconds)
         gate.source_opened(self.slot)
         logger.info(
             "slot %s: streaming from %s%s", self.slot, acknowledged, f" until {self.until}" if self.until else ""
@@ -223,6 +225,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         if self.open:
             self.open = False
             self.watchdog.close()
+            self.heartbeat.close()
             ending.closed(self)
             gate.source_closed(self.slot)
         self.stream.close()
@@ -302,6 +305,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         metrics.CHANGES.labels(self.slot).inc(len(changes))
         metrics.RECEIVED.labels(self.slot).set(self.stream.received)
         if changes.batches:
+            self.heartbeat.changed()
             self.commit_ts = max(batch.data.column("_commit_ts")[-1].value for batch in changes.batches)
             metrics.COMMIT_TIME.labels(self.slot).set(self.commit_ts / 1_000_000)
         if self.assembler.skipped:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgoutput_source import messages
-from pgoutput_source.changes import ChangeBatch, ChangeSet, Message, Position, TableSchema, Truncate
+from pgoutput_source.changes import HEARTBEAT, ChangeBatch, ChangeSet, Message, Position, TableSchema, Truncate
 from pgoutput_source.columns import Frames, Rows, decode
 from pgoutput_source.errors import ProtocolError, SchemaChanged
 from pgoutput_source.relations import LookUp, Relations
@@ -224,6 +224,8 @@ class Assembler:
         return versions, truncates, found
 
     def _message(self, t: _Transactions, i: int, m: messages.Message, *, inside: bool) -> list[Message]:
+        if m.prefix == HEARTBEAT:
+            return []
         if not m.transactional:
             return [Message(m.lsn, m.prefix, m.content, False)]
         k = int(t.index[i])

@@ -42,6 +42,7 @@ STAIRCASE = (
     "walsender",
     "memory",
     "resume",
+    "heartbeat",
     "replication",
     "snapshot",
     "reader",
