@@ -1,4 +1,4 @@
-"""What a very large message leaves behind, and when it can be given back.
+"""What a very large message leaves behind, and when it can be given back; and what many small ones need.
 
 A message of 600 MB passes through libpq's buffer, which grows to its size and stays so for as long as the connection
 lives, and through Arrow's memory pool, which keeps what was freed for the next time. Both are right for the messages of
@@ -7,7 +7,10 @@ every day. After a very large one the process would hold as much memory again un
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
+from collections.abc import Iterator
 from typing import Final
 
 import pyarrow as pa
@@ -52,3 +55,17 @@ class LargeMessages:
             return False
         self._seen_at = self._whole = None
         return True
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Thousands of frames that are all kept look like garbage to the collector: searching them costs as much as
+    receiving them, and finds nothing, as they can't be part of a cycle.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

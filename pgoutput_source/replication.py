@@ -15,7 +15,6 @@ https://www.postgresql.org/docs/current/protocol-replication.html
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import random
 import re
@@ -23,7 +22,7 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -39,7 +38,7 @@ from pgoutput_source.errors import (
     SlotInUse,
     StateError,
 )
-from pgoutput_source.memory import LARGE, LargeMessages
+from pgoutput_source.memory import LARGE, LargeMessages, no_garbage_collection
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.streaming import PROTOCOLS
 from pgoutput_source.walsender import Backend, Lost, Walsender
@@ -63,20 +62,6 @@ _ENDS: Final = b"CcPKrp"  # messages whose position is the end of their WAL reco
 _REPLY_INTERVAL: Final = 0.1
 _ACKNOWLEDGE_WITHIN: Final = 1.0
 _SHUTDOWN_KEEPALIVES: Final = 10
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Thousands of frames that are all kept look like garbage to the collector: searching them costs as much as
-    receiving them, and finds nothing, as they can't be part of a cycle.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 class ReplicationStream:
@@ -307,7 +292,7 @@ class ReplicationStream:
             return []
         frames: list[memoryview] = []
         try:
-            with _no_garbage_collection():
+            with no_garbage_collection():
                 self._receive(self._walsender, frames, max_frames, max_bytes, timeout)
         except (Lost, psycopg.OperationalError) as e:
             if self._fatal is None:

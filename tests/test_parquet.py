@@ -34,6 +34,7 @@ from pgoutput_source.errors import ConfigurationError, SinkError, StateError
 from pgoutput_source.sinks import ParquetSink, read
 from pgoutput_source.sinks import folder as folder_module
 from pgoutput_source.sinks import parquet as parquet_module
+from pgoutput_source.sinks import writing as writing_module
 
 ORIGIN = (("system", "7300000000000000001"), ("database", "shop"), ("slot", "orders"))
 
@@ -498,6 +499,33 @@ def test_memory_holds_no_more_than_a_row_group(tmp_path: Path, monkeypatch: pyte
     epochs.write()
     gate.drain()
     assert published(tmp_path) == list(range(200_000))
+
+
+def test_a_very_large_value_gets_a_part_and_columns_that_hold_one_no_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow would hold it many times over, only to leave its statistics out of the file."""
+    monkeypatch.setattr(parquet_module, "ROW_GROUP_BYTES", 1 << 16)
+    monkeypatch.setattr(writing_module, "ROW_GROUP_BYTES", 1 << 16)
+    small, noise = changes(ORDERS, 0, 10), random.Random(0).randbytes(1 << 16).hex()
+    large = changes(ORDERS, 10, 2).set_column(1, ORDERS.field("note"), pa.array(["small", noise]))
+    epochs = Epochs(tmp_path, max_age=timedelta(hours=1))
+    epochs.write(small, large, changes(ORDERS, 12, 10))
+    assert len(epochs.part.committed_parts) == 2
+    first, second = (pq.read_metadata(epochs.part.folder.staged[part.name]) for part in epochs.part.committed_parts)
+    gate.drain()
+
+    def with_statistics(file: pq.FileMetaData, column: str) -> set[bool]:
+        at = {file.row_group(0).column(i).path_in_schema: i for i in range(file.num_columns)}[column]
+        return {file.row_group(i).column(at).is_stats_set for i in range(file.num_row_groups)}
+
+    assert (first.num_rows, second.num_rows) == (10, 12)
+    merged = pq.read_metadata(tmp_path / files(tmp_path)[0])
+    for file, notes in ((first, {True}), (second, {False}), (merged, {False})):
+        assert with_statistics(file, "note") == notes
+        assert with_statistics(file, "id") == with_statistics(file, "_before.id") == {True}
+    assert merged.num_rows == 22
+    assert read(tmp_path).to_table(columns=["note"]).column("note")[11].as_py() == noise
 
 
 # -- what others read -----------------------------------------------------------------------------------------------

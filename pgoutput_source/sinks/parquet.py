@@ -232,6 +232,10 @@ class _Partition(StatefulSinkPartition[Item, State]):
         step = min(ROW_GROUP_ROWS, self.sink.max_rows)
         for start in range(0, batch.num_rows, step):
             writing = self._writing(batch.schema)
+            if batch.nbytes > ROW_GROUP_BYTES and writing.waiting_rows + writing.part.rows:
+                # A very large value: a file is written as its first rows are like.
+                self._close(writing)
+                writing = self._writing(batch.schema)
             writing.add(batch.slice(start, step) if batch.num_rows > step else batch)
             if writing.waiting_rows >= step or writing.waiting_bytes >= ROW_GROUP_BYTES:
                 writing.flush()

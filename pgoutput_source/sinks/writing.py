@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -42,8 +42,12 @@ class Codec:
             )
         return cls(name, level if known and pa.Codec.supports_compression_level(name) else None)
 
-    def writer(self, path: Path, sample: pa.Table) -> pq.ParquetWriter:
-        """A writer for files like `sample`, whose values decide about dictionaries."""
+    def writer(self, path: Path, sample: pa.Table, heavy: Set[str] = frozenset()) -> pq.ParquetWriter:
+        """A writer for files like `sample`, whose values decide about dictionaries.
+
+        The columns `heavy` get no statistics: Arrow holds each value half a dozen times to know the least and the
+        greatest, and leaves those out that are longer than 4 KB.
+        """
         dictionaries, encodings = _encodings(sample)
         return pq.ParquetWriter(
             path,
@@ -52,6 +56,7 @@ class Codec:
             compression_level=self.level,
             use_dictionary=dictionaries,
             column_encoding=encodings,
+            write_statistics=[*_leaves(sample.schema, heavy)] if heavy else True,
         )
 
 
@@ -89,7 +94,8 @@ class PartWriter:
         if not self.waiting:
             return
         table = pa.Table.from_batches(self.waiting, self.schema)
-        if table.num_rows < 1024 * len(self.waiting):
+        heavy = {name for name in table.schema.names if table.column(name).nbytes > ROW_GROUP_BYTES}
+        if not heavy and table.num_rows < 1024 * len(self.waiting):
             # The writer's work for each chunk would outweigh that for the rows.
             table = table.combine_chunks()
         self.waiting, self.waiting_rows, self.waiting_bytes = [], 0, 0
@@ -102,7 +108,7 @@ class PartWriter:
         )
         with explained("can't write", self.path):
             if self._writer is None:
-                self._writer = self.codec.writer(self.path, table)
+                self._writer = self.codec.writer(self.path, table, heavy)
             self._writer.write_table(table, row_group_size=table.num_rows)
             self.part = replace(self.part, size=self.path.stat().st_size)
 
@@ -132,7 +138,7 @@ def merge(codec: Codec, parts: list[Part], files: list[Path], target: Path) -> P
     with explained("can't write", target):
         try:
             for table in _row_groups(files):
-                writer = writer or codec.writer(target, table)
+                writer = writer or codec.writer(target, table, _heavy(files))
                 writer.write_table(table, row_group_size=table.num_rows)
             assert writer is not None, "a part has rows"
             writer.add_key_value_metadata({FOOTER: json.dumps(part.state())})
@@ -184,6 +190,32 @@ def _encodings(sample: pa.Table) -> tuple[list[str], dict[str, str]]:
         else:
             leaf(name, column.type)
     return dictionaries, encodings
+
+
+def _heavy(files: list[Path]) -> set[str]:
+    """The columns of which a row group of these files holds more than a row group should."""
+    chunks = (
+        metadata.row_group(group).column(column)
+        for metadata in map(pq.read_metadata, files)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    )
+    return {c.path_in_schema.split(".")[0] for c in chunks if c.total_uncompressed_size > ROW_GROUP_BYTES}
+
+
+def _leaves(schema: pa.Schema, heavy: Set[str]) -> Iterator[str]:
+    """The paths of plain values, alone and in structs, but for those in the columns `heavy`."""
+
+    def leaves(path: str, kind: pa.DataType) -> Iterator[str]:
+        if pa.types.is_struct(kind):
+            for child in kind:
+                yield from leaves(f"{path}.{child.name}", child.type)
+        elif not pa.types.is_nested(kind):
+            yield path
+
+    for field in schema:
+        if field.name not in heavy:
+            yield from leaves(field.name, field.type)
 
 
 def _row_groups(files: list[Path]) -> Iterator[pa.Table]:
