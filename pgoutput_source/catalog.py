@@ -38,7 +38,7 @@ from pgoutput_source.errors import (
     SlotNotFound,
 )
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.types import TYPES, PgType
+from pgoutput_source.types import TYPES, PgType, types_of
 from pgoutput_source.types.catalogue import FACTS, TypeFacts, from_catalogue
 from pgoutput_source.wire import Lsn
 
@@ -288,6 +288,46 @@ def check_options(conn: Connection, settings: SourceSettings) -> None:
                 f"{conn.info.server_version // 10_000}",
                 hint=f"leave it out; {instead}",
             )
+    if settings.binary == "on" and (columns := text_columns(conn, settings.publication)):
+        raise ConfigurationError(
+            f"binary='on': these columns can be read as text only: {'; '.join(columns)}",
+            hint="leave it out, or use binary='auto'; or leave the columns out of the publication (PostgreSQL 15)",
+        )
+
+
+def binary_option(conn: Connection, binary: str, names: Iterable[str]) -> dict[str, str]:
+    """What pgoutput is told about binary: nothing without, as ever."""
+    if binary == "auto" and (columns := text_columns(conn, names)):
+        logger.info("values come as text, because some can't be read in binary: %s", "; ".join(columns))
+        binary = "off"
+    return {} if binary == "off" else {"binary": "true"}
+
+
+def text_columns(conn: Connection, names: Iterable[str]) -> list[str]:
+    """The columns of these publications, with their types, that can be read as text only.
+
+    What a type without a send function has is sent as text in any case.
+    """
+    # pg_publication_tables has column lists from PostgreSQL 15 on: as a key of the row's JSON it may be absent.
+    with _explained():
+        columns = conn.execute(
+            """
+            SELECT DISTINCT p.schemaname || '.' || p.tablename || '.' || a.attname, a.atttypid::bigint,
+                   pg_catalog.format_type(a.atttypid, NULL)
+              FROM pg_publication_tables AS p
+              JOIN pg_namespace AS n ON n.nspname = p.schemaname
+              JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = p.tablename
+              JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+              JOIN pg_type AS t ON t.oid = a.atttypid AND t.typsend <> 0
+             WHERE p.pubname = ANY(%s) AND coalesce((to_jsonb(p) -> 'attnames') ? a.attname, a.attgenerated = '')
+             ORDER BY 1
+            """,
+            [list(names)],
+        ).fetchall()
+        defined = sorted({oid for _, oid, _ in columns} - TYPES.keys())
+        facts = conn.execute(FACTS, {"oids": defined}).fetchall() if defined else []
+    rows = TYPES | from_catalogue((TypeFacts(*fact) for fact in facts), TYPES)
+    return [f"{column} {name}" for column, oid, name in columns if oid not in rows or rows[oid].binary is None]
 
 
 def check_slot(conn: Connection, slot: SlotState) -> None:
@@ -434,7 +474,8 @@ def defined_types(dsn: str) -> Callable[[Sequence[int]], dict[int, PgType]]:
     def look_up(oids: Sequence[int]) -> dict[int, PgType]:
         with connect(dsn) as conn, _explained():
             facts = conn.execute(FACTS, {"oids": list(oids)}).fetchall()
-        return from_catalogue((TypeFacts(*fact) for fact in facts), TYPES)
+            known = types_of(conn.info.server_version)
+        return from_catalogue((TypeFacts(*fact) for fact in facts), known)
 
     return look_up
 

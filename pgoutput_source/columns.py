@@ -16,19 +16,18 @@ This file may be dense; the order of messages, positions and relations live else
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pgoutput_source.changes import OP_CODE, OPS, ChangeBatch, Column, TableSchema
 from pgoutput_source.errors import ConfigurationError, DecodeError, ProtocolError
 from pgoutput_source.relations import Relations
-from pgoutput_source.types import Decode
+from pgoutput_source.types.base import Sent, numbers_at, ranges_of
 from pgoutput_source.wire import PG_EPOCH_US, XLOG_DATA_HEADER
 
 Ints = NDArray[np.int64]
@@ -38,7 +37,7 @@ _PADDING = bytes(32)  # a gather may look a few bytes past the last frame before
 _MOST_BYTES = 2**31 - 1 - len(_PADDING)
 _KEEPALIVE_SIZE = 18
 _N, _K, _O = b"NKO"
-_NULL, _UNCHANGED, _TEXT = b"nut"
+_NULL, _UNCHANGED, _TEXT, _BINARY = b"nutb"
 _INSERT, _UPDATE, _DELETE, _TRUNCATE = b"IUDT"
 
 _CODE = np.zeros(256, np.int8)
@@ -52,6 +51,7 @@ for _tag, _allowed in _MARKERS.items():
     _MARKER_OK[_tag, list(_allowed)] = True
 
 _SHOWN = 32  # characters of an undecodable value that an error may show
+_TEXT_INSTEAD = 'binary="off" has the server send text, which can always be read'
 
 
 class Joined(NamedTuple):
@@ -116,10 +116,7 @@ class Frames:
 
     def integers(self, dtype: str, offsets: Ints) -> NDArray[Any]:
         """Big-endian integers of `dtype` at any byte offsets, in native byte order."""
-        kind = np.dtype(dtype)
-        # Element i is the integer that begins at byte i: a fancy index is an unaligned vector load.
-        view: NDArray[Any] = np.ndarray(len(self.raw) - kind.itemsize + 1, kind, buffer=self.raw, strides=(1,))
-        return view[offsets].astype(kind.newbyteorder("="))
+        return numbers_at(self.raw, dtype, offsets)
 
     @property
     def lsn(self) -> NDArray[np.uint64]:
@@ -131,20 +128,8 @@ class Frames:
         return self.raw[self.payload[index] : self.end[index]]
 
     def slices(self, start: Ints, length: Ints, valid: Bools | None) -> pa.BinaryArray:
-        """The byte ranges [start, start + length) as one array, gathered in C++; null where not valid.
-
-        Offsets that run start0, end0, start1, end1, … make value 2i the wanted range and value 2i + 1 the gap behind
-        it. Ranges must ascend, which they do: rows lie in the buffer in order.
-        """
-        n = len(start)
-        offsets = np.empty(2 * n, np.int32)
-        offsets[0::2] = start
-        np.add(start, length, out=offsets[1::2], casting="unsafe")
-        every = pa.BinaryArray.from_buffers(
-            pa.binary(), 2 * n - 1, [None, pa.py_buffer(offsets), pa.py_buffer(self.raw)]
-        )
-        even = np.arange(0, 2 * n, 2, dtype=np.int32)
-        return every.take(pa.array(even, mask=None if valid is None else ~valid))
+        """The byte ranges [start, start + length) as one array, null where not valid; see `ranges_of`."""
+        return ranges_of(self.raw, start, length, valid)
 
 
 @dataclass(slots=True)
@@ -263,7 +248,7 @@ def _fill(first: _Tuples, second: _Tuples, again: Ints) -> _Tuples:
         first.kind, first.start, first.length, second.kind, second.start, second.length, strict=True
     ):
         # An 'O' tuple holds every value and a 'K' tuple the key's: where the old value was sent, unchanged means this.
-        use_old = (k2 == _UNCHANGED) & (k1[again] == _TEXT)
+        use_old = (k2 == _UNCHANGED) & _is_sent(k1[again])
         kind, start, length = k1.copy(), s1.copy(), n1.copy()
         kind[again] = np.where(use_old, k1[again], k2)
         start[again] = np.where(use_old, s1[again], s2)
@@ -294,7 +279,7 @@ def _walk(f: Frames, pos: Ints, end: Ints, width: int, where: _Where) -> _Tuples
     for _ in range(width):
         where.check(pos < end, "a tuple that ends early")
         kind = f.u1[pos]
-        sent = kind == _TEXT
+        sent = _is_sent(kind)
         if sent.all():
             length = f.integers(">i4", pos + 1).astype(np.int64)
             start = pos + 5
@@ -308,6 +293,14 @@ def _walk(f: Frames, pos: Ints, end: Ints, width: int, where: _Where) -> _Tuples
         starts.append(start)
         lengths.append(length)
     return _Tuples(kinds, starts, lengths, pos)
+
+
+def _is_sent(kind: NDArray[np.uint8]) -> Bools:
+    """Which values came, as text or in binary."""
+    sent: Bools = kind == _TEXT
+    if not sent.all():
+        sent |= kind == _BINARY
+    return sent
 
 
 class _Where:
@@ -325,6 +318,29 @@ class _Where:
             raise ProtocolError(problem, table=self.schema.table, lsn=lsn)
 
 
+@dataclass(slots=True)
+class _Cells:
+    """One column of new or old tuples: for each value how it came, and where it lies.
+
+    `rows` maps them to rows of the batch when they are the old tuples'; `order` is the column's place.
+    """
+
+    column: Column
+    kind: NDArray[np.uint8]
+    start: Ints
+    length: Ints
+    rows: Ints | None
+    order: int
+
+
+class _Sliced(Protocol):
+    """A column of values, as text or in binary, and any part of it."""
+
+    def __len__(self) -> int: ...
+
+    def slice(self, offset: int, length: int | None = None) -> Any: ...
+
+
 class _Decoder:
     """Decodes one table version's columns and collects the values that their Arrow type can't hold."""
 
@@ -339,48 +355,101 @@ class _Decoder:
         """One column's values. `rows` maps the values to rows of the batch when they are the old tuples'."""
         if not len(kind):
             return pa.nulls(0, column.arrow)
+        cells = _Cells(column, kind, start, length, rows, order)
         sent = kind == _TEXT
         every = bool(sent.all())
-        if not every and not sent.any():
+        binary = None if every else kind == _BINARY
+        if binary is not None and binary.any():
+            values = self._mixed(cells, sent, binary)
+            sent |= binary
+        elif every or sent.any():
+            text = self.frames.slices(start, length, None if every else sent)
+            values = self._decoded(cells, self.relations.type_of(column.type_oid).decode, text, None)
+        else:
             return pa.nulls(len(kind), column.arrow)
-        text = self.frames.slices(start, length, None if every else sent)
-        decode_column = self.relations.type_of(column.type_oid).decode
-        try:
-            values = decode_column(text, column.arrow)
-        except (ValueError, pa.ArrowException) as e:
-            if not self.relations.defined(column.type_oid):
-                bad = _first_bad(text, lambda part: decode_column(part, column.arrow))
-                raise self._error(column, rows, bad, text[bad].as_py(), "not a value of its type") from e
-            # The type was altered since this was written, so the catalogue describes another version of it.
-            values = _salvage(decode_column, text, column.arrow)
         older = self.relations.older(column.type_oid, self.rows.xid if rows is None else self.rows.xid[rows])
         if older is not None:
             values = values.take(pa.array(np.arange(len(values)), mask=older))
-        if values.null_count != text.null_count:
-            self._keep(column, values, text, rows, order)
+        if values.null_count != len(kind) - np.count_nonzero(sent):
+            self._keep(cells, values, sent)
         return values
 
-    def _keep(self, column: Column, values: pa.Array, text: pa.BinaryArray, rows: Ints | None, order: int) -> None:
-        lost = pc.and_(pc.is_null(values), pc.is_valid(text))
-        name = column.name if rows is None else f"_before.{column.name}"
-        for i in np.flatnonzero(lost.to_numpy(zero_copy_only=False)):
-            exact = text[int(i)].as_py()
-            if self.on_misfit == "error":
-                raise self._error(column, rows, int(i), exact, f"a value that {column.arrow} can't hold")
-            row = int(i) if rows is None else int(rows[i])
-            place = order if rows is None else order + len(self.schema.columns)
-            self.misfits.setdefault(row, []).append((place, name, exact.decode()))
+    def _mixed(self, cells: _Cells, text: Bools, binary: Bools) -> pa.Array:
+        """A column with values in binary: PostgreSQL decides for each one how it is sent."""
+        pg_type = self.relations.type_of(cells.column.type_oid)
+        if pg_type.binary is None:
+            bad = int(np.argmax(binary))
+            raise self._error(cells, bad, "a value in binary, which can't be read of this type", _TEXT_INSTEAD)
+        at = np.flatnonzero(binary)
+        sent = Sent(self.frames.raw, cells.start[at], cells.length[at])
+        values = self._decoded(cells, pg_type.binary.decode, sent, at)
+        if len(at) == len(binary):
+            return values
+        index = np.cumsum(binary) - 1
+        if text.any():
+            at = np.flatnonzero(text)
+            texts = self.frames.slices(cells.start[at], cells.length[at], None)
+            index[at] = len(values) + np.arange(len(at))
+            values = pa.concat_arrays([values, self._decoded(cells, pg_type.decode, texts, at)])
+        return values.take(pa.array(index, mask=~(text | binary)))
 
-    def _error(self, column: Column, rows: Ints | None, index: int, value: bytes, problem: str) -> DecodeError:
+    def _decoded(
+        self, cells: _Cells, decode_part: Callable[[Any, pa.DataType], pa.Array], values: _Sliced, at: Ints | None
+    ) -> pa.Array:
+        """`values` decoded; these are the cells `at`, all if it is None."""
+        kind = cells.column.arrow
+        try:
+            return decode_part(values, kind)
+        except (ValueError, pa.ArrowException) as e:
+            if not self.relations.defined(cells.column.type_oid):
+                bad = _first_bad(values, lambda part: decode_part(part, kind))
+                raise self._error(cells, bad if at is None else int(at[bad]), "not a value of its type") from e
+            # The type was altered since this was written, so the catalogue describes another version of it.
+            return _salvage(decode_part, values, kind)
+
+    def _keep(self, cells: _Cells, values: pa.Array, sent: Bools) -> None:
+        column, rows = cells.column, cells.rows
+        name = column.name if rows is None else f"_before.{column.name}"
+        for i in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False) & sent):
+            if self.on_misfit == "error":
+                raise self._error(cells, int(i), f"a value that {column.arrow} can't hold")
+            row = int(i) if rows is None else int(rows[i])
+            # From servers before 16 a "char" may be a byte that is no UTF-8.
+            text = self._text(cells, int(i)).decode(errors="backslashreplace")
+            place = cells.order if rows is None else cells.order + len(self.schema.columns)
+            self.misfits.setdefault(row, []).append((place, name, text))
+
+    def _text(self, cells: _Cells, index: int) -> bytes:
+        """PostgreSQL's exact text of one value."""
+        value = self._bytes(cells, index)
+        binary = self.relations.type_of(cells.column.type_oid).binary
+        if cells.kind[index] == _TEXT or binary is None:
+            return value
+        try:
+            return binary.text(value)
+        except ValueError as e:
+            raise self._error(cells, index, "not a value of its type") from e
+
+    def _bytes(self, cells: _Cells, index: int) -> bytes:
+        return self.frames.raw[cells.start[index] : cells.start[index] + cells.length[index]]
+
+    def _error(self, cells: _Cells, index: int, problem: str, hint: str | None = None) -> DecodeError:
+        column, rows = cells.column, cells.rows
         row = index if rows is None else int(rows[index])
         frame = self.rows.frame[row : row + 1]
-        shown = value[:_SHOWN].decode(errors="replace") + ("…" if len(value) > _SHOWN else "")
+        value, shown = self._bytes(cells, index), ""
+        if cells.kind[index] == _TEXT:
+            shown = repr(value[:_SHOWN].decode(errors="replace") + ("…" if len(value) > _SHOWN else ""))
+        else:
+            shown = f"{len(value)} bytes in binary"
+            hint = hint or _TEXT_INSTEAD
         return DecodeError(
-            f"{problem}: {shown!r}",
+            f"{problem}: {shown}",
             table=self.schema.table,
             column=column.name,
             type_name=column.type_name,
             lsn=int(self.frames.integers(">u8", self.frames.start[frame] + 1)[0]),
+            hint=hint,
         )
 
     def raw_column(self) -> pa.MapArray:
@@ -392,25 +461,25 @@ class _Decoder:
         return pa.array([found.get(i) for i in range(len(self.rows))], kind)
 
 
-def _salvage(decode_column: Decode, text: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
+def _salvage(decode_part: Callable[[Any, pa.DataType], pa.Array], values: _Sliced, kind: pa.DataType) -> pa.Array:
     """The values that decode; the others are null."""
     try:
-        return decode_column(text, kind)
+        return decode_part(values, kind)
     except (ValueError, pa.ArrowException):
-        if len(text) == 1:
+        if len(values) == 1:
             return pa.nulls(1, kind)
-        half = len(text) // 2
-        parts = [_salvage(decode_column, part, kind) for part in (text.slice(0, half), text.slice(half))]
+        half = len(values) // 2
+        parts = [_salvage(decode_part, part, kind) for part in (values.slice(0, half), values.slice(half))]
         return pa.concat_arrays(parts)
 
 
-def _first_bad(text: pa.BinaryArray, decode_part: Any) -> int:
+def _first_bad(values: _Sliced, decode_part: Callable[[Any], pa.Array]) -> int:
     """Index of the first value that fails to decode, found by halving."""
-    low, high = 0, len(text)
+    low, high = 0, len(values)
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            decode_part(text.slice(low, middle - low))
+            decode_part(values.slice(low, middle - low))
         except (ValueError, pa.ArrowException):
             high = middle
         else:

@@ -16,7 +16,7 @@
     │   ├── PublicationError      missing now, or missing at the position in the WAL
     │   └── EmbeddedError         the server in the box
     ├── ProtocolError             bytes that are not what the protocol says
-    ├── DecodeError               text that is not a value of its column's type
+    ├── DecodeError               what is not a value of its column's type
     ├── SchemaChanged             a table is not what it was, and on_schema_change="fail" wants to know
     ├── SpillError                a temporary file of a transaction in progress
     ├── StateError                a resume state or recovery folder that can't be used
@@ -140,7 +140,7 @@ class ProtocolError(PgOutputError):
 
 
 class DecodeError(PgOutputError):
-    """Text that is not a value of its column's type, or a value that the column can't hold with on_misfit="error"."""
+    """What is not a value of its column's type, or a value that the column can't hold with on_misfit="error"."""
 
 
 class SchemaChanged(PgOutputError):

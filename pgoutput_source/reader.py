@@ -34,6 +34,7 @@ from pgoutput_source.schema import TableSchema
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.streaming import streamed
 from pgoutput_source.transactions import Assembler
+from pgoutput_source.types import types_of
 from pgoutput_source.wire import Lsn, XLogData
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ class PgOutputReader:
             on_misfit=settings.on_misfit,
             look_up=look_up,
             streamed=streamed(settings),
+            types=types_of(system.server_version),
             known_tables=None if settings.on_schema_change == "evolve" else {},
         )
         self._stream = ReplicationStream.of(self._dsn, settings)
@@ -376,12 +378,12 @@ class PgOutputReader:
         """
         with connect(catalog.connection_string(self.settings)) as connection:
             schema = _table_schema(connection, table, Relations((), catalog.defined_types(self._dsn)))
-            return row_model(schema, _table_facts(connection, schema.relation_id))
+            return row_model(schema, _table_facts(connection, schema))
 
     def _facts_of(self, schema: TableSchema) -> TableFacts | None:
         if schema not in self._facts:
             with connect(self._dsn) as connection:
-                self._facts[schema] = _table_facts(connection, schema.relation_id)
+                self._facts[schema] = _table_facts(connection, schema)
         return self._facts[schema]
 
 
@@ -411,7 +413,14 @@ def _last_positions(changes: ChangeSet, *, messages: bool) -> list[tuple[int, in
 # -- without consuming ----------------------------------------------------------------------------------------------
 
 
-def peek(dsn: str | None = None, *, slot: str, publication: str | Iterable[str], limit: int = 100_000) -> ChangeSet:
+def peek(
+    dsn: str | None = None,
+    *,
+    slot: str,
+    publication: str | Iterable[str],
+    limit: int = 100_000,
+    binary: str = "off",
+) -> ChangeSet:
     """What a slot holds now, as one `ChangeSet`; nothing is consumed.
 
     ``peek(…).table("public.orders")`` is an Arrow table, which Polars and DuckDB take as it is.
@@ -423,6 +432,7 @@ def peek(dsn: str | None = None, *, slot: str, publication: str | Iterable[str],
         slot: The replication slot's name.
         publication: One name or several.
         limit: Messages after which the server looks at no further transaction. It always shows whole ones.
+        binary: How values are sent, as in `SourceSettings`.
 
     Raises:
         SlotNotFound: There is no such slot; the hint has the SQL that makes it.
@@ -439,21 +449,24 @@ def peek(dsn: str | None = None, *, slot: str, publication: str | Iterable[str],
         ...     peek(server.dsn(), slot="explore", publication="shop").tables
         ()
     """
-    settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication)
+    settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication, binary=binary)
     where = catalog.connection_string(settings)
     with connect(where) as connection:
         catalog.check(connection, settings)
         system = catalog.identify(connection)
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", slot))
-        assembler = Assembler(origin, look_up=catalog.defined_types(where))
+        types = types_of(system.server_version)
+        assembler = Assembler(origin, look_up=catalog.defined_types(where), types=types)
         sets = []
         names = ",".join(map(quote_name, settings.publication))
+        options = {"proto_version": "1", "publication_names": names, "messages": "true"}
+        options |= catalog.binary_option(connection, binary, settings.publication)
         try:
             with psycopg.Cursor(connection) as cursor:
                 cursor.execute(
                     "SELECT lsn - '0/0'::pg_lsn, data FROM pg_logical_slot_peek_binary_changes"
-                    "(%s, NULL, %s, 'proto_version', '1', 'publication_names', %s, 'messages', 'true')",
-                    [slot, limit, names],
+                    "(%s, NULL, %s, VARIADIC %s::text[])",
+                    [slot, limit, [word for option in options.items() for word in option]],
                     binary=True,
                 )
                 while rows := cursor.fetchmany(_PIECE):
@@ -528,20 +541,34 @@ class LogicalReplicationReader(PgOutputReader):
 # -- the catalogue --------------------------------------------------------------------------------------------------
 
 
-def _table_facts(connection: Connection, relation_id: int) -> TableFacts | None:
+def _table_facts(connection: Connection, schema: TableSchema) -> TableFacts | None:
+    """What the catalogue knows of a version of a table, None unless it describes this very version.
+
+    The catalogue is that of now. A column list leaves columns out, so what the Relation message brought must be found
+    in the catalogue in the same order; what it says of the replica identity must be so there too.
+    """
     rows = connection.execute(
-        "SELECT a.attname::text, a.attnotnull, coalesce(a.attnum = ANY (i.indkey), false)"
-        "  FROM pg_catalog.pg_attribute a"
-        "  LEFT JOIN pg_catalog.pg_index i ON i.indrelid = a.attrelid AND i.indisprimary"
-        " WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped",
-        [relation_id],
+        "SELECT c.relreplident::text, a.attname::text, a.atttypid::bigint, a.atttypmod, a.attnotnull,"
+        "       coalesce(a.attnum = ANY (i.indkey), false)"
+        "  FROM pg_catalog.pg_class c"
+        "  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+        "  JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
+        "  LEFT JOIN pg_catalog.pg_index i ON i.indrelid = c.oid AND i.indisprimary"
+        " WHERE c.oid = %s AND n.nspname = %s AND c.relname = %s ORDER BY a.attnum",
+        [schema.relation_id, schema.namespace, schema.name],
     ).fetchall()
-    if not rows:
-        return None  # dropped since
-    return TableFacts(
-        primary_key=frozenset(name for name, _, key in rows if key),
-        not_null=frozenset(name for name, not_null, _ in rows if not_null),
+    live = iter(rows)
+    found = all(
+        any((column.name, column.type_oid, column.typmod) == row[1:4] for row in live) for column in schema.columns
     )
+    if not rows or not found or rows[0][0] != schema.replica_identity:
+        return None  # changed or dropped since
+    facts = TableFacts(
+        primary_key=frozenset(row[1] for row in rows if row[5]),
+        not_null=frozenset(row[1] for row in rows if row[4]),
+    )
+    here = facts.primary_key.intersection(column.name for column in schema.columns)
+    return None if schema.replica_identity == "d" and here != frozenset(schema.key) else facts
 
 
 def _table_schema(connection: Connection, table: str, relations: Relations) -> TableSchema:

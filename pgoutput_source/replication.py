@@ -81,6 +81,7 @@ class ReplicationStream:
         messages: Whether logical decoding messages are wanted.
         streaming: "on" (protocol 2) and "parallel" (protocol 4) bring transactions while they are in progress.
         origin: "none" leaves out what came to the server by replication; PostgreSQL 16.
+        binary: "on" brings values in binary, "auto" does so if every published column can be read so.
         status_interval: Seconds between two reports, lowered to a quarter of the server's wal_sender_timeout.
         reconnect_seconds: How long to try again after a loss.
         slot_wait_seconds: How long `start` waits for a slot that another process holds.
@@ -105,6 +106,7 @@ class ReplicationStream:
         messages: bool = True,
         streaming: str = "off",
         origin: str = "any",
+        binary: str = "off",
         status_interval: float = 10.0,
         reconnect_seconds: float = 300.0,
         slot_wait_seconds: float = 60.0,
@@ -120,6 +122,7 @@ class ReplicationStream:
         # Named only where they differ from the default: older servers know neither.
         self._options |= {"streaming": streaming} if streaming != "off" else {}
         self._options |= {"origin": origin} if origin != "any" else {}
+        self._binary = binary
         self._only_commits = proto_version == 1
         self._status_interval = status_interval
         self._reconnect_seconds = reconnect_seconds
@@ -163,6 +166,7 @@ class ReplicationStream:
             proto_version=PROTOCOLS[settings.streaming],
             streaming=settings.streaming,
             origin=settings.origin,
+            binary=settings.binary,
             status_interval=settings.status_interval,
             reconnect_seconds=settings.reconnect_seconds,
             slot_wait_seconds=settings.slot_wait_seconds,
@@ -490,6 +494,7 @@ class ReplicationStream:
             slot=self.slot,
             publications=self.publications,
             options=self._options,
+            binary=self._binary,
             # Our own former walsender may not have noticed yet that we are gone.
             previous=self._backend,
             admit=self._admit,

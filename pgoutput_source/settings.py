@@ -156,6 +156,9 @@ class SourceSettings(BaseModel):
         streaming: "on" has PostgreSQL send large transactions while they are in progress instead of keeping them on
             its own disk until they commit; they are kept here, and come out at their commit as ever. "parallel" is the
             same with PostgreSQL 16's protocol.
+        binary: "on" has PostgreSQL send values as the send functions of their types write them, where "off" has it send
+            their text: the same columns for less work. Start with "on" refuses a table with a column of a type that
+            can't be read so; "auto" is "on" unless there is one, decided at each connection.
         streaming_memory: Bytes of transactions in progress that are held in memory. What is more goes to files
             without a name in the folder for temporary files (TMPDIR).
 
@@ -190,6 +193,7 @@ class SourceSettings(BaseModel):
     origin: Literal["any", "none"] = "any"
     streaming: Literal["off", "on", "parallel"] = "off"
     streaming_memory: int = Field(default=64 << 20, ge=0)
+    binary: Literal["off", "on", "auto"] = "off"
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         # Only what differs from the default, and the server without anything secret.

@@ -33,6 +33,7 @@ from pgoutput_source.resume import STATE_VERSION, State
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.streaming import streamed
 from pgoutput_source.transactions import Assembler
+from pgoutput_source.types import types_of
 from pgoutput_source.wire import Lsn
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             on_misfit=settings.on_misfit,
             look_up=catalog.defined_types(dsn),
             streamed=streamed(settings),
+            types=types_of(system.server_version),
             known_tables=None if settings.on_schema_change == "evolve" else (state or {}).get("tables", {}),
         )
         self.stream = ReplicationStream.of(dsn, settings)

@@ -24,6 +24,7 @@ from pgoutput_source.columns import Frames, Rows, decode
 from pgoutput_source.errors import ProtocolError, SchemaChanged
 from pgoutput_source.relations import LookUp, Relations
 from pgoutput_source.streaming import StreamedTransactions
+from pgoutput_source.types import TYPES, PgType
 from pgoutput_source.wire import PG_EPOCH_US, Lsn, pg_datetime
 
 BETWEEN, INSIDE = "between transactions", "inside a transaction"
@@ -73,8 +74,9 @@ class Assembler:
         look_up: LookUp | None = None,
         streamed: StreamedTransactions | None = None,
         known_tables: Mapping[str, Sequence[str]] | None = None,
+        types: Mapping[int, PgType] = TYPES,
     ) -> None:
-        self.relations = Relations(origin, look_up, known_tables)
+        self.relations = Relations(origin, look_up, known_tables, types)
         self._streamed = streamed
         self.on_misfit = on_misfit
         self.position = skip_until
@@ -119,7 +121,7 @@ class Assembler:
 
         Raises:
             ProtocolError: An illegal order of messages, or bytes that are no message. The stream can't be used further.
-            DecodeError: A value is not text of its column's type.
+            DecodeError: A value is not one of its column's type.
             SchemaChanged: A table is not what is known of it.
             SpillError: A temporary file of a transaction in progress failed.
         """

@@ -63,6 +63,7 @@ class Walsender:
         slot: The slot's name.
         publications: Names of the publications.
         options: pgoutput's other options.
+        binary: "on", "off", or "auto", which asks the catalogue on this connection.
         previous: The process of a former connection of ours, which may still hold the slot: it is terminated.
         admit: Called with the opened walsender before it streams; it may refuse the server by raising.
 
@@ -87,6 +88,7 @@ class Walsender:
         slot: str,
         publications: Sequence[str],
         options: Mapping[str, str],
+        binary: str = "off",
         previous: Backend | None = None,
         admit: Callable[[Walsender], None] = lambda _: None,
     ) -> None:
@@ -111,7 +113,8 @@ class Walsender:
             # With 16 KB a read, a fast server is waited for sixty thousand times a gigabyte.
             conn.execute(f"SELECT repeat(' ', {_READ_BUFFER})".encode())
             conn.add_notice_handler(self._note_notice)
-            self._start(conn, {"publication_names": ",".join(map(quote_name, publications))} | dict(options))
+            listed = {"publication_names": ",".join(map(quote_name, publications))}
+            self._start(conn, listed | catalog.binary_option(conn, binary, publications) | dict(options))
         except psycopg.Error as e:
             conn.close()
             raise server_error(e, slot=slot) from e

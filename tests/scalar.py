@@ -53,9 +53,16 @@ _TIMESTAMPTZ = re.compile(
 
 
 def _timestamptz(text: str) -> int:
-    """Microseconds since 1970; Python's datetime ends with the year 9999, PostgreSQL's and Arrow's do not."""
     if text in ("infinity", "-infinity"):
         raise Misfit
+    us = microseconds(text)
+    if not -(2**63) <= us < 2**63:
+        raise Misfit
+    return us
+
+
+def microseconds(text: str) -> int:
+    """Microseconds since 1970; Python's datetime ends with the year 9999, PostgreSQL's and Arrow's do not."""
     match = _TIMESTAMPTZ.fullmatch(text)
     if match is None:
         raise ValueError
@@ -70,10 +77,7 @@ def _timestamptz(text: str) -> int:
     past = year - 1
     days = past * 365 + past // 4 - past // 100 + past // 400 + sum(lengths[: month - 1]) + day - 719_163
     seconds = days * 86_400 + hour * 3600 + minute * 60 + second
-    microseconds = seconds * 1_000_000 + int((match[7] or "").ljust(6, "0"))
-    if not -(2**63) <= microseconds < 2**63:
-        raise Misfit
-    return microseconds
+    return seconds * 1_000_000 + int((match[7] or "").ljust(6, "0"))
 
 
 def _float8(text: str) -> float:
@@ -205,14 +209,12 @@ class Scalar:
         for data in (new, old):
             if data is not None and len(data.kinds) != len(relation.columns):
                 raise ProtocolError("a row that has not its relation's columns")
-            if data is not None and b"b" in data.kinds:
-                raise ProtocolError("a binary value, which was not asked for")
         unchanged: list[str] = []
         raw: list[tuple[str, str]] = []
         values = [self._cell(c, i, new, old, unchanged, raw) for i, c in enumerate(relation.columns)]
         before = None
         if old is not None:
-            before = [self._value(c, old.values[i], f"_before.{c.name}", raw) for i, c in enumerate(relation.columns)]
+            before = [self._value(c, old, i, f"_before.{c.name}", raw) for i, c in enumerate(relation.columns)]
         row: Row = {
             "values": values,
             "_op": op,
@@ -246,11 +248,22 @@ class Scalar:
                 unchanged.append(column.name)
                 return None
             row = old
-        return self._value(column, row.values[i], column.name, raw)
+        return self._value(column, row, i, column.name, raw)
 
-    def _value(self, column: m.RelationColumn, value: bytes | None, name: str, raw: list[tuple[str, str]]) -> object:
+    def _value(
+        self, column: m.RelationColumn, row: m.TupleData, i: int, name: str, raw: list[tuple[str, str]]
+    ) -> object:
+        value = row.values[i]
         if value is None:
             return None
+        if row.kinds[i] == ord("b"):
+            binary = type_of(column.type_oid).binary
+            if binary is None:
+                raise DecodeError("a value in binary of a type that is text only", column=column.name)
+            try:
+                value = binary.text(value)
+            except ValueError as e:
+                raise DecodeError(f"not a value of type {column.type_oid}", column=column.name) from e
         try:
             return value_of(column, value)
         except Misfit:

@@ -1,7 +1,8 @@
 """Streams made to measure: encoders of every message, and strategies for messages and for whole legal streams.
 
 `encode` is the mirror of `messages.decode`. `messages_of` draws any one message. `streams` draws what a server could
-send over protocol 1: relations that come, change and are renamed, transactions of all sizes, every shape of change.
+send over protocol 1, values as text or in binary: relations that come, change and are renamed, transactions of all
+sizes, every shape of change.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import strategies as st
+from scalar import microseconds
 
 from pgoutput_source import messages as m
-from pgoutput_source.wire import Keepalive, Lsn, XLogData
+from pgoutput_source.wire import PG_EPOCH_US, Keepalive, Lsn, XLogData
 
 # ------------------------------------------------------------------------------------------------------- encoders
 
@@ -239,6 +241,38 @@ TEXTS: dict[tuple[int, int], Callable[[random.Random], str]] = {
 """For a column's type (OID, typmod) what makes the text of a value."""
 
 
+def _numeric_binary(text: str) -> bytes:
+    if text == "NaN":
+        return struct.pack(">hhHH", 0, 0, 0xC000, 0)
+    whole, _, fraction = text.lstrip("-").partition(".")
+    places = whole.rjust(-(-len(whole) // 4) * 4, "0") + fraction.ljust(-(-len(fraction) // 4) * 4, "0")
+    digits = [int(places[i : i + 4]) for i in range(0, len(places), 4)]
+    weight = -(-len(whole) // 4) - 1
+    while digits and digits[0] == 0:
+        digits, weight = digits[1:], weight - 1
+    while digits and digits[-1] == 0:
+        digits.pop()
+    sign = 0x4000 if text.startswith("-") else 0
+    return struct.pack(f">hhHH{len(digits)}H", len(digits), weight if digits else 0, sign, len(fraction), *digits)
+
+
+def _timestamptz_binary(text: str) -> bytes:
+    infinities = {"infinity": 2**63 - 1, "-infinity": -(2**63)}
+    return struct.pack(">q", infinities[text] if text in infinities else microseconds(text) - PG_EPOCH_US)
+
+
+BINARY: dict[int, Callable[[str], bytes]] = {
+    23: lambda text: struct.pack(">i", int(text)),
+    20: lambda text: struct.pack(">q", int(text)),
+    25: str.encode,
+    16: lambda text: b"\1" if text == "t" else b"\0",
+    1700: _numeric_binary,
+    1184: _timestamptz_binary,
+    701: lambda text: struct.pack(">d", float(text)),
+}
+"""For a type's OID what makes the same value in binary. The unknown type has no send function."""
+
+
 @dataclass
 class _Table:
     relation: m.Relation
@@ -259,6 +293,7 @@ class StreamWriter:
         self.random = random.Random(self.seed)
         self.lsn = self.random.choice([0x16B3748, 0xFFFF_FF00, 0x12_3456_7890])
         self.next_relation_id = 16384
+        self.binary = self.random.choice([0, 0, 1, 0.5])  # how many of the values that can be are in binary
         self.tables = [self._create() for _ in range(self.random.randint(1, 4))]
 
     def chance(self, probability: float) -> bool:
@@ -326,8 +361,14 @@ class StreamWriter:
         kinds, values = bytearray(), []
         for c in columns:
             kind = "u" if self.chance(unchanged) else "n" if not c.key and self.chance(0.15) else "t"
+            if kind != "t":
+                value = None
+            elif c.type_oid in BINARY and self.chance(self.binary):
+                kind, value = "b", BINARY[c.type_oid](TEXTS[c.type_oid, c.typmod](self.random))
+            else:
+                value = TEXTS[c.type_oid, c.typmod](self.random).encode()
             kinds.append(ord(kind))
-            values.append(TEXTS[c.type_oid, c.typmod](self.random).encode() if kind == "t" else None)
+            values.append(value)
         return m.TupleData(bytes(kinds), tuple(values))
 
     def _key(self, columns: tuple[m.RelationColumn, ...]) -> m.TupleData:

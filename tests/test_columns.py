@@ -221,7 +221,7 @@ def mutate(frames: list[bytes], seed: int) -> list[bytes]:
                 frames[i] = bytes(data)
             case _ if data:
                 at = r.randrange(len(data)) if r.random() < 0.1 or len(data) <= 25 else r.randrange(25, len(data))
-                data[at] = r.choice([r.randrange(256), data[at] ^ (1 << r.randrange(8)), ord(r.choice("tnuNKO\0\1-"))])
+                data[at] = r.choice([r.randrange(256), data[at] ^ (1 << r.randrange(8)), ord(r.choice("tbnuNKO\0\1-"))])
                 frames[i] = bytes(data)
     return frames
 

@@ -111,6 +111,7 @@ def test_the_environment_names_every_field() -> None:
         "PGOUTPUT_ORIGIN": "none",
         "PGOUTPUT_STREAMING": "parallel",
         "PGOUTPUT_STREAMING_MEMORY": "5000",
+        "PGOUTPUT_BINARY": "auto",
         "PGOUTPUT_OUT": "out",
         "HOME": "/",
     }
@@ -137,6 +138,7 @@ def test_the_environment_names_every_field() -> None:
         "origin": "none",
         "streaming": "parallel",
         "streaming_memory": 5000,
+        "binary": "auto",
     }
     assert SourceSettings.from_env(environ, slot="other", until=None).slot == "other"
 

@@ -16,6 +16,9 @@ https://www.postgresql.org/docs/current/datatype.html
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import pyarrow as pa
 
 from pgoutput_source.types import base
@@ -27,6 +30,7 @@ from pgoutput_source.types.datetime import DATETIME
 from pgoutput_source.types.extensions import DEFINED, EXTENSIONS
 from pgoutput_source.types.geometry import GEOMETRY
 from pgoutput_source.types.identifiers import IDENTIFIERS
+from pgoutput_source.types.moments import INTERVAL_BEFORE_17
 from pgoutput_source.types.numbers import NUMBERS
 from pgoutput_source.types.ranges import multirange_of, range_of
 from pgoutput_source.types.text import NOTATIONS, TEXT
@@ -45,6 +49,7 @@ __all__ = [
     "from_catalogue",
     "markdown_table",
     "type_of",
+    "types_of",
 ]
 
 OPAQUE = PgType(0, "unknown", base.always(pa.utf8()), base.text)  # the name `text` is the submodule's here
@@ -73,6 +78,18 @@ TYPES: dict[int, PgType] = {row.oid: row for row in _ROWS} | {
     row.array: array_of(row, row.array, row.delimiter) for row in _ROWS if row.array
 }
 """The rows of PostgreSQL's own types, whose OIDs are the same everywhere. For others see `from_catalogue`."""
+
+
+_INTERVAL = replace(TYPES[1186], binary=INTERVAL_BEFORE_17)
+_TYPES_BEFORE_17 = TYPES | {1186: _INTERVAL, 1187: array_of(_INTERVAL, 1187)}
+
+
+def types_of(server_version: int) -> Mapping[int, PgType]:
+    """The table for a server, whose version is as libpq says it: 180006.
+
+    An interval in which every field is the largest or the smallest number is an infinity from PostgreSQL 17 on.
+    """
+    return TYPES if server_version >= 170_000 else _TYPES_BEFORE_17
 
 
 def type_of(oid: int) -> PgType:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from pgoutput_source.types.base import Decode, PgType, Texts, dense, nulled, one_of, refuse
 from pgoutput_source.types.nested import Cells, cells_of, decode_cells
+from pgoutput_source.types.sent import array_binary, vector_binary
 
 _BOUNDS = re.compile(rb"((?:\[-?\d+:-?\d+\]){1,6})=")
 _BOUND = re.compile(rb"\[(-?\d+):(-?\d+)\]")
@@ -30,6 +31,7 @@ def array_of(element: PgType, oid: int, delimiter: str = ",") -> PgType:
         lambda typmod: pa.list_(element.arrow(typmod)),  # The typmod of an array is that of its elements.
         _decoder(element.decode, delimiter.encode()),
         misfits="several dimensions, lower bound not 1" + (f", elements: {element.misfits}" if element.misfits else ""),
+        binary=array_binary(element, delimiter),
     )
 
 
@@ -117,4 +119,5 @@ def vector_of(element: PgType, oid: int, name: str, array: int) -> PgType:
         offsets = pa.array(np.append(0, np.cumsum(counts)).astype(np.int32))
         return pa.ListArray.from_arrays(offsets, element.decode(elements, kind.value_type), type=kind)
 
-    return PgType(oid, name, lambda typmod: pa.list_(element.arrow(-1)), decode, array=array)
+    kind = pa.list_(element.arrow(-1))
+    return PgType(oid, name, lambda typmod: kind, decode, array=array, binary=vector_binary(element))

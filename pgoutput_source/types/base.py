@@ -3,11 +3,14 @@
 A family's decoder is written for a column without NULLs (`dense` puts them back). It looks at the bytes of all values
 at once: `Texts` is a NumPy view of them. It first refuses what is not PostgreSQL's grammar, because Arrow's own casts
 are more generous (``0x1F`` is an int32 to them, ``1e400`` a double), and then lets an Arrow kernel parse the column.
+
+With the option `binary` values come as what the send functions of their types make of them. `Sent` is a view of a
+column of these, and `Binary` says what they mean: the same column, and for each value the same text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NoReturn
@@ -23,6 +26,103 @@ Ints = npt.NDArray[np.integer[Any]]
 Uint8s = npt.NDArray[np.uint8]
 
 
+class Sent:
+    """Values in binary, none of them NULL: ranges of one buffer, which ascend and do not overlap.
+
+    Behind the last value the buffer has at least 8 bytes more, so that a gather may look there before lengths are
+    known to be right.
+    """
+
+    __slots__ = ("length", "raw", "start", "u1")
+
+    def __init__(self, raw: bytes, start: Ints, length: Ints) -> None:
+        self.raw, self.start, self.length = raw, start, length
+        self.u1: Uint8s = np.frombuffer(raw, np.uint8)
+
+    @classmethod
+    def of(cls, values: Sequence[bytes]) -> Sent:
+        """A view of these."""
+        length = np.fromiter(map(len, values), np.int64, len(values))
+        return cls(b"".join([*values, bytes(8)]), np.cumsum(length) - length, length)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def integers(self, dtype: str, at: Ints | int = 0) -> npt.NDArray[Any]:
+        """Big-endian numbers of `dtype`, `at` bytes behind each value's start, in native byte order."""
+        return numbers_at(self.raw, dtype, self.start + at)
+
+    def fixed(self, width: int, name: str) -> None:
+        """Refuse values that have not `width` bytes."""
+        if (self.length != width).any():
+            refuse(name)
+
+    def part(self, at: Ints | int, length: Ints) -> Sent:
+        """A part of each value: `length` bytes, `at` bytes behind its start."""
+        return Sent(self.raw, self.start + at, length)
+
+    def take(self, rows: Ints | Bools | slice) -> Sent:
+        """Some of the values, in their order."""
+        return Sent(self.raw, self.start[rows], self.length[rows])
+
+    def slice(self, offset: int, length: int | None = None) -> Sent:
+        """The values from `offset` on, `length` of them or all."""
+        return self.take(slice(offset, None if length is None else offset + length))
+
+    def slices(self) -> pa.BinaryArray:
+        """The bytes of each value."""
+        return ranges_of(self.raw, self.start, self.length, None)
+
+    def values(self) -> list[bytes]:
+        """The bytes of each value, as Python objects."""
+        return [
+            self.raw[start : start + length]
+            for start, length in zip(self.start.tolist(), self.length.tolist(), strict=True)
+        ]
+
+
+def numbers_at(raw: bytes, dtype: str, offsets: Ints) -> npt.NDArray[Any]:
+    """Big-endian numbers of `dtype` at any byte offsets, in native byte order."""
+    kind = np.dtype(dtype)
+    # Element i is the number that begins at byte i: a fancy index is an unaligned vector load.
+    view: npt.NDArray[Any] = np.ndarray(len(raw) - kind.itemsize + 1, kind, buffer=raw, strides=(1,))
+    return view[offsets].astype(kind.newbyteorder("="))
+
+
+def ranges_of(raw: bytes, start: Ints, length: Ints, valid: Bools | None) -> pa.BinaryArray:
+    """The byte ranges [start, start + length) as one array, gathered in C++; null where not valid.
+
+    Offsets that run start0, end0, start1, end1, … make value 2i the wanted range and value 2i + 1 the gap behind it.
+    Ranges must ascend, which they do: rows lie in the buffer in order.
+    """
+    n = len(start)
+    if n == 1 and valid is None and 2 * length[0] > len(raw):
+        # Most of the buffer is this value: copying it would cost more than what keeping the rest does.
+        edge = np.array([start[0], start[0] + length[0]], np.int32)
+        return pa.BinaryArray.from_buffers(pa.binary(), 1, [None, pa.py_buffer(edge), pa.py_buffer(raw)])
+    offsets = np.empty(2 * n, np.int32)
+    offsets[0::2] = start
+    np.add(start, length, out=offsets[1::2], casting="unsafe")
+    if n == 0:
+        return pa.array([], pa.binary())
+    every = pa.BinaryArray.from_buffers(pa.binary(), 2 * n - 1, [None, pa.py_buffer(offsets), pa.py_buffer(raw)])
+    even = np.arange(0, 2 * n, 2, dtype=np.int32)
+    return every.take(pa.array(even, mask=None if valid is None else ~valid))
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """How to read what the send function of a type makes of its values.
+
+    `decode` gives what the type's decoder of text gives for the same values: the same Arrow values, null where the
+    Arrow type can't hold one, a ValueError for bytes that the send function does not make. `text` gives the exact text
+    that PostgreSQL writes for one value, or a ValueError.
+    """
+
+    decode: Callable[[Sent, pa.DataType], pa.Array]
+    text: Callable[[bytes], bytes]
+
+
 @dataclass(frozen=True, slots=True)
 class PgType:
     """One row of the table.
@@ -30,7 +130,8 @@ class PgType:
     `oid` is PostgreSQL's (0 for a type whose OID differs from database to database); `arrow` gives the canonical Arrow
     type for a typmod (-1: none); `decode` turns a column of PostgreSQL's text into it, see `pgoutput_source.types`.
     `misfits` says in words which legitimate values the Arrow type can't hold. `array` is the OID of the type of its
-    arrays, 0 if it has none, and `delimiter` what separates their elements. `metadata` gives for a typmod what the Arrow
+    arrays, 0 if it has none, and `delimiter` what separates their elements. `binary` reads what the type's send
+    function writes; None if that can't be read without the server's help. `metadata` gives for a typmod what the Arrow
     field says besides PostgreSQL's names, such as the name of an Arrow extension type. `changed` is the transaction
     that last changed what a value of the type consists of, 0 if it is as it was made.
     """
@@ -42,6 +143,7 @@ class PgType:
     misfits: str = ""
     array: int = 0
     delimiter: str = ","
+    binary: Binary | None = None
     metadata: Callable[[int], Mapping[str, str]] | None = None
     changed: int = 0
 
@@ -54,6 +156,34 @@ def always(kind: pa.DataType) -> Callable[[int], pa.DataType]:
 def text(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     """PostgreSQL's text as it is. Raises pa.ArrowInvalid where it is not UTF-8."""
     return values.cast(kind)
+
+
+def same_bytes(decode: Decode) -> Binary:
+    """For a type whose send function writes the very bytes of its text."""
+    return Binary(lambda sent, kind: decode(sent.slices(), kind), lambda value: value)
+
+
+def through_text(to_text: Callable[[bytes], bytes], decode: Decode) -> Binary:
+    """For a rare type: value by value to its text, which is then decoded."""
+    return Binary(lambda sent, kind: decode(pa.array(list(map(to_text, sent.values())), pa.binary()), kind), to_text)
+
+
+def fixed_width(
+    dtype: str, name: str, to_arrow: Callable[[npt.NDArray[Any], pa.DataType], pa.Array], to_text: Callable[[Any], str]
+) -> Binary:
+    """For a type of one number of `dtype`: what makes the column, and the text, of numbers."""
+    width = np.dtype(dtype).itemsize
+
+    def decode(sent: Sent, kind: pa.DataType) -> pa.Array:
+        sent.fixed(width, name)
+        return to_arrow(sent.integers(dtype), kind)
+
+    def text_of(value: bytes) -> bytes:
+        if len(value) != width:
+            refuse(name)
+        return to_text(np.frombuffer(value, dtype)[0].item()).encode()
+
+    return Binary(decode, text_of)
 
 
 def refuse(name: str) -> NoReturn:

@@ -10,7 +10,9 @@ import binascii
 import numpy as np
 import pyarrow as pa
 
-from pgoutput_source.types.base import PgType, Texts, always, dense, refuse
+from pgoutput_source.types.base import Binary, PgType, Texts, always, dense, refuse
+
+_LONG = 1 << 16  # digits of a value, in the mean
 
 
 @dense
@@ -21,6 +23,13 @@ def bytea(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         return values.cast(kind)
     if t.lengths.min() < 2 or (t.lengths & 1).any() or (t.at(0) != ord("\\")).any() or (t.at(1) != ord("x")).any():
         refuse("bytea")
+    if len(t.data) > _LONG * len(t):
+        # Copies of all digits would be several times the memory that the values take.
+        parts = [
+            binascii.unhexlify(memoryview(t.data[start + 2 : end])) for start, end in zip(t.starts, t.ends, strict=True)
+        ]
+        edges = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+        return pa.Array.from_buffers(kind, len(t), [None, pa.py_buffer(edges), pa.py_buffer(b"".join(parts))])
     digits = t.without(b"\\x")
     if len(digits) != len(t.data) - 2 * len(t):
         refuse("bytea")
@@ -30,4 +39,6 @@ def bytea(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(t), buffers)
 
 
-BINARY = (PgType(17, "bytea", always(pa.binary()), bytea, array=1001),)
+BYTES = Binary(lambda sent, kind: sent.slices().cast(kind), lambda value: b"\\x" + binascii.hexlify(value))
+
+BINARY = (PgType(17, "bytea", always(pa.binary()), bytea, array=1001, binary=BYTES),)

@@ -24,6 +24,7 @@ from pgoutput_source.types.base import PgType, always, text
 from pgoutput_source.types.composite import composite_of
 from pgoutput_source.types.extensions import DEFINED, EXTENSIONS
 from pgoutput_source.types.ranges import multirange_of, range_of
+from pgoutput_source.types.text import AS_TEXT
 
 # pg_range.rngmultitypid exists since PostgreSQL 14: as a key of the row's JSON it may be absent.
 FACTS = """
@@ -126,13 +127,13 @@ def from_catalogue(facts: Iterable[TypeFacts], known: Mapping[int, PgType]) -> d
             return multirange_of(row(fact.range), fact.oid, fact.name)
         if fact.typtype == "c" and fact.attributes:
             return composite_of(
-                [(name, row(oid), typmod) for name, oid, typmod in fact.attributes], fact.oid, fact.name
+                [(name, row(oid), typmod) for name, oid, typmod in fact.attributes], fact.oid, fact.name, row
             )
         if fact.element:
             return array_of(row(fact.element), fact.oid, fact.delimiter or ",")
         if fact.extension and (known_extension := EXTENSIONS.get((fact.extension, fact.typname))):
             return known_extension(fact.oid, fact.name)
-        return rows[fact.oid]
+        return replace(rows[fact.oid], binary=AS_TEXT) if fact.typtype == "e" else rows[fact.oid]
 
     def changed(oid: int, seen: frozenset[int] = frozenset()) -> tuple[int, int] | None:
         """The youngest change of a type and of all that it is made of: its age, and the transaction."""

@@ -5,20 +5,27 @@ https://www.postgresql.org/docs/current/rowtypes.html
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from pgoutput_source.types.base import Bools, PgType, Texts, dense, nulled, refuse
 from pgoutput_source.types.nested import Cells, cells_of, decode_cells
+from pgoutput_source.types.sent import composite_binary
 
 
-def composite_of(attributes: Sequence[tuple[str, PgType, int]], oid: int, name: str, array: int = 0) -> PgType:
+def composite_of(
+    attributes: Sequence[tuple[str, PgType, int]],
+    oid: int,
+    name: str,
+    type_of: Callable[[int], PgType],
+) -> PgType:
     """The row of a composite type with these attributes: name, type and typmod.
 
     The attributes that the catalogue tells may be newer or older than a value. One with another number of attributes is
-    a misfit, and so is one with an attribute that is a misfit.
+    a misfit, and so is one with an attribute that is a misfit. `type_of` gives the rows of types that a value in binary
+    may have instead.
     """
     kind = pa.struct([pa.field(attribute, row.arrow(typmod)) for attribute, row, typmod in attributes])
     rows = [row for _, row, _ in attributes]
@@ -45,4 +52,5 @@ def composite_of(attributes: Sequence[tuple[str, PgType, int]], oid: int, name: 
         other: Bools = cells.counts != len(rows)
         return dense(same_shape)(nulled(values, other), kind) if other.any() else same_shape(values, kind)
 
-    return PgType(oid, name, lambda typmod: kind, decode, "another number of attributes", array)
+    binary = composite_binary(rows, type_of, decode, name)
+    return PgType(oid, name, lambda typmod: kind, decode, "another number of attributes", binary=binary)

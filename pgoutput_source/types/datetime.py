@@ -28,6 +28,7 @@ from pgoutput_source.types.base import (
     refuse,
     with_misfits,
 )
+from pgoutput_source.types.moments import DATE, INTERVAL_BINARY, TIME, TIMESTAMP, TIMESTAMPTZ, TIMETZ
 
 _INFINITY = (b"infinity", b"-infinity")
 _DAY = 86_400_000_000
@@ -181,7 +182,7 @@ def _interval(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     time = (number("hours", pa.uint64()) * 60 + number("minutes", pa.uint64())) * 60 + number("seconds", pa.uint64())
     fraction = pc.utf8_rpad(fields.field("fraction"), 6, "0").cast(pa.uint64()).to_numpy(zero_copy_only=False)
     negative = pc.equal(fields.field("sign"), "-").to_numpy(zero_copy_only=False)
-    if len(t) and (np.abs(months).max() >= 2**31 or time.max() > 2**63 // 1_000_000):
+    if len(t) and (months.max() >= 2**31 or months.min() < -(2**31) or time.max() > 2**63 // 1_000_000):
         refuse("interval")
     microseconds = time * np.uint64(1_000_000) + fraction
     if (microseconds > np.uint64(2**63 - 1) + negative).any():
@@ -204,6 +205,7 @@ DATETIME = (
         _decoder("date", _plain_date, _rare_date, pa.int32(), _YEAR_ONE),
         misfits="infinity, -infinity",
         array=1182,
+        binary=DATE,
     ),
     PgType(
         1083,
@@ -212,6 +214,7 @@ DATETIME = (
         with_misfits(_time, b"24:00:00"),
         misfits="24:00:00",
         array=1183,
+        binary=TIME,
     ),
     PgType(
         1114,
@@ -220,6 +223,7 @@ DATETIME = (
         _TIMESTAMP,
         misfits="infinity, -infinity, after 294247-01-10 04:00:54.775807",
         array=1115,
+        binary=TIMESTAMP,
     ),
     PgType(
         1184,
@@ -228,6 +232,7 @@ DATETIME = (
         _TIMESTAMPTZ,
         misfits="infinity, -infinity, after 294247-01-10 04:00:54.775807+00",
         array=1185,
+        binary=TIMESTAMPTZ,
     ),
     PgType(
         1266,
@@ -235,6 +240,7 @@ DATETIME = (
         always(pa.utf8()),
         pattern(r"\d\d:\d\d:\d\d(\.\d{1,6})?[+-]\d\d(:\d\d){0,2}", "time with time zone"),
         array=1270,
+        binary=TIMETZ,
     ),
     PgType(
         1186,
@@ -243,5 +249,6 @@ DATETIME = (
         with_misfits(_interval, *_INFINITY),
         misfits="infinity, -infinity",
         array=1187,
+        binary=INTERVAL_BINARY,
     ),
 )

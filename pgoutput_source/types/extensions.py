@@ -34,9 +34,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pgoutput_source.types.base import Decode, PgType, Texts, always, dense, refuse, text
+from pgoutput_source.types.base import Binary, Decode, PgType, Texts, always, dense, refuse, text
 from pgoutput_source.types.nested import cells_of
 from pgoutput_source.types.numbers import floating_text, integer_text
+from pgoutput_source.types.sent import HSTORE, vector_of_floats
+from pgoutput_source.types.text import AS_TEXT, VERSIONED
 
 _FLOAT = floating_text("vector")
 _PAIR = re.compile(rb'"((?:[^"\\]|\\.)*)"=>(?:"((?:[^"\\]|\\.)*)"|NULL)(?:, (?=")|$)', re.DOTALL)
@@ -145,21 +147,25 @@ SPARSEVEC = pa.struct(
 Make = Callable[[int, str], PgType]
 
 
-def _row(arrow: Callable[[int], pa.DataType], decode: Decode) -> Make:
-    return lambda oid, name: PgType(oid, name, arrow, decode)
+def _row(arrow: Callable[[int], pa.DataType], decode: Decode, binary: Binary | None = None) -> Make:
+    return lambda oid, name: PgType(oid, name, arrow, decode, binary=binary)
 
+
+_EWKB = Binary(lambda sent, kind: sent.slices().cast(kind), lambda value: binascii.hexlify(value).upper())
 
 EXTENSIONS: dict[tuple[str, str], Make] = {
-    ("hstore", "hstore"): _row(always(pa.map_(pa.utf8(), pa.utf8())), hstore),
-    ("vector", "vector"): _row(_vector_arrow, vector),
+    ("hstore", "hstore"): _row(always(pa.map_(pa.utf8(), pa.utf8())), hstore, HSTORE),
+    ("vector", "vector"): _row(_vector_arrow, vector, vector_of_floats(">f4")),
     # float16 would hold halfvec, but DuckDB does not read it.
-    ("vector", "halfvec"): _row(_vector_arrow, vector),
+    ("vector", "halfvec"): _row(_vector_arrow, vector, vector_of_floats(">f2")),
     ("vector", "sparsevec"): _row(always(SPARSEVEC), sparsevec),
-    ("postgis", "geometry"): lambda oid, name: PgType(oid, name, always(pa.binary()), ewkb, metadata=_geometry),
+    ("postgis", "geometry"): lambda oid, name: PgType(
+        oid, name, always(pa.binary()), ewkb, binary=_EWKB, metadata=_geometry
+    ),
     # GeoArrow can tell that edges run on a sphere, but DuckDB refuses to read a table that has such a column.
-    ("postgis", "geography"): _row(always(pa.binary()), ewkb),
-    ("citext", "citext"): _row(always(pa.utf8()), text),
-    ("ltree", "ltree"): _row(always(pa.utf8()), text),
+    ("postgis", "geography"): _row(always(pa.binary()), ewkb, _EWKB),
+    ("citext", "citext"): _row(always(pa.utf8()), text, AS_TEXT),
+    ("ltree", "ltree"): _row(always(pa.utf8()), text, VERSIONED),
 }
 """By extension and type name, what makes the row for an OID. Other types of extensions arrive as their exact text."""
 

@@ -7,11 +7,14 @@ https://www.postgresql.org/docs/current/datatype-pg-lsn.html
 
 from __future__ import annotations
 
+from uuid import UUID
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pgoutput_source.types.base import PgType, Texts, always, dense, pattern, refuse
-from pgoutput_source.types.numbers import integer_text
+from pgoutput_source.types.base import Binary, PgType, Sent, Texts, always, dense, fixed_width, pattern, refuse
+from pgoutput_source.types.numbers import as_it_is, integer_binary, integer_text
 
 
 @dense
@@ -38,14 +41,45 @@ def pg_lsn(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     return pa.array(words[0::2] << 32 | words[1::2], kind)
 
 
+_HEXADECIMAL = np.frombuffer(b"".join(b"%02x" % i for i in range(256)), "<u2")
+# Where the 32 digits stand in the 36 characters.
+_GROUPS = ((0, 8, 0), (8, 12, 9), (12, 16, 14), (16, 20, 19), (20, 32, 24))
+
+
+def _uuids(sent: Sent, kind: pa.DataType) -> pa.Array:
+    sent.fixed(16, "uuid")
+    if not len(sent):
+        return pa.array([], kind)
+    rows = np.ndarray((len(sent.raw) - 15, 16), np.uint8, buffer=sent.raw, strides=(1, 1))[sent.start]
+    digits = _HEXADECIMAL[rows].view(np.uint8)
+    characters = np.empty((len(sent), 36), np.uint8)
+    for first, last, at in _GROUPS:
+        characters[:, at : at + last - first] = digits[:, first:last]
+        if at:
+            characters[:, at - 1] = ord("-")
+    edges = np.arange(0, 36 * (len(sent) + 1), 36, dtype=np.int32)
+    return pa.Array.from_buffers(kind, len(sent), [None, pa.py_buffer(edges), pa.py_buffer(characters)])
+
+
+def _uuid_text(value: bytes) -> bytes:
+    return str(UUID(bytes=value)).encode()
+
+
 # arrow.uuid was tried: it survives Parquet, DuckDB reads it as UUID, but Polars as bytes, and pyarrow has no kernel for
 # it (no filter by value, no group, no sort, no dictionary). The commonest type of key must not fail there: it is text,
 # which every one of them, JSON and Bytewax's keys too, takes as it is.
 IDENTIFIERS = (
-    PgType(2950, "uuid", always(pa.utf8()), uuid, array=2951),
-    PgType(26, "oid", always(pa.uint32()), integer_text("oid"), array=1028),
-    PgType(28, "xid", always(pa.uint32()), integer_text("xid"), array=1011),
-    PgType(29, "cid", always(pa.uint32()), integer_text("cid"), array=1012),
-    PgType(5069, "xid8", always(pa.uint64()), integer_text("xid8"), array=271),
-    PgType(3220, "pg_lsn", always(pa.uint64()), pg_lsn, array=3221),
+    PgType(2950, "uuid", always(pa.utf8()), uuid, array=2951, binary=Binary(_uuids, _uuid_text)),
+    PgType(26, "oid", always(pa.uint32()), integer_text("oid"), array=1028, binary=integer_binary(">u4", "oid")),
+    PgType(28, "xid", always(pa.uint32()), integer_text("xid"), array=1011, binary=integer_binary(">u4", "xid")),
+    PgType(29, "cid", always(pa.uint32()), integer_text("cid"), array=1012, binary=integer_binary(">u4", "cid")),
+    PgType(5069, "xid8", always(pa.uint64()), integer_text("xid8"), array=271, binary=integer_binary(">u8", "xid8")),
+    PgType(
+        3220,
+        "pg_lsn",
+        always(pa.uint64()),
+        pg_lsn,
+        array=3221,
+        binary=fixed_width(">u8", "pg_lsn", as_it_is, lambda lsn: f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"),
+    ),
 )

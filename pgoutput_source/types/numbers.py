@@ -6,12 +6,30 @@ https://www.postgresql.org/docs/current/datatype-numeric.html
 from __future__ import annotations
 
 import re
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pgoutput_source.types.base import Bools, Decode, PgType, Texts, always, dense, nulled, one_of, refuse, with_misfits
+from pgoutput_source.types.base import (
+    Binary,
+    Bools,
+    Decode,
+    PgType,
+    Sent,
+    Texts,
+    always,
+    dense,
+    fixed_width,
+    nulled,
+    one_of,
+    refuse,
+    with_misfits,
+)
+from pgoutput_source.types.numeric import NUMERIC_BINARY
 
 _ZERO, _MINUS, _DOT = ord("0"), ord("-"), ord(".")
 _SPECIAL = (b"NaN", b"Infinity", b"-Infinity")
@@ -196,13 +214,123 @@ def money(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     return amounts
 
 
+def as_it_is(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """A column of numbers that the Arrow type holds as they are."""
+    return pa.array(numbers, kind)
+
+
+def integer_binary(dtype: str, name: str) -> Binary:
+    """An integer type of the width of `dtype`."""
+    return fixed_width(dtype, name, as_it_is, str)
+
+
+def _floats(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    missing = np.isnan(numbers)
+    if missing.any():
+        numbers[missing] = np.nan  # there are many NaNs, which have all one text
+    return pa.array(numbers, kind)
+
+
+def float_text(value: float, bits: int = 64) -> str:
+    """What PostgreSQL writes for a floating-point number: the fewest digits that lie nearer to it than to any other.
+
+    Python may give one that lies in the middle between two numbers, as it is read back to the even one.
+
+    >>> float_text(9.06930671788664e17), float_text(1e15), float_text(0.1), float_text(1.6777216e7, 32)
+    ('9.069306717886641e+17', '1e+15', '0.1', '1.6777216e+07')
+    """
+    if value != value:
+        return "NaN"
+    sign = "-" if np.signbit(value) else ""
+    number = np.float32(abs(value)) if bits == 32 else np.float64(abs(value))
+    if np.isinf(number) or number == 0:
+        return sign + ("0" if number == 0 else "Infinity")
+    mantissa, _, exponent = np.format_float_scientific(number, trim="-").partition("e")
+    digits, tens = mantissa.replace(".", ""), int(exponent)
+    exact = Fraction(float(number))
+    below = Fraction(float(np.nextafter(number, type(number)(0))))
+    above = Fraction(float(np.nextafter(number, type(number)(np.inf)))) if number < np.finfo(number).max else None
+    low, high = (below + exact) / 2, (exact + (2 * exact - below if above is None else above)) / 2
+    if not low < int(digits) * Fraction(10) ** (tens + 1 - len(digits)) < high:
+        for length in range(len(digits), 18):
+            unit = Fraction(10) ** (tens + 1 - length)
+            down = exact // unit
+            inside = [n for n in (down, down + 1) if low < n * unit < high]
+            if inside:
+                digits = str(min(inside, key=lambda n: abs(n * unit - exact)))
+                break
+    digits = digits.rstrip("0")
+    if not -4 <= tens < (6 if bits == 32 else 15):
+        return f"{sign}{digits[0]}{'.' if digits[1:] else ''}{digits[1:]}e{tens:+03d}"
+    if tens < 0:
+        return f"{sign}0.{'0' * (-tens - 1)}{digits}"
+    whole, fraction = digits[: tens + 1].ljust(tens + 1, "0"), digits[tens + 1 :]
+    return f"{sign}{whole}{'.' if fraction else ''}{fraction}"
+
+
+FLOAT4 = fixed_width(">f4", "real", _floats, lambda value: float_text(value, 32))
+FLOAT8 = fixed_width(">f8", "double precision", _floats, float_text)
+
+
+def _booleans(sent: Sent, kind: pa.DataType) -> pa.Array:
+    sent.fixed(1, "boolean")
+    true = sent.u1[sent.start]
+    if true.max(initial=0) > 1:
+        refuse("boolean")
+    return pa.Array.from_buffers(kind, len(sent), [None, pa.py_buffer(np.packbits(true, bitorder="little"))])
+
+
+def _boolean_text(value: bytes) -> bytes:
+    if value not in (b"\0", b"\1"):
+        refuse("boolean")
+    return b"t" if value == b"\1" else b"f"
+
+
+def _amounts(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    words = np.empty((len(numbers), 2), "<i8")
+    words[:, 0] = numbers
+    words[:, 1] = numbers >> 63
+    return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(words)])
+
+
+def _money_text(cents: int) -> str:
+    whole, rest = divmod(abs(cents), 100)
+    return f"{'-' if cents < 0 else ''}${whole:,}.{rest:02}"
+
+
 NUMBERS = (
-    PgType(16, "boolean", always(pa.bool_()), boolean, array=1000),
-    PgType(21, "smallint", always(pa.int16()), integer_text("smallint"), array=1005),
-    PgType(23, "integer", always(pa.int32()), integer_text("integer"), array=1007),
-    PgType(20, "bigint", always(pa.int64()), integer_text("bigint"), array=1016),
-    PgType(700, "real", always(pa.float32()), floating_text("real"), array=1021),
-    PgType(701, "double precision", always(pa.float64()), floating_text("double precision"), array=1022),
-    PgType(1700, "numeric", numeric_arrow, numeric, misfits="NaN, where it is a decimal", array=1231),
-    PgType(790, "money", always(pa.decimal128(19, 2)), money, array=791),
+    PgType(16, "boolean", always(pa.bool_()), boolean, array=1000, binary=Binary(_booleans, _boolean_text)),
+    PgType(
+        21,
+        "smallint",
+        always(pa.int16()),
+        integer_text("smallint"),
+        array=1005,
+        binary=integer_binary(">i2", "smallint"),
+    ),
+    PgType(
+        23, "integer", always(pa.int32()), integer_text("integer"), array=1007, binary=integer_binary(">i4", "integer")
+    ),
+    PgType(
+        20, "bigint", always(pa.int64()), integer_text("bigint"), array=1016, binary=integer_binary(">i8", "bigint")
+    ),
+    PgType(700, "real", always(pa.float32()), floating_text("real"), array=1021, binary=FLOAT4),
+    PgType(701, "double precision", always(pa.float64()), floating_text("double precision"), array=1022, binary=FLOAT8),
+    PgType(
+        1700,
+        "numeric",
+        numeric_arrow,
+        numeric,
+        misfits="NaN, where it is a decimal",
+        array=1231,
+        binary=NUMERIC_BINARY,
+    ),
+    PgType(
+        790,
+        "money",
+        always(pa.decimal128(19, 2)),
+        money,
+        array=791,
+        binary=fixed_width(">i8", "money", _amounts, _money_text),  # cents: lc_monetary is pinned to C
+    ),
 )

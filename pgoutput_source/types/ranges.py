@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from pgoutput_source.types.base import Decode, PgType, Texts, dense, one_of, refuse
 from pgoutput_source.types.nested import Cells, cells_of, decode_cells
+from pgoutput_source.types.sent import multirange_binary, range_binary
 
 # One range of a multirange: it ends at the first closing character outside quotes.
 _RANGE = re.compile(
@@ -40,7 +41,8 @@ def range_of(bound: PgType, oid: int, name: str, array: int = 0, typmod: int = -
     """The row of the range type `name` over `bound`."""
     kind = range_type(bound.arrow(typmod))
     misfits = f"bounds: {bound.misfits}" if bound.misfits and bound.arrow(typmod) != pa.utf8() else ""
-    return PgType(oid, name, lambda _: kind, _range_decoder(bound.decode), misfits, array)
+    decode = _range_decoder(bound.decode)
+    return PgType(oid, name, lambda _: kind, decode, misfits, array, binary=range_binary(bound))
 
 
 def _range_decoder(bound: Decode) -> Decode:
@@ -87,7 +89,8 @@ def multirange_of(one: PgType, oid: int, name: str, array: int = 0) -> PgType:
         offsets = pa.array(np.append(0, np.cumsum(counts)).astype(np.int32))
         return pa.ListArray.from_arrays(offsets, decoded, type=kind, mask=pa.array(misfit) if misfit.any() else None)
 
-    return PgType(oid, name, lambda typmod: pa.list_(one.arrow(typmod)), decode, one.misfits, array)
+    binary = multirange_binary(one)
+    return PgType(oid, name, lambda typmod: pa.list_(one.arrow(typmod)), decode, one.misfits, array, binary=binary)
 
 
 def _split(value: bytes) -> list[bytes]:

@@ -1,0 +1,180 @@
+"""Dates and times in binary: days and microseconds since 2000-01-01.
+
+Their columns are a shift of the numbers. Their texts are needed where a value has no column of its own: in `_raw`, and
+in a nested value that its Arrow type can't hold.
+
+https://www.postgresql.org/docs/current/datatype-datetime.html
+https://github.com/postgres/postgres/blob/REL_18_STABLE/src/backend/utils/adt/timestamp.c
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pgoutput_source.types.base import Binary, Sent, fixed_width, pattern, refuse, through_text
+
+_DAY: Final = 86_400_000_000
+_EPOCH_DAYS: Final = 10_957  # 2000-01-01 in days since 1970-01-01
+_EPOCH_US: Final = _EPOCH_DAYS * _DAY
+_FIRST_DATE, _LAST_DATE = -2_451_545, 2_145_031_948  # 4714-11-24 BC and 5874897-12-31 in days since 2000-01-01
+_FIRST_MOMENT, _END_MOMENT = _FIRST_DATE * _DAY, 9_223_371_331_200_000_000
+_FARTHEST_ZONE: Final = 16 * 3600
+
+
+def _infinite(number: int, bits: int) -> str | None:
+    if number == 2 ** (bits - 1) - 1:
+        return "infinity"
+    return "-infinity" if number == -(2 ** (bits - 1)) else None
+
+
+def _shifted(numbers: npt.NDArray[Any], kind: pa.DataType, shift: int, first: int, last: int, name: str) -> pa.Array:
+    limits = np.iinfo(numbers.dtype)
+    misfit = (numbers == limits.max) | (numbers == limits.min)
+    if ((numbers < first) | (numbers > last))[~misfit].any():
+        refuse(name)
+    misfit |= numbers > limits.max - shift
+    if not misfit.any():
+        return pa.array(numbers + numbers.dtype.type(shift)).view(kind)
+    return pa.array(np.where(misfit, 0, numbers) + numbers.dtype.type(shift), mask=misfit).view(kind)
+
+
+def _date_text(days: int) -> str:
+    if (infinite := _infinite(days, 32)) is not None:
+        return infinite
+    if not _FIRST_DATE <= days <= _LAST_DATE:
+        refuse("date")
+    date, suffix = _calendar(days)
+    return date + suffix
+
+
+def _calendar(days: int) -> tuple[str, str]:
+    """A day since 2000-01-01 in the Gregorian calendar, and what stands behind it, and any time, before Christ."""
+    # Years are counted from March, so that a leap day is the last day of one; 400 of them have equally many days.
+    era, day_of_era = divmod(days + _EPOCH_DAYS + 719_468, 146_097)
+    year_of_era = (day_of_era - day_of_era // 1_460 + day_of_era // 36_524 - day_of_era // 146_096) // 365
+    day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
+    month_0 = (5 * day_of_year + 2) // 153
+    day = day_of_year - (153 * month_0 + 2) // 5 + 1
+    month = month_0 + 3 if month_0 < 10 else month_0 - 9
+    year = year_of_era + 400 * era + (month <= 2)
+    return f"{year if year > 0 else 1 - year:04}-{month:02}-{day:02}", "" if year > 0 else " BC"
+
+
+def _clock(us: int) -> str:
+    seconds, fraction = divmod(us, 1_000_000)
+    text = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return f"{text}.{fraction:06}".rstrip("0") if fraction else text
+
+
+def _moment_text(us: int, zone: str, name: str) -> str:
+    if (infinite := _infinite(us, 64)) is not None:
+        return infinite
+    if not _FIRST_MOMENT <= us < _END_MOMENT:
+        refuse(name)
+    days, time = divmod(us, _DAY)
+    date, suffix = _calendar(days)
+    return f"{date} {_clock(time)}{zone}{suffix}"
+
+
+def _moments(name: str, zone: str) -> Binary:
+    return fixed_width(
+        ">i8",
+        name,
+        lambda numbers, kind: _shifted(numbers, kind, _EPOCH_US, _FIRST_MOMENT, _END_MOMENT - 1, name),
+        lambda us: _moment_text(us, zone, name),
+    )
+
+
+def _times(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    misfit = numbers == _DAY
+    if ((numbers < 0) | (numbers > _DAY)).any():
+        refuse("time")
+    return pa.array(numbers, pa.int64(), mask=misfit if misfit.any() else None).view(kind)
+
+
+def _time_text(us: int) -> str:
+    if not 0 <= us <= _DAY:
+        refuse("time")
+    return _clock(us)
+
+
+def _timetz_text(value: bytes) -> bytes:
+    if len(value) != 12:
+        refuse("time with time zone")
+    us, west = struct.unpack(">qi", value)
+    if abs(west) >= _FARTHEST_ZONE:
+        refuse("time with time zone")
+    minutes, seconds = divmod(abs(west), 60)
+    zone = f"{'-' if west > 0 else '+'}{minutes // 60:02}"
+    if minutes % 60 or seconds:
+        zone += f":{minutes % 60:02}"
+    return f"{_time_text(us)}{zone}{f':{seconds:02}' if seconds else ''}".encode()
+
+
+def _interval_binary(*, infinities: bool) -> Binary:
+    """What is infinity since PostgreSQL 17 was a number like any other before."""
+
+    def infinite(sent: Sent) -> npt.NDArray[np.bool_]:
+        found = np.zeros(len(sent), bool)
+        if infinities:
+            for byte in (b"\x7f\xff", b"\x80\x00"):
+                us, days = byte + byte[1:] * 6, byte + byte[1:] * 2
+                found |= (sent.integers(">i8") == int.from_bytes(us, "big", signed=True)) & (
+                    sent.integers(">i8", 8) == int.from_bytes(days * 2, "big", signed=True)
+                )
+        return found
+
+    def decode(sent: Sent, kind: pa.DataType) -> pa.Array:
+        sent.fixed(16, "interval")
+        misfit = infinite(sent)
+        children = [
+            pa.array(sent.integers(">i4", 12)),
+            pa.array(sent.integers(">i4", 8)),
+            pa.array(sent.integers(">i8")),
+        ]
+        return pa.StructArray.from_arrays(children, fields=list(kind), mask=pa.array(misfit) if misfit.any() else None)
+
+    def text(value: bytes) -> bytes:
+        if len(value) != 16:
+            refuse("interval")
+        us, days, months = struct.unpack(">qii", value)
+        if infinities and _infinite(us, 64) and _infinite(us, 64) == _infinite(days, 32) == _infinite(months, 32):
+            return str(_infinite(us, 64)).encode()
+        return _interval_text(months, days, us).encode()
+
+    return Binary(decode, text)
+
+
+def _interval_text(months: int, days: int, us: int) -> str:
+    """The style ``postgres``: a plus is written only behind a minus."""
+    sign = -1 if months < 0 else 1
+    parts: list[str] = []
+    before = False
+    for count, unit in ((sign * (abs(months) // 12), "year"), (sign * (abs(months) % 12), "mon"), (days, "day")):
+        if count:
+            parts.append(f"{'+' if before and count > 0 else ''}{count} {unit}{'' if count == 1 else 's'}")
+            before = count < 0
+    if us or not parts:
+        parts.append(f"{'-' if us < 0 else '+' if before else ''}{_clock(abs(us))}")
+    return " ".join(parts)
+
+
+DATE: Final = fixed_width(
+    ">i4",
+    "date",
+    lambda numbers, kind: _shifted(numbers, kind, _EPOCH_DAYS, _FIRST_DATE, _LAST_DATE, "date"),
+    _date_text,
+)
+TIME: Final = fixed_width(">i8", "time", _times, _time_text)
+TIMESTAMP: Final = _moments("timestamp", "")
+TIMESTAMPTZ: Final = _moments("timestamp with time zone", "+00")
+TIMETZ: Final = through_text(
+    _timetz_text, pattern(r"\d\d:\d\d:\d\d(\.\d{1,6})?[+-]\d\d(:\d\d){0,2}", "time with time zone")
+)
+INTERVAL_BINARY: Final = _interval_binary(infinities=True)
+INTERVAL_BEFORE_17: Final = _interval_binary(infinities=False)

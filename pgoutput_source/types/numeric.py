@@ -1,0 +1,223 @@
+"""``numeric`` in binary: digits of base 10000, the weight of the first, a sign, and how many decimal places are shown.
+
+A column is read digit by digit, each step for all rows at once: into integers where the Arrow type is a decimal, into
+characters where it is text. What no column should be made wide for is written value by value.
+
+https://www.postgresql.org/docs/current/datatype-numeric.html#DATATYPE-NUMERIC-DECIMAL
+https://github.com/postgres/postgres/blob/REL_18_STABLE/src/backend/utils/adt/numeric.c (numeric_send)
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pgoutput_source.types.base import Binary, Bools, Sent, refuse
+
+_HEAD: Final = 8
+_NEGATIVE: Final = 0x4000
+_SPECIAL: Final = {0xC000: b"NaN", 0xD000: b"Infinity", 0xF000: b"-Infinity"}
+_LAST_DSCALE: Final = 0x3FFF
+_WIDEST: Final = 8  # digits of base 10000 on one side of the point that a whole column is made wide for
+
+# The characters of each digit of base 10000, as one integer.
+_CHARACTERS = np.frombuffer(b"".join(b"%04d" % i for i in range(10_000)), "<u4")
+_POINT, _MINUS, _ZERO = b".-0"
+
+Ints = npt.NDArray[np.int64]
+
+
+class _Parts(NamedTuple):
+    """The heads of values, and which of them are no numbers."""
+
+    digits: Ints
+    weight: Ints
+    negative: Bools
+    dscale: Ints
+    special: Bools
+
+    def take(self, rows: Bools) -> _Parts:
+        """Those of some of the values."""
+        return _Parts(self.digits[rows], self.weight[rows], self.negative[rows], self.dscale[rows], self.special[rows])
+
+
+def _parts(sent: Sent) -> _Parts:
+    if (sent.length < _HEAD).any():
+        refuse("numeric")
+    head = sent.integers(">u8")
+    digits = (head >> np.uint64(48)).astype(np.int64)
+    weight = (head >> np.uint64(32)).astype(np.uint16).view(np.int16).astype(np.int64)
+    sign = (head >> np.uint64(16)).astype(np.uint16)
+    dscale = head.astype(np.uint16).astype(np.int64)
+    if (sent.length != _HEAD + 2 * digits).any():
+        refuse("numeric")
+    negative = sign == _NEGATIVE
+    special = ~(negative | (sign == 0))
+    if special.any() and (not np.isin(sign[special], list(_SPECIAL)).all() or digits[special].any()):
+        refuse("numeric")
+    # A zero has no digits and no sign, and no digit stands where it is not shown. The server never sends other numbers:
+    # their text would hide something.
+    if (
+        (dscale[~special] > _LAST_DSCALE).any()
+        or (negative & (digits == 0)).any()
+        or (digits > np.maximum(weight + 1 + (dscale + 3) // 4, 0)).any()
+    ):
+        refuse("numeric")
+    return _Parts(digits, weight, negative, dscale, special)
+
+
+def _digit(sent: Sent, parts: _Parts, weight: int) -> Ints:
+    """Each value's digit of base 10000 that counts 10000 ** weight."""
+    index = parts.weight - weight
+    has = (index >= 0) & (index < parts.digits)
+    if has.all():
+        digit = sent.integers(">u2", _HEAD + 2 * index).astype(np.int64)
+    else:
+        digit = np.where(has, sent.integers(">u2", np.where(has, _HEAD + 2 * index, 0)), 0).astype(np.int64)
+    if digit.max(initial=0) > 9999:
+        refuse("numeric")
+    return digit
+
+
+def _decimals(sent: Sent, parts: _Parts, kind: pa.Decimal128Type) -> pa.Array:
+    precision, scale = kind.precision, kind.scale
+    name = f"numeric({precision},{scale})"
+    before, behind = -(-(precision - scale) // 4), -(-scale // 4)
+    if (parts.dscale != scale).any() or (parts.digits.astype(bool) & (parts.weight >= before)).any():
+        refuse(name)
+    words = _Words(len(sent), precision)
+    for weight in range(min(int(parts.weight.max(initial=-1)), before - 1), -behind - 1, -1):
+        digit = _digit(sent, parts, weight)
+        if weight == before - 1 and digit.max(initial=0) >= 10 ** (precision - scale - 4 * weight):
+            refuse(name)
+        if weight == -behind and (unseen := 4 * behind - scale):
+            digit, hidden = np.divmod(digit, 10**unseen)
+            if hidden.any():
+                refuse(name)
+            words.push(10 ** (4 - unseen), digit)
+        else:
+            words.push(10_000, digit)
+    return pa.Array.from_buffers(kind, len(sent), [None, pa.py_buffer(words.signed(parts.negative))])
+
+
+class _Words:
+    """Integers of up to 38 decimal digits, each in as many words of 32 bits as it needs; up to 18 digits in one."""
+
+    def __init__(self, rows: int, precision: int) -> None:
+        self.words: list[npt.NDArray[np.uint64]] = [np.zeros(rows, np.uint64)]
+        self.narrow = precision <= 18
+        self.largest = 0
+
+    def push(self, base: int, digit: Ints) -> None:
+        """Each number times `base`, plus its `digit`."""
+        self.largest = self.largest * base + base - 1
+        factor = np.uint64(base)
+        carry = digit.view(np.uint64)
+        if self.narrow:
+            self.words[0] = self.words[0] * factor + carry
+            return
+        for i, word in enumerate(self.words):
+            wide = word * factor + carry
+            self.words[i], carry = wide & np.uint64(0xFFFFFFFF), wide >> np.uint64(32)
+        if self.largest >> 32 * len(self.words):
+            self.words.append(carry)
+
+    def signed(self, negative: Bools) -> npt.NDArray[np.int64]:
+        """As decimal128 wants it: little-endian integers of 128 bits."""
+        out = np.zeros((len(negative), 2), "<u8")
+        out[:, 0] = self.words[0]
+        for i, word in enumerate(self.words[1:], 1):
+            out[:, i // 2] |= word << np.uint64(32 * (i % 2))
+        if negative.any():
+            out[negative] = ~out[negative]
+            out[negative, 0] += np.uint64(1)
+            out[:, 1] += (negative & (out[:, 0] == 0)).astype(np.uint64)
+        return out.view(np.int64)
+
+
+def _texts(sent: Sent, parts: _Parts) -> pa.Array:
+    """Numbers that are not too wide, as text: a table of characters, a row each, of which some are left out."""
+    before = max(int(parts.weight.max(initial=0)), 0) + 1
+    behind = -(-int(parts.dscale.max(initial=0)) // 4)
+    whole = 4 * before
+    characters = np.empty((len(sent), 2 + whole + 4 * behind), np.uint8)
+    shown = np.zeros(characters.shape, bool)
+    characters[:, 0], shown[:, 0] = _MINUS, parts.negative
+    characters[:, 1 + whole], shown[:, 1 + whole] = _POINT, parts.dscale > 0
+    leading = np.full(len(sent), whole - 1)  # characters that are left out
+    pending = np.ones(len(sent), bool)
+    for group in range(before):
+        digit = _digit(sent, parts, before - 1 - group)
+        at = 1 + 4 * group
+        characters[:, at : at + 4] = _CHARACTERS[digit].view(np.uint8).reshape(-1, 4)
+        first = pending & (digit > 0)
+        if first.any():
+            found = digit[first]
+            leading[first] = 4 * group + 3 - (found > 9) - (found > 99) - (found > 999)
+            pending &= ~first
+    shown[:, 1 : 1 + whole] = np.arange(whole) >= leading[:, None]
+    for group in range(behind):
+        digit = _digit(sent, parts, -1 - group)
+        at = 2 + whole + 4 * group
+        characters[:, at : at + 4] = _CHARACTERS[digit].view(np.uint8).reshape(-1, 4)
+    if behind:
+        fraction = slice(2 + whole, None)
+        shown[:, fraction] = np.arange(4 * behind) < parts.dscale[:, None]
+        if (characters[:, fraction][~shown[:, fraction]] != _ZERO).any():
+            refuse("numeric")
+    lengths = parts.negative + (whole - leading) + (parts.dscale > 0) + parts.dscale
+    offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    return pa.Array.from_buffers(
+        pa.utf8(), len(sent), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(characters[shown]))]
+    )
+
+
+def _text(value: bytes) -> bytes:
+    """PostgreSQL's text of one value."""
+    sent = Sent.of([value])
+    parts = _parts(sent)
+    digits, weight, sign, dscale = struct.unpack_from(">HhHH", value)
+    if sign in _SPECIAL:
+        return _SPECIAL[sign]
+    groups = struct.unpack_from(f">{digits}H", value, _HEAD)
+    if max(groups, default=0) > 9999:
+        refuse("numeric")
+    written = b"%04d" * digits % groups
+    if weight < 0:
+        written, weight = b"0000" * -weight + written, 0
+    point = 4 * (weight + 1)
+    written = written.ljust(point + dscale, b"0")
+    if written[point + dscale :].strip(b"0"):
+        refuse("numeric")
+    whole, fraction = written[:point].lstrip(b"0") or b"0", written[point : point + dscale]
+    return (b"-" if parts.negative[0] else b"") + whole + (b"." + fraction if dscale else b"")
+
+
+def _decode(sent: Sent, kind: pa.DataType) -> pa.Array:
+    parts = _parts(sent)
+    decimal = pa.types.is_decimal(kind)
+    if decimal:
+        if parts.special.any() and (sent.integers(">u2", 4)[parts.special] != 0xC000).any():
+            refuse("numeric")  # Infinity has no place in numeric(p,s).
+        odd = parts.special
+    else:
+        odd = parts.special | (parts.weight >= _WIDEST) | (parts.dscale > 4 * _WIDEST)
+    if not odd.any():
+        return _decimals(sent, parts, kind) if decimal else _texts(sent, parts)
+    usual = ~odd
+    plain = sent.take(usual)
+    plain_parts = parts.take(usual)
+    rows = np.cumsum(usual) - 1
+    if decimal:
+        return _decimals(plain, plain_parts, kind).take(pa.array(rows, mask=odd))
+    others = pa.array(list(map(_text, sent.take(odd).values())), pa.binary()).cast(kind)
+    rows[odd] = len(plain) + np.arange(len(others))
+    return pa.concat_arrays([_texts(plain, plain_parts), others]).take(pa.array(rows))
+
+
+NUMERIC_BINARY: Final = Binary(_decode, _text)
+"""`numeric` as numeric_send writes it."""
