@@ -284,7 +284,8 @@ class Chaos:
                 self._wait(processes, "streaming from")
             if rng.random() < 0.5:
                 self._wait_for_million(processes, writing)
-            self._disturb(fault, processes)
+            time.sleep(rng.uniform(0, 1) if fault else 0)
+            self.disturb(fault, processes)
             # With a million rows to go through again, a second or two would never bring it any further.
             longest = 12.0 if self.heavy > 0 else 2.5
             until = time.monotonic() + rng.uniform(0, longest) + (1 if count > 1 else 0)
@@ -321,9 +322,8 @@ class Chaos:
                 return
             time.sleep(0.05)
 
-    def _disturb(self, fault: str, processes: list[subprocess.Popen[bytes]]) -> None:
-        if fault in ("terminate", "restart", "cut", "freeze", "drain"):
-            time.sleep(self.rng.uniform(0, 1))
+    def disturb(self, fault: str, processes: list[subprocess.Popen[bytes]]) -> None:
+        """Make a fault that comes from outside of the processes."""
         match fault:
             case "terminate":
                 with self.sql() as connection:
