@@ -12,8 +12,9 @@ import json
 import keyword
 import re
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias, TypeVar
 from uuid import UUID
@@ -184,7 +185,7 @@ def events_of(batches: Iterable[Batch], facts: Facts | None = None) -> Iterator[
         batches: Batches whose rows are in position order each, such as a `ChangeSet`.
         facts: Asked once per batch for what the catalogue knows of its table.
     """
-    parts = [_Part(b, facts(b.schema) if facts else None) for b in batches if b.data.num_rows]
+    parts = [_Part(b, _uncontradicted(b, facts(b.schema)) if facts else None) for b in batches if b.data.num_rows]
     if len(parts) == 1:
         for low in range(0, parts[0].data.num_rows, _CHUNK):
             yield from parts[0].events(low, _CHUNK, {})
@@ -206,6 +207,23 @@ def _merged(parts: list[_Part]) -> Iterator[ChangeEvent]:
             taken[part] += count
         for part in here.tolist():
             yield next(streams[part])
+
+
+def _uncontradicted(batch: Batch, facts: TableFacts | None) -> TableFacts | None:
+    """Without the columns that hold a NULL: they were declared NOT NULL since, or are no more.
+
+    That PostgreSQL did not send a value, or that its text is in `_raw`, does not make it a NULL.
+    """
+    if facts is None:
+        return None
+    nulls = [name for name in facts.not_null if name in batch.data.schema.names and batch.data[name].null_count]
+    if not nulls:
+        return facts
+    rows = batch.data.filter(pc.is_in(batch.data["_op"].cast(pa.utf8()), pa.array(["I", "U", "R"])))
+    elsewhere = Counter(pc.list_flatten(rows["_unchanged"]).to_pylist())
+    elsewhere.update(name for texts in rows["_raw"].drop_null().to_pylist() for name, _ in texts)
+    contradicted = {name for name in nulls if rows[name].null_count > elsewhere[name]}
+    return replace(facts, not_null=facts.not_null - contradicted) if contradicted else facts
 
 
 class _Part:
