@@ -33,6 +33,8 @@ from pgoutput_source.sinks import read as read_folder
 _DRAWN = 25
 LAST = "294247-01-10 04:00:54.775807"
 
+AS_TEXT = {"cube", "regclass", "tsquery"}
+
 DEFINED = {
     "mood": ("sad", "happy", 'a,b "c"'),
     "price": ("1.50", "NaN", "0"),
@@ -75,6 +77,7 @@ class Everything:
 
     db: Database
     batch: ChangeBatch
+    binary: ChangeBatch  # the columns that can be, sent in binary
     sql: dict[str, str]
 
     @property
@@ -124,9 +127,17 @@ def filled(db: Database) -> Everything:
             f"INSERT INTO t SELECT n, {casts} FROM json_array_elements(%s) WITH ORDINALITY AS u(v, n)".encode(),
             [json.dumps(rows)],
         )
+        as_text = {column.split()[0].split(".")[2] for column in catalog.text_columns(c, ["cdc"])}
+        columns = ", ".join(name for name in ("id", *kinds) if name not in as_text)
+        c.execute(
+            f"CREATE TABLE b AS SELECT {columns} FROM t WITH NO DATA; CREATE PUBLICATION bin FOR TABLE b".encode()
+        )
+        c.execute("SELECT pg_create_logical_replication_slot('bin', 'pgoutput')")
+        c.execute(f"INSERT INTO b SELECT {columns} FROM t ORDER BY id".encode())
     batch = peek(db.dsn, slot="cdc", publication="cdc").of("public.t")[0]
-    assert len(batch) == len(rows)
-    return Everything(db, batch, {"id": "int"} | kinds)
+    binary = peek(db.dsn, slot="bin", publication="bin", binary="on").of("public.b")[0]
+    assert len(batch) == len(binary) == len(rows)
+    return Everything(db, batch, binary, {"id": "int"} | kinds)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +172,18 @@ def test_copy_decoded_by_the_same_table_equals_the_stream(every: Everything) -> 
         ),
     ).combine_chunks()
     every.must_equal({name: pa.concat_arrays(table[name].chunks) for name in every.names})
+
+
+def test_binary_says_what_text_says(every: Everything) -> None:
+    names = [column.name for column in every.binary.schema.columns]
+    texts = {kind for name, kind in every.sql.items() if name not in names}
+    # What the server has send functions for and the type table no decoder for.
+    assert texts <= AS_TEXT, texts
+    for name in names:
+        in_text, in_binary = plain(every.batch.data[name]), plain(every.binary.data[name])
+        assert repr(in_binary) == repr(in_text), f"{name}: {every.sql[name]}"
+    raws = [[(n, text) for n, text in raw or () if n in names] for raw in every.batch.data["_raw"].to_pylist()]
+    assert [raw or [] for raw in every.binary.data["_raw"].to_pylist()] == raws
 
 
 # How DuckDB's own text of a value is one that PostgreSQL reads.
