@@ -1,4 +1,4 @@
-"""Nanoseconds per value of each type's decoder, text in, Arrow out.
+"""Nanoseconds per value of each type's decoders: text in, or what its send function writes, and Arrow out.
 
 python -m benchmarks.type_table [rows]
 """
@@ -11,10 +11,15 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import psycopg
 import pyarrow as pa
 
+from pgoutput_source.embedded import Server
 from pgoutput_source.types import type_of
+from pgoutput_source.types.base import Sent
 
 
 def columns(rng: random.Random) -> dict[str, tuple[int, int, Callable[[], str]]]:
@@ -71,21 +76,34 @@ def best(run: Callable[[], object], seconds: float = 0.3) -> float:
     return fastest
 
 
+def sent(connection: psycopg.Connection[Any], oid: int, typmod: int, texts: list[str]) -> Sent:
+    """The same values in binary, from a server."""
+    (name,) = connection.execute("SELECT format_type(%s, %s)", [oid, typmod]).fetchone() or ("",)
+    query = f"SELECT t::{name} FROM unnest(%s::text[]) WITH ORDINALITY AS u(t, n) ORDER BY n"
+    result = connection.execute(query, [texts], binary=True).pgresult
+    assert result is not None
+    return Sent.of([bytes(result.get_value(i, 0) or b"") for i in range(result.ntuples)])
+
+
 def main(rows: int = 100_000) -> None:
     """Print the table."""
-    print(f"{'type':<28}{'ns per value':>14}{'with NULLs':>14}")
-    for name, (oid, typmod, make) in columns(random.Random(1)).items():
-        row = type_of(oid)
-        texts = [make().encode() for _ in range(rows)]
-        kind = row.arrow(typmod)
-        times = [
-            best(lambda row=row, kind=kind, column=column: row.decode(column, kind)) / rows * 1e9  # type: ignore[misc]
-            for column in (
-                pa.array(texts, pa.binary()),
-                pa.array([None if i % 3 == 0 else text for i, text in enumerate(texts)], pa.binary()),
-            )
-        ]
-        print(f"{name:<28}{times[0]:>14.0f}{times[1]:>14.0f}")
+    print(f"{'type':<28}{'text, ns a value':>18}{'with NULLs':>12}{'binary':>10}")
+    with Server() as server, psycopg.connect(server.dsn()) as connection:
+        for name, (oid, typmod, make) in columns(random.Random(1)).items():
+            row = type_of(oid)
+            texts = [make() for _ in range(rows)]
+            kind = row.arrow(typmod)
+            assert row.binary is not None
+            measured: list[tuple[Callable[[Any, pa.DataType], pa.Array], Any]] = [
+                (row.decode, pa.array(texts, pa.utf8()).cast(pa.binary())),
+                (
+                    row.decode,
+                    pa.array([None if i % 3 == 0 else t for i, t in enumerate(texts)], pa.utf8()).cast(pa.binary()),
+                ),
+                (row.binary.decode, sent(connection, oid, typmod, texts)),
+            ]
+            times = [best(partial(decode, column, kind)) / rows * 1e9 for decode, column in measured]
+            print(f"{name:<28}{times[0]:>18.0f}{times[1]:>12.0f}{times[2]:>10.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ def bytea(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         refuse("bytea")
     if len(t.data) > _LONG * len(t):
         # Copies of all digits would be several times the memory that the values take.
-        parts = [
-            binascii.unhexlify(memoryview(t.data[start + 2 : end])) for start, end in zip(t.starts, t.ends, strict=True)
-        ]
+        parts = [binascii.unhexlify(t.data[start + 2 : end].data) for start, end in zip(t.starts, t.ends, strict=True)]
         edges = np.cumsum([0, *map(len, parts)], dtype=np.int32)
         return pa.Array.from_buffers(kind, len(t), [None, pa.py_buffer(edges), pa.py_buffer(b"".join(parts))])
     digits = t.without(b"\\x")

@@ -7,6 +7,7 @@ https://www.postgresql.org/docs/current/datatype-pg-lsn.html
 
 from __future__ import annotations
 
+import binascii
 from uuid import UUID
 
 import numpy as np
@@ -41,22 +42,23 @@ def pg_lsn(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     return pa.array(words[0::2] << 32 | words[1::2], kind)
 
 
-_HEXADECIMAL = np.frombuffer(b"".join(b"%02x" % i for i in range(256)), "<u2")
-# Where the 32 digits stand in the 36 characters.
-_GROUPS = ((0, 8, 0), (8, 12, 9), (12, 16, 14), (16, 20, 19), (20, 32, 24))
+# The 32 digits of a UUID as they follow each other, and as they stand between the four hyphens, in words.
+_WORDS = ("<u8", "<u4", "<u4", "<u4", "<u8", "<u4")
+_PARTS = [f"part{i}" for i in range(len(_WORDS))]
+_DIGITS = np.dtype({"names": _PARTS, "formats": _WORDS, "offsets": [0, 8, 12, 16, 20, 28], "itemsize": 32})
+_HYPHENATED = np.dtype({"names": _PARTS, "formats": _WORDS, "offsets": [0, 9, 14, 19, 24, 32], "itemsize": 36})
 
 
 def _uuids(sent: Sent, kind: pa.DataType) -> pa.Array:
     sent.fixed(16, "uuid")
     if not len(sent):
         return pa.array([], kind)
-    rows = np.ndarray((len(sent.raw) - 15, 16), np.uint8, buffer=sent.raw, strides=(1, 1))[sent.start]
-    digits = _HEXADECIMAL[rows].view(np.uint8)
+    digits = np.frombuffer(binascii.hexlify(Texts(sent.slices()).data.data), _DIGITS)
     characters = np.empty((len(sent), 36), np.uint8)
-    for first, last, at in _GROUPS:
-        characters[:, at : at + last - first] = digits[:, first:last]
-        if at:
-            characters[:, at - 1] = ord("-")
+    characters[:, [8, 13, 18, 23]] = ord("-")
+    words = characters.view(_HYPHENATED).reshape(-1)
+    for part in _PARTS:
+        words[part] = digits[part]
     edges = np.arange(0, 36 * (len(sent) + 1), 36, dtype=np.int32)
     return pa.Array.from_buffers(kind, len(sent), [None, pa.py_buffer(edges), pa.py_buffer(characters)])
 

@@ -10,13 +10,14 @@ https://github.com/postgres/postgres/blob/REL_18_STABLE/src/backend/utils/adt/nu
 from __future__ import annotations
 
 import struct
+import sys
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pgoutput_source.types.base import Binary, Bools, Sent, refuse
+from pgoutput_source.types.base import Binary, Bools, Sent, ranges_of, refuse
 
 _HEAD: Final = 8
 _NEGATIVE: Final = 0x4000
@@ -26,7 +27,10 @@ _WIDEST: Final = 8  # digits of base 10000 on one side of the point that a whole
 
 # The characters of each digit of base 10000, as one integer.
 _CHARACTERS = np.frombuffer(b"".join(b"%04d" % i for i in range(10_000)), "<u4")
-_POINT, _MINUS, _ZERO = b".-0"
+_SHOWN = np.array([len(str(i)) for i in range(10_000)])
+_TENS = 10 ** np.arange(5)
+_POINT, _MINUS = b".-"
+_LITTLE: Final = slice(None, None, -1 if sys.byteorder == "little" else 1)
 
 Ints = npt.NDArray[np.int64]
 
@@ -48,22 +52,23 @@ class _Parts(NamedTuple):
 def _parts(sent: Sent) -> _Parts:
     if (sent.length < _HEAD).any():
         refuse("numeric")
-    head = sent.integers(">u8")
-    digits = (head >> np.uint64(48)).astype(np.int64)
-    weight = (head >> np.uint64(32)).astype(np.uint16).view(np.int16).astype(np.int64)
-    sign = (head >> np.uint64(16)).astype(np.uint16)
-    dscale = head.astype(np.uint16).astype(np.int64)
+    head = np.ascontiguousarray(sent.integers(">u8")).view(np.int16).reshape(-1, 4)[:, _LITTLE]
+    digits, weight, dscale = (head[:, at].astype(np.int64) for at in (0, 1, 3))
+    sign = head[:, 2].view(np.uint16)
     if (sent.length != _HEAD + 2 * digits).any():
         refuse("numeric")
     negative = sign == _NEGATIVE
-    special = ~(negative | (sign == 0))
-    if special.any() and (not np.isin(sign[special], list(_SPECIAL)).all() or digits[special].any()):
-        refuse("numeric")
+    special = ~negative & (sign != 0)
+    if special.any():
+        if not np.isin(sign[special], list(_SPECIAL)).all() or digits[special].any():
+            refuse("numeric")
+        dscale[special] = weight[special] = 0
     # A zero has no digits and no sign, and no digit stands where it is not shown. The server never sends other numbers:
     # their text would hide something.
     if (
-        (dscale[~special] > _LAST_DSCALE).any()
-        or (negative & (digits == 0)).any()
+        dscale.min(initial=0) < 0
+        or dscale.max(initial=0) > _LAST_DSCALE
+        or (negative > digits).any()
         or (digits > np.maximum(weight + 1 + (dscale + 3) // 4, 0)).any()
     ):
         refuse("numeric")
@@ -140,40 +145,34 @@ class _Words:
 
 
 def _texts(sent: Sent, parts: _Parts) -> pa.Array:
-    """Numbers that are not too wide, as text: a table of characters, a row each, of which some are left out."""
+    """Numbers that are not too wide, as text: each is what stands between two places of a row of characters."""
     before = max(int(parts.weight.max(initial=0)), 0) + 1
-    behind = -(-int(parts.dscale.max(initial=0)) // 4)
-    whole = 4 * before
-    characters = np.empty((len(sent), 2 + whole + 4 * behind), np.uint8)
-    shown = np.zeros(characters.shape, bool)
-    characters[:, 0], shown[:, 0] = _MINUS, parts.negative
-    characters[:, 1 + whole], shown[:, 1 + whole] = _POINT, parts.dscale > 0
-    leading = np.full(len(sent), whole - 1)  # characters that are left out
-    pending = np.ones(len(sent), bool)
+    behind = (int(parts.dscale.max(initial=0)) + 3) // 4
+    point = 1 + 4 * before  # There is a place for a minus before the first digit.
+    width = point + 1 + 4 * behind
+    characters = bytearray(len(sent) * width + 8)
+
+    def write(at: int, digit: Ints) -> None:
+        column = np.ndarray(len(sent), "<u4", characters, at, (width,))
+        column[:] = _CHARACTERS[digit]
+
     for group in range(before):
-        digit = _digit(sent, parts, before - 1 - group)
-        at = 1 + 4 * group
-        characters[:, at : at + 4] = _CHARACTERS[digit].view(np.uint8).reshape(-1, 4)
-        first = pending & (digit > 0)
-        if first.any():
-            found = digit[first]
-            leading[first] = 4 * group + 3 - (found > 9) - (found > 99) - (found > 999)
-            pending &= ~first
-    shown[:, 1 : 1 + whole] = np.arange(whole) >= leading[:, None]
+        write(1 + 4 * group, _digit(sent, parts, before - 1 - group))
     for group in range(behind):
         digit = _digit(sent, parts, -1 - group)
-        at = 2 + whole + 4 * group
-        characters[:, at : at + 4] = _CHARACTERS[digit].view(np.uint8).reshape(-1, 4)
-    if behind:
-        fraction = slice(2 + whole, None)
-        shown[:, fraction] = np.arange(4 * behind) < parts.dscale[:, None]
-        if (characters[:, fraction][~shown[:, fraction]] != _ZERO).any():
+        hidden = np.clip(4 * (group + 1) - parts.dscale, 0, 4)
+        if hidden.any() and (digit % _TENS[hidden]).any():
             refuse("numeric")
-    lengths = parts.negative + (whole - leading) + (parts.dscale > 0) + parts.dscale
-    offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
-    return pa.Array.from_buffers(
-        pa.utf8(), len(sent), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(characters[shown]))]
-    )
+        write(point + 1 + 4 * group, digit)
+    table = np.frombuffer(characters, np.uint8)[: len(sent) * width].reshape(-1, width)
+    table[:, point] = _POINT
+    first = sent.integers(">u2", np.where(parts.digits > 0, _HEAD, 0))
+    shown = np.where((parts.digits > 0) & (parts.weight >= 0), 4 * parts.weight + _SHOWN[np.minimum(first, 9999)], 1)
+    minus = np.flatnonzero(parts.negative)
+    table[minus, (point - 1 - shown)[minus]] = _MINUS
+    start = np.arange(len(sent)) * width + point - shown - parts.negative
+    length = parts.negative + shown + parts.dscale + (parts.dscale > 0)
+    return ranges_of(bytes(characters), start, length, None).cast(pa.utf8())
 
 
 def _text(value: bytes) -> bytes:
@@ -206,6 +205,8 @@ def _decode(sent: Sent, kind: pa.DataType) -> pa.Array:
         odd = parts.special
     else:
         odd = parts.special | (parts.weight >= _WIDEST) | (parts.dscale > 4 * _WIDEST)
+        # Leading zeros are not sent, but would do no harm.
+        odd |= (parts.digits > 0) & (sent.integers(">u2", np.where(parts.digits > 0, _HEAD, 0)) == 0)
     if not odd.any():
         return _decimals(sent, parts, kind) if decimal else _texts(sent, parts)
     usual = ~odd
