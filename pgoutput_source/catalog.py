@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -468,16 +468,32 @@ def _patience(message: str, *arguments: object) -> Iterator[None]:
         thread.join()
 
 
-def defined_types(dsn: str) -> Callable[[Sequence[int]], dict[int, PgType]]:
-    """What looks up the types that the database defines, for `relations`: each time on a connection of its own."""
+def defined_types(dsn: str) -> Definitions:
+    """What looks up the types that the database defines, and the names of its tables."""
+    return Definitions(dsn)
 
-    def look_up(oids: Sequence[int]) -> dict[int, PgType]:
-        with connect(dsn) as conn, _explained():
+
+class Definitions:
+    """A `relations.LookUp`: each time on a connection of its own."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+
+    def __call__(self, oids: Sequence[int]) -> dict[int, PgType]:
+        with connect(self._dsn) as conn, _explained():
             facts = conn.execute(FACTS, {"oids": list(oids)}).fetchall()
             known = types_of(conn.info.server_version)
         return from_catalogue((TypeFacts(*fact) for fact in facts), known)
 
-    return look_up
+    def table_name(self, relation_id: int) -> tuple[str, str] | None:
+        """The schema and the name of a table; None if it is gone."""
+        with connect(self._dsn) as conn, _explained():
+            row = conn.execute(
+                "SELECT n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+                " WHERE c.oid = %s::bigint::oid",
+                [relation_id],
+            ).fetchone()
+        return None if row is None else (str(row[0]), str(row[1]))
 
 
 def current_lsn(conn: Connection) -> Lsn:

@@ -3,12 +3,16 @@
 PostgreSQL sends a Relation message before the first change of a table on each connection, and again whenever its
 catalogue entry was invalidated: a changed column, but an ANALYZE or a new index as well. Only a changed fingerprint
 makes a new version. Type messages give names to the types that the type table does not know.
+
+PostgreSQL 14 and 15 do not announce tables again when their schema is renamed: until the next connection they keep the
+old name. That can't be seen before another table takes it; then the catalogue is asked what the first is called now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +22,28 @@ from pgoutput_source.changes import Column, TableSchema
 from pgoutput_source.errors import ProtocolError, SchemaChanged
 from pgoutput_source.types import OPAQUE, TYPES, PgType
 
-LookUp: TypeAlias = Callable[[Sequence[int]], Mapping[int, PgType]]
-"""Rows for the types that a database defines itself, by OID, from its catalogue."""
+
+class Version(NamedTuple):
+    """What begins with a Relation message: a version of a table, and which was valid before.
+
+    `schema` is None for a table whose name is not known any more, `before` for one that was not announced before.
+    """
+
+    relation_id: int
+    before: TableSchema | None
+    schema: TableSchema | None
+
+
+class LookUp(Protocol):
+    """What is asked of the database's catalogue, which may be newer than the changes."""
+
+    def __call__(self, oids: Sequence[int]) -> Mapping[int, PgType]:
+        """Rows for the types that the database defines itself, by OID."""
+        ...
+
+    def table_name(self, relation_id: int) -> tuple[str, str] | None:
+        """The schema and the name of a table; None if it is gone."""
+        ...
 
 
 class Relations:
@@ -44,6 +68,8 @@ class Relations:
         self._look_up = look_up
         self._types: dict[int, PgType] = {}
         self._current: dict[int, TableSchema] = {}
+        self._holder: dict[str, int] = {}  # which relation a table's name was announced for last
+        self._nameless: dict[int, TableSchema] = {}
         self._type_names: dict[int, str] = {}
 
     def current(self, relation_id: int) -> TableSchema:
@@ -51,18 +77,21 @@ class Relations:
 
         Raises:
             ProtocolError: No Relation message announced it.
+            SchemaChanged: Another table has its name now, and nobody knows its own.
         """
         try:
             return self._current[relation_id]
         except KeyError:
+            if relation_id in self._nameless:
+                raise nameless(self._nameless[relation_id]) from None
             raise ProtocolError(f"a change of relation {relation_id}, which no Relation message announced") from None
 
     def find(self, relation_id: int) -> TableSchema | None:
         """The version that is valid now, None if no Relation message announced it."""
         return self._current.get(relation_id)
 
-    def announce(self, relation: messages.Relation) -> TableSchema | None:
-        """Take note of a Relation message; the new version, or None if nothing has changed.
+    def announce(self, relation: messages.Relation) -> list[Version]:
+        """Take note of a Relation message; the versions that begin with it, none if nothing has changed.
 
         Raises:
             SchemaChanged: It is not what is known of it, and must be.
@@ -78,11 +107,33 @@ class Relations:
         )
         known = self._current.get(schema.relation_id)
         if known is not None and known.fingerprint == schema.fingerprint:
-            return None
+            return []
+        return self._begin(schema)
+
+    def _begin(self, schema: TableSchema) -> list[Version]:
         if self.known is not None:
             _compare(self.known, schema)
+        begun = [Version(schema.relation_id, self._current.get(schema.relation_id), schema)]
+        holder = self._holder.get(schema.table, schema.relation_id)
         self._current[schema.relation_id] = schema
-        return schema
+        self._holder[schema.table] = schema.relation_id
+        self._nameless.pop(schema.relation_id, None)
+        if holder != schema.relation_id:
+            begun += self._rename(holder, schema.table)
+        return begun
+
+    def _rename(self, relation_id: int, taken: str) -> list[Version]:
+        """Another relation has the name `taken` now, so this one, if it is still called so, is not."""
+        known = self._current.get(relation_id)
+        if known is None or known.table != taken or self._look_up is None:
+            return []
+        name = self._look_up.table_name(relation_id)
+        if name is None:
+            # Mostly a table that was dropped and made again, of which nothing more comes.
+            self._nameless[relation_id] = self._current.pop(relation_id)
+            return [Version(relation_id, known, None)]
+        schema = replace(known, namespace=name[0], name=name[1])
+        return [] if schema.table == taken else self._begin(schema)
 
     def name_type(self, message: messages.Type) -> None:
         """Take note of a Type message. A domain's carries the domain's OID with its base type's name."""
@@ -116,6 +167,17 @@ class Relations:
         metadata = tuple(kind.metadata(column.typmod).items()) if kind.metadata else ()
         arrow = kind.arrow(column.typmod)
         return Column(column.name, column.type_oid, column.typmod, column.key, name, arrow, metadata)
+
+
+def nameless(schema: TableSchema, lsn: int | None = None) -> SchemaChanged:
+    """A change has come of a table that `schema` describes, and its name is another table's."""
+    return SchemaChanged(
+        "another table has this name now, and the catalogue does not know any more what this one was called",
+        table=schema.table,
+        lsn=lsn,
+        hint="PostgreSQL 14 and 15 do not announce that a schema is renamed, and the table was dropped since; start "
+        "again: a new connection is told the names as they were",
+    )
 
 
 def _compare(known: dict[str, list[str]], schema: TableSchema) -> None:

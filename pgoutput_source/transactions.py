@@ -22,7 +22,7 @@ from pgoutput_source import messages
 from pgoutput_source.changes import HEARTBEAT, ChangeBatch, ChangeSet, Message, Position, TableSchema, Truncate
 from pgoutput_source.columns import Frames, Rows, decode
 from pgoutput_source.errors import ProtocolError, SchemaChanged
-from pgoutput_source.relations import LookUp, Relations
+from pgoutput_source.relations import LookUp, Relations, nameless
 from pgoutput_source.streaming import StreamedTransactions
 from pgoutput_source.types import TYPES, PgType
 from pgoutput_source.wire import PG_EPOCH_US, Lsn, pg_datetime
@@ -39,6 +39,9 @@ TRANSITIONS: Final[dict[str, dict[str, str]]] = {
 _LEGAL = np.zeros((len(STATES), 256), np.bool_)
 for _state, _row in TRANSITIONS.items():
     _LEGAL[STATES.index(_state), [ord(t) for t in _row]] = True
+
+_Cut = tuple[int, TableSchema | None]
+"""The frame with which a version of a table begins; None has no name."""
 
 _Truncates = dict[int, tuple[messages.Truncate, tuple[str, ...]]]
 """By frame, with the names that the tables had then."""
@@ -196,20 +199,18 @@ class Assembler:
 
     def _rare(
         self, f: Frames, t: _Transactions, inside: NDArray[np.bool_]
-    ) -> tuple[dict[int, list[tuple[int, TableSchema]]], _Truncates, list[Message]]:
+    ) -> tuple[dict[int, list[_Cut]], _Truncates, list[Message]]:
         """Schema versions by relation (first frame, schema), truncates by frame, and logical messages."""
-        versions: dict[int, list[tuple[int, TableSchema]]] = {}
+        versions: dict[int, list[_Cut]] = {}
         truncates: _Truncates = {}
         found: list[Message] = []
         for i in np.flatnonzero(_RARE[f.tag]).tolist():
             try:
                 match messages.decode(f.message(i)):
                     case messages.Relation() as relation:
-                        before = self.relations.find(relation.relation_id)
-                        schema = self.relations.announce(relation)
-                        if schema is not None:
-                            first = [] if before is None else [(-1, before)]
-                            versions.setdefault(schema.relation_id, first).append((i, schema))
+                        for relation_id, before, schema in self.relations.announce(relation):
+                            first: list[_Cut] = [] if before is None else [(-1, before)]
+                            versions.setdefault(relation_id, first).append((i, schema))
                     case messages.Type() as kind:
                         self.relations.name_type(kind)
                     case messages.Truncate() as truncate:
@@ -244,7 +245,7 @@ class Assembler:
         f: Frames,
         rows: Rows,
         relation: NDArray[np.uint32],
-        versions: dict[int, list[tuple[int, TableSchema]]],
+        versions: dict[int, list[_Cut]],
     ) -> list[ChangeBatch]:
         groups: list[tuple[Position, Rows, TableSchema]] = []
         if len(rows):
@@ -254,7 +255,7 @@ class Assembler:
                 mine = rows if of_relation is None else rows.take(of_relation)
                 try:
                     cuts = versions.get(relation_id) or [(-1, self.relations.current(relation_id))]
-                except ProtocolError as e:
+                except (ProtocolError, SchemaChanged) as e:
                     e.lsn = int(f.lsn[mine.frame[0]])
                     raise
                 groups += _cut(f, mine, cuts)
@@ -344,7 +345,7 @@ def _truncates(f: Frames, rows: Rows, truncates: _Truncates) -> Iterator[Truncat
             )
 
 
-def _cut(f: Frames, rows: Rows, cuts: list[tuple[int, TableSchema]]) -> list[tuple[Position, Rows, TableSchema]]:
+def _cut(f: Frames, rows: Rows, cuts: list[_Cut]) -> list[tuple[Position, Rows, TableSchema]]:
     """Rows of one relation, cut where its schema changes."""
     bounds = [*np.searchsorted(rows.frame, [at for at, _ in cuts]).tolist(), len(rows)]
     if bounds[0] > 0:
@@ -352,11 +353,16 @@ def _cut(f: Frames, rows: Rows, cuts: list[tuple[int, TableSchema]]) -> list[tup
             "a change of a relation before its Relation message", lsn=int(f.lsn[rows.frame[0]]), hint=_REPORT
         )
     parts: list[tuple[Position, Rows, TableSchema]] = []
+    known: TableSchema | None = None
     for (_, schema), low, high in zip(cuts, bounds, bounds[1:], strict=False):
         if high > low:
+            if schema is None:
+                assert known is not None, "a table loses a name that it had"
+                raise nameless(known, int(f.lsn[rows.frame[low]]))
             part = rows if (low, high) == (0, len(rows)) else rows.take(slice(low, high))
             # One truncate's frame can be the first change of several tables, so the frame would not order them.
             parts.append((Position(Lsn(int(part.commit_lsn[0])), int(part.seq[0])), part, schema))
+        known = schema or known
     return parts
 
 

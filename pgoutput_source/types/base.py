@@ -10,9 +10,11 @@ column of these, and `Binary` says what they mean: the same column, and for each
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 import numpy as np
@@ -184,6 +186,31 @@ def fixed_width(
         return to_text(np.frombuffer(value, dtype)[0].item()).encode()
 
     return Binary(decode, text_of)
+
+
+def exact_text(value: bytes) -> str:
+    r"""A value's text as a string. Bytes that are not UTF-8 are in the escape format of bytea, which loses nothing.
+
+    https://www.postgresql.org/docs/current/datatype-binary.html#DATATYPE-BINARY-BYTEA-ESCAPE-FORMAT
+
+    >>> print(exact_text("ä".encode()), exact_text(b"\xe4 \\"))
+    ä \344 \\
+    """
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return "".join("\\\\" if b == 92 else chr(b) if 0 < b < 128 else f"\\{b:03o}" for b in value)
+
+
+def unescaped(text: str) -> bytes:
+    r"""The bytes that `exact_text` wrote in the escape format.
+
+    >>> unescaped(exact_text(b"\xe4 \\"))
+    b'\xe4 \\'
+    """
+    parts = re.split(r"\\(\\|[0-7]{3})", text)
+    octal = ["\\" if part == "\\" else chr(int(part, 8)) for part in parts[1::2]]
+    return "".join(map("".join, zip_longest(parts[::2], octal, fillvalue=""))).encode("latin-1")
 
 
 def refuse(name: str) -> NoReturn:
