@@ -297,6 +297,8 @@ def check_options(conn: Connection, settings: SourceSettings) -> None:
 
 def binary_option(conn: Connection, binary: str, names: Iterable[str]) -> dict[str, str]:
     """What pgoutput is told about binary: nothing without, as ever."""
+    if binary == "auto" and conn.info.parameter_status("server_encoding") == "SQL_ASCII":
+        binary = "off"  # of an array in binary it can't be told which element is not UTF-8
     if binary == "auto" and (columns := text_columns(conn, names)):
         logger.info("values come as text, because some can't be read in binary: %s", "; ".join(columns))
         binary = "off"

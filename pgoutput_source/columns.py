@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pgoutput_source.changes import OP_CODE, OPS, ChangeBatch, Column, TableSchema
 from pgoutput_source.errors import ConfigurationError, DecodeError, ProtocolError
 from pgoutput_source.relations import Relations
-from pgoutput_source.types.base import Sent, numbers_at, ranges_of
+from pgoutput_source.types.base import Sent, exact_text, numbers_at, ranges_of
 from pgoutput_source.wire import PG_EPOCH_US, XLOG_DATA_HEADER
 
 Ints = NDArray[np.int64]
@@ -394,18 +394,28 @@ class _Decoder:
         return values.take(pa.array(index, mask=~(text | binary)))
 
     def _decoded(
-        self, cells: _Cells, decode_part: Callable[[Any, pa.DataType], pa.Array], values: _Sliced, at: Ints | None
+        self,
+        cells: _Cells,
+        decode_part: Callable[[Any, pa.DataType], pa.Array],
+        values: pa.BinaryArray | Sent,
+        at: Ints | None,
     ) -> pa.Array:
         """`values` decoded; these are the cells `at`, all if it is None."""
         kind = cells.column.arrow
         try:
             return decode_part(values, kind)
         except (ValueError, pa.ArrowException) as e:
-            if not self.relations.defined(cells.column.type_oid):
+            if self.relations.defined(cells.column.type_oid):
+                # The type was altered since this was written, so the catalogue describes another version of it.
+                return _salvage(decode_part, values, kind)
+            alien = _not_utf8(values, kind)
+            if alien is None:
                 bad = _first_bad(values, lambda part: decode_part(part, kind))
                 raise self._error(cells, bad if at is None else int(at[bad]), "not a value of its type") from e
-            # The type was altered since this was written, so the catalogue describes another version of it.
-            return _salvage(decode_part, values, kind)
+            good = np.flatnonzero(~alien)
+            part = values.take(good) if isinstance(values, Sent) else values.take(pa.array(good))
+            decoded = self._decoded(cells, decode_part, part, good if at is None else at[good])
+            return decoded.take(pa.array(np.cumsum(~alien) - 1, mask=alien))
 
     def _keep(self, cells: _Cells, values: pa.Array, sent: Bools) -> None:
         column, rows = cells.column, cells.rows
@@ -414,8 +424,7 @@ class _Decoder:
             if self.on_misfit == "error":
                 raise self._error(cells, int(i), f"a value that {column.arrow} can't hold")
             row = int(i) if rows is None else int(rows[i])
-            # From servers before 16 a "char" may be a byte that is no UTF-8.
-            text = self._text(cells, int(i)).decode(errors="backslashreplace")
+            text = exact_text(self._text(cells, int(i)))
             place = cells.order if rows is None else cells.order + len(self.schema.columns)
             self.misfits.setdefault(row, []).append((place, name, text))
 
@@ -471,6 +480,23 @@ def _salvage(decode_part: Callable[[Any, pa.DataType], pa.Array], values: _Slice
         half = len(values) // 2
         parts = [_salvage(decode_part, part, kind) for part in (values.slice(0, half), values.slice(half))]
         return pa.concat_arrays(parts)
+
+
+def _not_utf8(values: pa.BinaryArray | Sent, kind: pa.DataType) -> Bools | None:
+    """Which values that hold text are not UTF-8, None if all are: a database in SQL_ASCII sends any bytes.
+
+    In binary, only what is nothing but text can be told.
+    """
+    if not (pa.types.is_string(kind) or (pa.types.is_nested(kind) and not isinstance(values, Sent))):
+        return None
+    texts = values.values() if isinstance(values, Sent) else values.to_pylist()
+    alien = np.zeros(len(texts), np.bool_)
+    for at, text in enumerate(texts):
+        try:
+            (text or b"").decode()
+        except UnicodeDecodeError:
+            alien[at] = True
+    return alien if alien.any() else None
 
 
 def _first_bad(values: _Sliced, decode_part: Callable[[Any], pa.Array]) -> int:

@@ -461,6 +461,8 @@ def peek(
         names = ",".join(map(quote_name, settings.publication))
         options = {"proto_version": "1", "publication_names": names, "messages": "true"}
         options |= catalog.binary_option(connection, binary, settings.publication)
+        if connection.info.parameter_status("server_encoding") == "SQL_ASCII":
+            connection.execute("SET client_encoding = 'SQL_ASCII'")  # as in `walsender`
         try:
             with psycopg.Cursor(connection) as cursor:
                 cursor.execute(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
 from pgoutput_source.schema import Column
+from pgoutput_source.types.base import unescaped
 
 Leaf = Callable[[str], Any]
 
@@ -51,11 +52,17 @@ def to_python(array: pa.Array, column: Column | None = None) -> list[Any]:
 
 
 def misfit(text: str, column: Column) -> Any:
-    """A value that its Arrow type can't hold, from its exact PostgreSQL text: a Decimal such as NaN, or the text.
+    r"""A value that its Arrow type can't hold, from its exact PostgreSQL text: a Decimal such as NaN, or the text.
+
+    What a string can't hold is bytes that are not UTF-8, of a database in SQL_ASCII: bytes they stay.
 
     >>> misfit("NaN", Column("price", 1700, 655366, False, "numeric", pa.decimal128(10, 2)))
     Decimal('NaN')
+    >>> misfit("h\\344t", Column("name", 25, -1, False, "text", pa.utf8()))
+    b'h\xe4t'
     """
+    if pa.types.is_string(column.arrow):
+        return unescaped(text)
     return Decimal(text) if pa.types.is_decimal(column.arrow) else text
 
 

@@ -18,6 +18,7 @@ from pgoutput_source import changes, wire
 from pgoutput_source import messages as m
 from pgoutput_source.errors import DecodeError, ProtocolError
 from pgoutput_source.types import type_of
+from pgoutput_source.types.base import exact_text
 
 # --------------------------------------------------------------------------------------------------------- values
 
@@ -101,13 +102,19 @@ DECODERS: dict[tuple[int, int], Callable[[str], object]] = {
 
 def value_of(column: m.RelationColumn, raw: bytes) -> object:
     """The value; raises Misfit if its column's Arrow type can't hold it, DecodeError if it is none of its type."""
+    kind = type_of(column.type_oid)
+    arrow = kind.arrow(column.typmod)
     try:
         text = raw.decode()
+    except UnicodeDecodeError as e:
+        if pa.types.is_string(arrow) or pa.types.is_nested(arrow):
+            raise Misfit from e
+        raise DecodeError(f"not a value of type {column.type_oid}", column=column.name) from e
+    try:
         decode = DECODERS.get((column.type_oid, column.typmod))
         if decode is not None:
             return decode(text)
-        kind = type_of(column.type_oid)
-        [value] = plain(kind.decode(pa.array([raw], pa.binary()), kind.arrow(column.typmod)))
+        [value] = plain(kind.decode(pa.array([raw], pa.binary()), arrow))
     except (ValueError, KeyError) as e:
         raise DecodeError(f"not a value of type {column.type_oid}", column=column.name) from e
     if value is None:
@@ -267,5 +274,5 @@ class Scalar:
         try:
             return value_of(column, value)
         except Misfit:
-            raw.append((name, value.decode()))
+            raw.append((name, exact_text(value)))
             return None
