@@ -14,6 +14,9 @@ SKIPPED: Final = Counter(
     "pgoutput_changes_skipped", "Changes that the server sent again and that were dropped", ["slot"]
 )
 RECONNECTS: Final = Counter("pgoutput_reconnects", "Replication connections that were lost and replaced", ["slot"])
+SPILLED: Final = Counter(
+    "pgoutput_spilled_bytes", "Bytes of transactions in progress that went to temporary files (streaming)", ["slot"]
+)
 RECEIVED: Final = Gauge("pgoutput_received_lsn", "Highest position received", ["slot"])
 ACKNOWLEDGED: Final = Gauge("pgoutput_acknowledged_lsn", "Position that PostgreSQL was told it may forget", ["slot"])
 LAG: Final = Gauge("pgoutput_lag_bytes", "WAL received and not yet acknowledged", ["slot"])

@@ -29,7 +29,7 @@ from typing import IO, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pgoutput_source import messages
+from pgoutput_source import messages, metrics
 from pgoutput_source.columns import Joined
 from pgoutput_source.errors import ProtocolError, SpillError
 from pgoutput_source.settings import SourceSettings
@@ -88,16 +88,20 @@ class StreamedTransactions:
         memory: Bytes of transactions in progress that are held in memory; what is more goes to files.
         piece: About as many bytes are handed out at a time.
         parallel: The stream was started with streaming 'parallel'.
+        slot: Under whose name the metric `pgoutput_spilled_bytes` counts; without one it does not.
 
     Attributes:
         spilled: Bytes that were written to files, over all.
     """
 
-    def __init__(self, *, memory: int = 64 << 20, piece: int = 16 << 20, parallel: bool = False) -> None:
+    def __init__(
+        self, *, memory: int = 64 << 20, piece: int = 16 << 20, parallel: bool = False, slot: str | None = None
+    ) -> None:
         self.memory = memory
         self.piece = piece
         self.parallel = parallel
         self.spilled = 0
+        self._metric = None if slot is None else metrics.SPILLED.labels(slot)
         self._open: dict[int, _Transaction] = {}
         self._chunk: _Transaction | None = None  # whose StreamStop is still to come
         self._inside = False
@@ -265,6 +269,8 @@ class StreamedTransactions:
         except OSError as e:
             raise _spill_error(e) from e
         self.spilled += len(segment)
+        if self._metric is not None:
+            self._metric.inc(len(segment))
 
     # -- out ------------------------------------------------------------------------------------------------------
 
@@ -331,7 +337,10 @@ def streamed(settings: SourceSettings) -> StreamedTransactions | None:
     if settings.streaming == "off":
         return None
     return StreamedTransactions(
-        memory=settings.streaming_memory, piece=settings.max_bytes, parallel=settings.streaming == "parallel"
+        memory=settings.streaming_memory,
+        piece=settings.max_bytes,
+        parallel=settings.streaming == "parallel",
+        slot=settings.slot,
     )
 
 

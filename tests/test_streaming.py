@@ -6,7 +6,11 @@ cases 106 to 116 carry their numbers.
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -23,7 +27,7 @@ from streams import frame, text_tuple
 from test_flow import Flow, publish
 from workload import Workload, differences, replayed, tables
 
-from pgoutput_source import PgOutputReader, catalog
+from pgoutput_source import PgOutputReader, catalog, metrics
 from pgoutput_source import messages as m
 from pgoutput_source.changes import ChangeSet, Message, Truncate
 from pgoutput_source.errors import ConfigurationError, DecodeError, ProtocolError, SpillError
@@ -473,6 +477,48 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(monkeypatch: pytest.M
 
         assert streamed.spilled
         assert list(tmp_path.iterdir()) == []
+
+
+READ = """
+from pgoutput_source import PgOutputReader
+with PgOutputReader({dsn!r}, slot="s", publication="p", streaming="on", streaming_memory=0) as reader:
+    for changes in reader.sets():
+        reader.ack(changes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are read from /proc")
+def test_a_process_that_is_killed_while_it_keeps_a_transaction_leaves_no_file(db: Database, tmp_path: Path) -> None:
+    c = opened(db)
+    c.execute(f"ALTER DATABASE {db.name} SET logical_decoding_work_mem = '64kB'".encode())
+    c.execute("BEGIN")
+    c.execute(rows(1, 20_000))
+    other = db.connect()
+    other.execute("INSERT INTO t VALUES (-1, 'a')")
+    environ = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", READ.format(dsn=db.dsn)], env=environ)
+    try:
+        files: list[str] = []
+        deadline = time.monotonic() + 30
+        while not any(link.startswith(str(tmp_path)) and link.endswith("(deleted)") for link in files):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            files = []
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                with suppress(OSError):
+                    files.append(os.readlink(descriptor))
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        process.kill()
+        process.wait()
+
+    assert list(tmp_path.iterdir()) == []
+    c.execute("COMMIT")
+    before = metrics.SPILLED.labels("s")._value.get()
+    found = drained(db, streaming="on", streaming_memory=0)
+    assert len(found) in (20_000, 20_001)  # the small one may be acknowledged
+    assert metrics.SPILLED.labels("s")._value.get() - before > 500_000
 
 
 @pytest.mark.slow
