@@ -74,6 +74,14 @@ _INVALIDATIONS: Final = {
 }
 """What to change so that it does not happen again, by the reason of an invalidation."""
 
+_WAITS: Final = {
+    False: "creating slot %r waits for the transactions that were running: "
+    "SELECT pid, xact_start, state, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL",
+    True: "creating slot %r waits for the primary to say which transactions run. Run there: "
+    "SELECT pg_log_standby_snapshot()",
+}
+"""On a primary, and on a standby."""
+
 _LOG_EVERY = 5.0  # seconds
 _FLUSH_PATIENCE = 10.0
 
@@ -122,10 +130,10 @@ class SlotState:
 
         # 17 names the reason, 16 knows only that a conflict with recovery was one, before that the WAL was the only.
         invalidation = row.get("invalidation_reason")
-        if invalidation is None and row.get("wal_status") == "lost":
-            invalidation = "wal_removed"
-        elif invalidation is None and row.get("conflicting"):
+        if invalidation is None and row.get("conflicting"):
             invalidation = "conflict with recovery"
+        elif invalidation is None and row.get("wal_status") == "lost":
+            invalidation = "wal_removed"
         return cls(
             name=row["slot_name"],
             slot_type=row["slot_type"],
@@ -251,14 +259,20 @@ def check_server(conn: Connection) -> None:
         NotConfigured: wal_level, or the role.
     """
     # From 19 on a logical slot raises the effective level by itself.
-    level, effective, role, may_replicate = _one(
+    standby, level, effective, role, may_replicate = _one(
         conn,
         """
-        SELECT current_setting('wal_level'), current_setting('effective_wal_level', true), current_user::text,
+        SELECT pg_is_in_recovery(),
+               current_setting('wal_level'), current_setting('effective_wal_level', true), current_user::text,
                (SELECT rolsuper OR rolreplication FROM pg_roles WHERE rolname = current_user)
                OR coalesce((SELECT pg_has_role(oid, 'member') FROM pg_roles WHERE rolname = 'rds_replication'), false)
         """,
     )
+    if standby and conn.info.server_version < 160_000:
+        raise NotConfigured(
+            f"this server is a standby of PostgreSQL {conn.info.server_version // 10_000}, which does not decode",
+            hint="connect to the primary: target_session_attrs=read-write; from PostgreSQL 16 on standbys decode, too",
+        )
     if "logical" not in (level, effective) and not (effective and level == "replica"):
         raise NotConfigured(
             f"the server's wal_level is {level!r}, and logical replication needs 'logical'",
@@ -432,11 +446,7 @@ def create_slot(conn: Connection, slot: str, *, failover: bool = False) -> None:
         NotConfigured: The role may not do this, or all slots are in use.
     """
     try:
-        with _patience(
-            "creating slot %r waits for the transactions that were running: "
-            "SELECT pid, xact_start, state, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL",
-            slot,
-        ):
+        with _patience(_WAITS[_one(conn, "SELECT pg_is_in_recovery()")[0]], slot):
             row = conn.execute(
                 "SELECT lsn::text FROM pg_create_logical_replication_slot(%s, %s"
                 + (", failover => true)" if failover else ")"),

@@ -219,6 +219,7 @@ _COMPLAINTS: Final = {
     "53300": _Complaint(NotConfigured, "end other sessions, or raise max_connections or max_wal_senders"),
     "53400": _Complaint(NotConfigured, "drop a slot that nobody uses, or raise max_replication_slots and restart"),
     "55006": _Complaint(SlotInUse, "only one process can stream from a slot: stop the other one, or use a slot each"),
+    "25006": _Complaint(NotConfigured, "a standby can't write: do this on the primary, and it follows here"),
     "55000": _Complaint(SlotError, None),
     "58P01": _Complaint(SlotLost),
     "22021": _Complaint(
@@ -233,7 +234,8 @@ _COMPLAINTS: Final = {
     ),
 }
 
-_STREAM_BROKE: Final = ("08", "53", "57")  # connection exceptions, lack of resources, an operator or a shutdown
+# Connection exceptions, a standby's conflict with recovery, lack of resources, an operator or a shutdown.
+_STREAM_BROKE: Final = ("08", "40", "53", "57")
 
 
 def server_error(

@@ -1,7 +1,7 @@
 """A heartbeat: while nothing changes in the publication, a few bytes of WAL that the slot can move over.
 
-It is optional, and most need none: the slot of a stream lets go of the WAL of everything else, other databases included,
-by the server's keepalives alone. What keepalives can't do is move where there is no WAL. Where nobody writes a slot
+It is optional, and most need none: the slot of a stream lets go of the WAL of all else, other databases included, by
+the server's keepalives alone. What keepalives can't do is move where there is no WAL. Where nobody writes a slot
 stands still, and its position and age look like those of a slot whose reader hangs. With a heartbeat it moves, and so
 does all that follows the WAL: standbys, archives, slots on standbys that wait for a record to begin at.
 

@@ -22,7 +22,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from pydantic import BaseModel
 
-from pgoutput_source import catalog, messages
+from pgoutput_source import catalog, messages, resume
 from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.connection import Connection, connect, quote_name, server_error
 from pgoutput_source.errors import ConfigurationError, PgOutputError
@@ -33,6 +33,7 @@ from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.schema import TableSchema
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.streaming import streamed
+from pgoutput_source.timeline import Timeline
 from pgoutput_source.transactions import Assembler
 from pgoutput_source.types import types_of
 from pgoutput_source.wire import Lsn, XLogData
@@ -124,7 +125,7 @@ class PgOutputReader:
             return
         settings = self.settings
         self._dsn = catalog.connection_string(settings)
-        with connect(self._dsn) as connection:
+        with resume.connect(self._dsn, settings) as connection:
             self._prepare(connection)
             slot = catalog.check(connection, settings)
             system = catalog.identify(connection)
@@ -142,6 +143,7 @@ class PgOutputReader:
         )
         self._stream = ReplicationStream.of(self._dsn, settings)
         self._stream.start(self._confirmed)
+        self._timeline = Timeline(self._dsn, self._stream)
         self._generation = self._stream.generation
         self._heartbeat = Heartbeat(self._dsn, settings.slot, settings.heartbeat_seconds)
         logger.info("slot %s: streaming from %s", settings.slot, self._confirmed)
@@ -286,6 +288,7 @@ class PgOutputReader:
         frames = [] if self._assembler.pending else stream.poll(**limits, timeout=_WAIT, whole=self._assembler.whole)
         if stream.generation != self._generation:
             self._generation = stream.generation
+            self._timeline.reconnected(self._assembler.position)
             self._assembler.reconnected()
         changes = self._assembler.feed(frames)
         if changes.batches:

@@ -89,7 +89,8 @@ class ReplicationStream:
     Attributes:
         generation: 0, and one more after each reconnect.
         system_id: The database system's identifier, known after `start`.
-        timeline: Its timeline.
+        timeline: Its timeline when the connection was made.
+        standby, server, backend: Of the last connection, see `Walsender`.
         server_version: As libpq says it: 180006.
 
     Raises:
@@ -116,6 +117,9 @@ class ReplicationStream:
         self.generation = 0
         self.system_id = ""
         self.timeline = 0
+        self.standby = False
+        self.server = ""
+        self.backend: Backend | None = None
         self.server_version = 0
         self._dsn = dsn
         self._options = {"proto_version": str(proto_version)} | ({"messages": "true"} if messages else {})
@@ -136,7 +140,6 @@ class ReplicationStream:
         # The connection. libpq's is not for two threads at once: the lock is held around each use.
         self._lock = threading.Lock()
         self._walsender: Walsender | None = None
-        self._backend: Backend | None = None
         self._poll = select.poll()
         self._timeout = 60.0  # the server's wal_sender_timeout in seconds
         self._fatal: PgOutputError | None = None
@@ -496,10 +499,10 @@ class ReplicationStream:
             options=self._options,
             binary=self._binary,
             # Our own former walsender may not have noticed yet that we are gone.
-            previous=self._backend,
+            previous=self.backend,
             admit=self._admit,
         )
-        self._backend = walsender.backend
+        self.backend = walsender.backend
         self._poll = select.poll()
         self._poll.register(walsender.socket, select.POLLIN)
         with self._lock:
@@ -518,6 +521,7 @@ class ReplicationStream:
             end = walsender.wal_end
             self._received, self._keepalive_lsn = min(self._received, end), min(self._keepalive_lsn, end)
         self.system_id, self.timeline = walsender.system_id, walsender.timeline
+        self.standby, self.server = walsender.standby, walsender.server
         self.server_version, self._timeout = walsender.server_version, walsender.timeout
 
     def _hang_up(self) -> None:

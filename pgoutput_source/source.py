@@ -26,12 +26,12 @@ from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourc
 
 from pgoutput_source import catalog, ending, gate, metrics, resume, shop
 from pgoutput_source.changes import ChangeSet
-from pgoutput_source.errors import StateError
 from pgoutput_source.heartbeat import Heartbeat
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.resume import STATE_VERSION, State
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.streaming import streamed
+from pgoutput_source.timeline import Timeline
 from pgoutput_source.transactions import Assembler
 from pgoutput_source.types import types_of
 from pgoutput_source.wire import Lsn
@@ -142,7 +142,6 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         if state is not None:
             acknowledged = resume.on_timeline(dsn, state["timeline"], system.timeline, position, acknowledged)
         self.system = system
-        self.timeline = system.timeline
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", self.slot))
         self.assembler = Assembler(
             origin,
@@ -155,6 +154,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         )
         self.stream = ReplicationStream.of(dsn, settings)
         self.stream.start(acknowledged)
+        self.timeline = Timeline(dsn, self.stream)
         self.acknowledged = acknowledged
         self.staged: Lsn | None = None
         self.final = False  # the last snapshot covers all that this partition will give out
@@ -190,7 +190,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         frames = [] if self.assembler.pending else self.stream.poll(**limits, timeout=0.0, whole=self.assembler.whole)
         if self.stream.generation != self.generation:
             self.generation = self.stream.generation
-            self._check_timeline()
+            self.timeline.reconnected(self.assembler.position)
             self.assembler.reconnected()
             metrics.RECONNECTS.labels(self.slot).inc()
         if not frames and not self.assembler.pending:
@@ -214,7 +214,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         return {
             "v": STATE_VERSION,
             "system": self.system.system_id,
-            "timeline": self.timeline,
+            "timeline": self.timeline.of(position),
             "slot": self.slot,
             "commit_lsn": None if position is None else int(position.commit_lsn),
             "seq": None if position is None else position.seq,
@@ -228,6 +228,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             self.open = False
             self.watchdog.close()
             self.heartbeat.close()
+            self.timeline.close()
             ending.closed(self)
             gate.source_closed(self.slot)
         self.stream.close()
@@ -243,19 +244,6 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         """
         end = max(self.acknowledged, self.assembler.end_lsn)
         return end if self.assembler.in_transaction else max(end, self.stream.keepalive_lsn)
-
-    def _check_timeline(self) -> None:
-        """The new connection may be to a standby that was promoted."""
-        was, now = self.timeline, self.stream.timeline
-        position = self.assembler.position
-        durable = resume.on_timeline(self.dsn, was, now, position, self.stream.acknowledged)
-        if durable < self.stream.acknowledged:
-            raise StateError(
-                f"timeline {now} left timeline {was} at {durable}, and the former server was told to forget up to "
-                f"{self.stream.acknowledged}",
-                hint="nothing is lost: start again, and the run goes on from where the timelines part",
-            )
-        self.timeline = now
 
     def _gate(self) -> None:
         """What the last snapshot staged is durable now: publish, then acknowledge, in this order."""

@@ -70,6 +70,8 @@ class Walsender:
     Attributes:
         system_id, timeline, wal_end: What IDENTIFY_SYSTEM said before the stream began.
         confirmed: Where the slot stood then; None if there is no such slot.
+        standby: Whether it was a standby then.
+        server: When the server was started, which tells it from others.
         server_version: As libpq says it: 180006.
         timeout: The server's wal_sender_timeout in seconds.
         backend: The walsender's process.
@@ -137,13 +139,15 @@ class Walsender:
         row = conn.execute(
             "SELECT (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'),"
             " pid, backend_start::text, (SELECT confirmed_flush_lsn::text FROM pg_replication_slots"
-            " WHERE slot_name = %s) FROM pg_stat_activity WHERE pid = pg_backend_pid()",
+            " WHERE slot_name = %s), pg_is_in_recovery(), pg_postmaster_start_time()::text"
+            " FROM pg_stat_activity WHERE pid = pg_backend_pid()",
             [self.slot],
         ).fetchone()
         assert row is not None, "a session sees itself"
         self.timeout = row[0] / 1000 or 60.0  # 0 switches the server's patience off, then this is ours
         self.backend = Backend(row[1], row[2])
         self.confirmed = None if row[3] is None else Lsn(row[3])
+        self.standby, self.server = bool(row[4]), str(row[5])
 
     def _start(self, conn: Connection, options: Mapping[str, str]) -> None:
         listed = sql.SQL(", ").join(

@@ -211,6 +211,9 @@ def test_bytes_of_a_database_without_an_encoding_come_as_they_are(db: Database) 
                 ascii_conn.execute(rb"INSERT INTO public.t VALUES (1, E'\xe4\xff')")
             payloads = read(source.stream(), catalog.current_lsn(source.conn))
         finally:
+            for stream in source.streams:
+                stream.close()
+            wait(lambda: not source.state().active)
             source.close()
             conn.execute("SELECT pg_drop_replication_slot(%s)", [source.slot])
             conn.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())

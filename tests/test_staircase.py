@@ -44,6 +44,7 @@ STAIRCASE = (
     "resume",
     "heartbeat",
     "replication",
+    "timeline",
     "snapshot",
     "reader",
     "gate",

@@ -1,0 +1,168 @@
+"""Standbys: reading from one, its promotion while it is read, its conflicts, and failover before failover slots."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import NEWEST, Database
+from test_bad_input import failure
+from test_flow import Flow, following, wait_for
+from test_resync import ids, insert, run
+
+from pgoutput_source import catalog
+from pgoutput_source.connection import connect
+from pgoutput_source.embedded import Server
+from pgoutput_source.resync import RecoveryFolder
+from pgoutput_source.wire import Lsn
+
+
+def wait_until(what: str, condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def ask(dsn: str, query: str) -> Any:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        row = connection.execute(query.encode()).fetchone()
+    return None if row is None else row[0]
+
+
+def follow(primary: Database, standby: Server) -> None:
+    """Wait until the standby has all that the primary has written."""
+    end = ask(primary.dsn, "SELECT pg_current_wal_lsn()")
+    wait_until("follow", lambda: bool(ask(standby.dsn(), f"SELECT pg_last_wal_replay_lsn() >= '{end}'")))
+
+
+def make_slot(primary: Database, standby: Server) -> None:
+    """The slot `cdc` on the standby; an idle primary has to say which transactions run."""
+    with connect(standby.dsn(primary.name)) as connection:
+        made = threading.Thread(target=catalog.create_slot, args=(connection, "cdc"))
+        made.start()
+        while made.is_alive():
+            ask(primary.dsn, "SELECT pg_log_standby_snapshot()")
+            made.join(0.2)
+
+
+def table(db: Database) -> None:
+    with db.connect() as connection:
+        connection.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        connection.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
+
+
+@pytest.mark.parametrize("major", [16, NEWEST])
+def test_a_standby_is_read_while_it_is_promoted(major: int, tmp_path: Path) -> None:
+    with Server(major) as primary, primary.standby() as standby:
+        db = Database(primary)
+        table(db)
+        follow(db, standby)
+        make_slot(db, standby)
+        flow = Flow(db, tmp_path, PGOUTPUT_DSN=standby.dsn(db.name))
+        arguments = flow.recovery()
+        insert(db, 1, 100)
+        follow(db, standby)
+        flow.run("-s", "0", *arguments, PGOUTPUT_UNTIL="current")
+        assert ids(flow) == [*range(1, 101)]
+
+        process = flow.start("-s", "0", *arguments)
+        with following(process) as lines:
+            wait_for(lines, "streaming from", process)
+            insert(db, 101, 200)
+            follow(db, standby)
+            primary.halt("kill")
+            standby.promote()
+            db.server = standby
+            insert(db, 201, 300)
+            end = Lsn(ask(db.dsn, "SELECT pg_current_wal_flush_lsn()"))
+
+            def seen() -> Lsn:
+                return Lsn(ask(db.dsn, "SELECT confirmed_flush_lsn FROM pg_replication_slots"))
+
+            wait_until("the promoted standby's changes", lambda: seen() >= end)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert not any("connected again" in line for line in lines)
+        assert any("was promoted, and is on timeline 2" in line for line in lines)
+        assert RecoveryFolder([tmp_path / "recovery"], "cdc").state["timeline"] == 2
+        standby.halt("kill")
+        standby.start()
+        insert(db, 301, 400)
+        flow.run("-s", "0", *arguments, PGOUTPUT_UNTIL="current")
+
+        assert ids(flow) == [*range(1, 401)]
+
+
+@pytest.mark.parametrize("major", [16, NEWEST])
+def test_a_conflict_with_recovery_loses_the_slot(major: int, tmp_path: Path) -> None:
+    with Server(major) as primary, primary.standby(settings={"hot_standby_feedback": False}) as standby:
+        db = Database(primary)
+        table(db)
+        follow(db, standby)
+        make_slot(db, standby)
+        process = Flow(db, tmp_path, PGOUTPUT_DSN=standby.dsn(db.name)).start("-s", "0")
+        with following(process) as lines:
+            wait_for(lines, "streaming from", process)
+            with db.connect() as connection:
+                connection.execute("CREATE TABLE other (id int)")
+                connection.execute("DROP TABLE other")
+                connection.execute("VACUUM pg_class, pg_attribute, pg_type, pg_depend")
+                connection.execute("INSERT INTO t VALUES (1)")
+            assert process.wait(60) == 1
+        said = "".join(lines)
+
+    assert "SlotLost" in said
+    assert "hot_standby_feedback" in said
+    assert "resync --slot cdc" in said
+
+
+@pytest.mark.parametrize("major", [14, 15, 16])
+def test_before_failover_slots_a_promoted_standby_says_what_was_lost(major: int, tmp_path: Path) -> None:
+    with Server(major) as primary, primary.standby() as standby:
+        db = Database(primary)
+        table(db)
+        publish_slot(db)
+        flow = Flow(db, tmp_path)
+        arguments = flow.recovery()
+        insert(db, 1, 100)
+        follow(db, standby)
+        if major < 16:
+            said, code = failure(Flow(db, tmp_path / "other", PGOUTPUT_DSN=standby.dsn(db.name)))
+            assert (code, "NotConfigured" in said, "is a standby" in said) == (1, True, True), said
+        flow.run("-s", "0", *arguments, PGOUTPUT_UNTIL="current")
+        insert(db, 101, 200)
+        follow(db, standby)
+        primary.halt("kill")
+        standby.promote()
+        db.server = standby
+        flow.environ["PGOUTPUT_DSN"] = db.dsn
+        insert(db, 201, 300)
+        seen = Lsn(RecoveryFolder([tmp_path / "recovery"], "cdc").state["lsn"])
+
+        said, code = failure(flow, *arguments, "-s", "0")
+
+        assert code == 1
+        assert "SlotNotFound" in said
+        assert f"the recovery folder ends at {seen}" in said
+        assert "on timeline 2, which left timeline 1 at 0/" in said
+        assert "resync --slot cdc" in said
+        assert ask(db.dsn, "SELECT count(*) FROM pg_replication_slots WHERE slot_type = 'logical'") == 0
+
+        code, said = run(flow, "--recovery", str(tmp_path / "recovery"), "--yes")
+        assert (code, f"from {seen} to" in said) == (0, True), said
+        insert(db, 301, 400)
+        flow.run("-s", "0", *arguments, PGOUTPUT_UNTIL="current")
+
+        assert ids(flow) == [*range(1, 101), *range(301, 401)]
+
+
+def publish_slot(db: Database) -> None:
+    with db.connect() as connection:
+        connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
