@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import bytewax.operators as op
+import faults
 from all_tables import batches
 from bytewax.dataflow import Dataflow
 from test_sinks import SqliteSink
@@ -16,6 +17,7 @@ from pgoutput_source import IpcSink, JsonLinesSink, PgOutputSource
 OUT = Path(os.environ.get("PGOUTPUT_OUT", "out"))
 OUT.mkdir(exist_ok=True)
 
+faults.install()
 flow = Dataflow("every_sink")
 changes = op.flat_map_batch("batches", op.input("in", flow, PgOutputSource.from_env()), batches)
 cdc.output("ipc", changes, IpcSink(OUT / "ipc"))

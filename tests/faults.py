@@ -26,7 +26,7 @@ from prometheus_client import generate_latest
 
 from pgoutput_source import gate, source
 from pgoutput_source.replication import ReplicationStream
-from pgoutput_source.sinks import parquet
+from pgoutput_source.sinks import IpcSink, base, parquet
 from pgoutput_source.sinks.folder import Folder
 from pgoutput_source.streaming import StreamedTransactions
 
@@ -53,6 +53,15 @@ PLACES: dict[str, Place] = {
     "acknowledged": (ReplicationStream, "acknowledge", False),
     "before the next epoch": (gate, "opened", False),
 }
+SINK_PLACES: dict[str, Place] = {
+    "a sink before staging": (base._Partition, "snapshot", True),
+    "a sink behind staging": (base._Partition, "snapshot", False),
+    "a sink before publishing": (base._Partition, "committed", True),
+    "a sink between publishing and forgetting that it has to": (IpcSink, "publish", False),
+    "a sink behind publishing": (base._Partition, "committed", False),
+}
+"""Of the sinks beside Parquet."""
+
 LARGE = ("in a large transaction", "snapshot in a large transaction")
 STREAMED = ("mid-spill", "in a streamed transaction's commit")
 
@@ -127,7 +136,7 @@ def _slow_down(seconds: float) -> None:
 
 
 def _die_at(name: str, count: int) -> None:
-    owner, method, before = PLACES[name]
+    owner, method, before = (PLACES | SINK_PLACES)[name]
     original: Callable[..., Any] = getattr(owner, method)
     left = count
 

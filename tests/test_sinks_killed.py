@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Database
+from faults import SINK_PLACES, slow_fsyncs
+from psycopg.conninfo import make_conninfo
 from test_flow import Busy, Flow, following, publish, wait_for
 from test_sinks import SqliteSink, orders
 from workload import differences, replayed, tables
@@ -21,12 +23,19 @@ from workload import differences, replayed, tables
 @pytest.mark.slow
 def test_kill_9_loses_nothing_and_doubles_only_lines(db: Database, tmp_path: Path) -> None:
     rng = random.Random(3)
-    flow = Flow(db, tmp_path, module="tests.every_sink")
+    flow = Flow(db, tmp_path, module="tests.every_sink", PGOUTPUT_STREAMING_MEMORY="100000")
+    flow.environ["PGOUTPUT_DSN"] = make_conninfo(db.dsn, options="-c logical_decoding_work_mem=64kB")
     publish(db)
     with Busy(db.dsn, seed=3, tables=6, largest=1_000) as workload:
-        for _ in range(8):
-            process = flow.start("-s", rng.choice(["0", "1"]), *flow.recovery())
+        for place in ["", "", *SINK_PLACES]:
+            environ = {"PGOUTPUT_STREAMING": rng.choice(["off", "parallel"])}
+            environ |= {"KILL_AT": f"{place}:{rng.randint(2, 5)}"} if place else {}
+            environ |= slow_fsyncs(tmp_path, 0.5) if rng.random() < 0.3 else {}
+            process = flow.start("-s", rng.choice(["0", "1"]), *flow.recovery(), **environ)
             with following(process) as lines:
+                if place:
+                    assert process.wait(60) == -signal.SIGKILL, "".join(lines)
+                    continue
                 if rng.random() < 0.8:
                     wait_for(lines, "streaming from", process)
                 time.sleep(rng.uniform(0, 2))
