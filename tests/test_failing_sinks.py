@@ -1,4 +1,4 @@
-"""A sink that can't write, raises or hangs: nothing is acknowledged that is not safe, and the next start goes on."""
+"""A full disk, a sink that raises or hangs: nothing is acknowledged that is not safe, and the next start goes on."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from workload import Workload, differences, replayed, tables
 
 SMALL = {"PGOUTPUT_MAX_FRAMES": "1000", "MAX_AGE": "0", "PGOUTPUT_UNTIL": "current"}
 FULL = {"FILE_SIZE": str(100_000)}
+SPILLING = {"PGOUTPUT_STREAMING": "on", "PGOUTPUT_STREAMING_MEMORY": "0"}
 
 
 @pytest.mark.parametrize(
     ("environ", "error"),
-    [(FULL, "SinkError"), ({"BREAK": "raise"}, "the sink has had enough")],
-    ids=["full disk", "exception"],
+    [(FULL, "SinkError"), (FULL | SPILLING, "SpillError"), ({"BREAK": "raise"}, "the sink has had enough")],
+    ids=["full disk", "full disk for transactions in progress", "exception"],
 )
 def test_a_sink_that_fails(db: Database, tmp_path: Path, environ: dict[str, str], error: str) -> None:
     publish(db)
     flow = Flow(db, tmp_path, **SMALL)
+    flow.environ["PGOUTPUT_DSN"] = make_conninfo(db.dsn, options="-c logical_decoding_work_mem=64kB")
     with Workload(db.dsn, seed=20, tables=2, largest=300) as workload:
         workload.run(1_000)
         workload.largest = 5_000
