@@ -28,6 +28,7 @@ from pgoutput_source.types.base import (
     refuse,
     with_misfits,
 )
+from pgoutput_source.types.interval import interval
 from pgoutput_source.types.moments import DATE, INTERVAL_BINARY, TIME, TIMESTAMP, TIMESTAMPTZ, TIMETZ
 
 _INFINITY = (b"infinity", b"-infinity")
@@ -158,40 +159,6 @@ _TIMESTAMP, _TIMESTAMPTZ = (
     for name, zone in (("timestamp", b""), ("timestamp with time zone", b"+00"))
 )
 
-_INTERVAL = (
-    r"^(?:\+?(?P<years>-?\d+) years?(?: |$))?(?:\+?(?P<mons>-?\d+) mons?(?: |$))?(?:\+?(?P<days>-?\d+) days?(?: |$))?"
-    r"(?:(?P<sign>[+-])?(?P<hours>\d{2,10}):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)(?:\.(?P<fraction>\d{1,6}))?)?$"
-)
-
-
-def _interval(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
-    """The style ``postgres``: ``-1 years -2 mons +3 days -04:05:06.789``, each field with its own sign."""
-    t = Texts(values)
-    if (t.lengths == 0).any() or (t.at(-1) == ord(" ")).any() or b"+-" in t.data.tobytes():
-        refuse("interval")
-    fields = pc.extract_regex(values.cast(pa.utf8()), _INTERVAL)
-    if fields.null_count:
-        refuse("interval")
-
-    def number(name: str, width: pa.DataType) -> Ints:
-        digits = fields.field(name)
-        out = pc.if_else(pc.equal(digits, ""), "0", digits).cast(width).to_numpy(zero_copy_only=False)
-        return out  # type: ignore[no-any-return]
-
-    months = number("years", pa.int64()) * 12 + number("mons", pa.int64())
-    time = (number("hours", pa.uint64()) * 60 + number("minutes", pa.uint64())) * 60 + number("seconds", pa.uint64())
-    fraction = pc.utf8_rpad(fields.field("fraction"), 6, "0").cast(pa.uint64()).to_numpy(zero_copy_only=False)
-    negative = pc.equal(fields.field("sign"), "-").to_numpy(zero_copy_only=False)
-    if len(t) and (months.max() >= 2**31 or months.min() < -(2**31) or time.max() > 2**63 // 1_000_000):
-        refuse("interval")
-    microseconds = time * np.uint64(1_000_000) + fraction
-    if (microseconds > np.uint64(2**63 - 1) + negative).any():
-        refuse("interval")
-    signed = np.where(negative, -microseconds.view(np.int64), microseconds.view(np.int64))
-    children = [pa.array(months, pa.int32()), pa.array(number("days", pa.int32())), pa.array(signed)]
-    return pa.StructArray.from_arrays(children, fields=list(kind))
-
-
 # month_day_nano_interval was tried: neither Parquet nor Polars takes it, and it overflows after 292 years.
 INTERVAL = pa.struct(
     [pa.field("months", pa.int32()), pa.field("days", pa.int32()), pa.field("microseconds", pa.int64())]
@@ -246,7 +213,7 @@ DATETIME = (
         1186,
         "interval",
         always(INTERVAL),
-        with_misfits(_interval, *_INFINITY),
+        with_misfits(interval, *_INFINITY),
         misfits="infinity, -infinity",
         array=1187,
         binary=INTERVAL_BINARY,
