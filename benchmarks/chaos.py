@@ -279,7 +279,7 @@ class Chaos:
         if self.millions and rng.random() < 0.03:
             writing.million.set()
             happened["transactions of a million rows"] += 1
-            self.heavy = 4
+            self.heavy = 5
         self.heavy -= 1
 
         workers = ["-w", "2"] if layout == "2 workers" else []
@@ -292,7 +292,7 @@ class Chaos:
             time.sleep(rng.uniform(0, 1) if fault else 0)
             self.disturb(fault, processes)
             # With a million rows to go through again, a second or two would never bring it any further.
-            longest = 12.0 if self.heavy > 0 else 2.5
+            longest = 12.0 if self.heavy >= 0 else 2.5
             until = time.monotonic() + rng.uniform(0, longest) + (1 if count > 1 else 0)
             until += {"freeze": 5, "stall": 5, "drain": -1}.get(fault, 0) + (4 if place else 0) + (1 if slow else 0)
             while all(process.poll() is None for process in processes) and time.monotonic() < until:
@@ -310,6 +310,7 @@ class Chaos:
         happened["with a heartbeat"] += "PGOUTPUT_HEARTBEAT_SECONDS" in options
         happened["with slow fsyncs"] += slow
         happened[f"at {place}" if place and -signal.SIGKILL in codes else "at random"] += 1
+        happened["while a million rows were on their way"] += self.heavy >= 0
         if fault:
             happened[f"fault: {fault}"] += 1
         self._judge(codes, fault, count)

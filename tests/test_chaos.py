@@ -1,4 +1,4 @@
-"""A short run of the long kill loop, which holds; and one with a mistake in it, which must not."""
+"""Short runs of the long kill loop, which hold; and some with a mistake in them, which must not."""
 
 from __future__ import annotations
 
@@ -71,6 +71,13 @@ def test_kills_without_recovery_lose_nothing() -> None:
 
 @pytest.mark.slow
 def test_the_loop_would_see_what_comes_twice() -> None:
-    report = chaos.run(5, 1, max(MAJORS), mistake="forget")
+    report = chaos.run(20, 1, max(MAJORS), mistake="forget")
 
     assert report.repeated, report
+
+
+@pytest.mark.slow
+def test_the_loop_would_see_what_is_lost() -> None:
+    report = chaos.run(20, 2, max(MAJORS), mistake="acknowledge early", recovery=False)
+
+    assert report.lost, report
