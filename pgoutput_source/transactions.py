@@ -86,7 +86,8 @@ class Assembler:
         self.end_lsn = Lsn(0)
         self.skipped = 0
         self._last_end = Lsn(0)
-        self._open: tuple[int, int, int, int] | None = None  # commit_lsn, commit_ts, xid and changes so far
+        # commit_lsn, commit_ts, xid, changes so far and where the last of them stands in the WAL
+        self._open: tuple[int, int, int, int, int] | None = None
 
     @property
     def in_transaction(self) -> bool:
@@ -124,10 +125,18 @@ class Assembler:
 
         Raises:
             ProtocolError: An illegal order of messages, or bytes that are no message. The stream can't be used further.
+                It names the frame's LSN, or where the last transaction ended if the frame has none.
             DecodeError: A value is not one of its column's type.
             SchemaChanged: A table is not what is known of it.
             SpillError: A temporary file of a transaction in progress failed.
         """
+        try:
+            return self._fed(frames)
+        except ProtocolError as e:
+            e.lsn = self.end_lsn if e.lsn is None else e.lsn
+            raise
+
+    def _fed(self, frames: Sequence[bytes | memoryview]) -> ChangeSet:
         if self._streamed is not None:
             self._streamed.add(frames)
         f = Frames(frames if self._streamed is None else self._streamed.take())
@@ -168,13 +177,14 @@ class Assembler:
                 raise ProtocolError(f"{name}: expected {size} bytes, got {got}", lsn=int(f.lsn[bad]), hint=_REPORT)
         p = f.payload[b]
         # Element 0 stands for the transaction that was open when these frames came, if there was one.
-        carry = self._open or (0, 0, 0, 0)
+        carry = self._open or (0, 0, 0, 0, 0)
         t = _Transactions(
             index=np.cumsum(begins),
             commit_lsn=np.concatenate([np.array(carry[:1], np.uint64), f.integers(">u8", p + 1)]),
             commit_ts=np.concatenate([np.array(carry[1:2], np.int64), f.integers(">i8", p + 9)]),
             xid=np.concatenate([np.array(carry[2:3], np.uint32), f.integers(">u4", p + 17)]),
             carried=carry[3],
+            lsn=carry[4],
         )
         late = np.flatnonzero(t.commit_ts > _LAST_MOMENT)
         if len(late):
@@ -273,7 +283,7 @@ class Assembler:
             self._last_end = Lsn(int(t.end_lsn[-1]))
             self.end_lsn = max(self.end_lsn, self._last_end)
         if is_open:
-            self._open = (int(t.commit_lsn[-1]), int(t.commit_ts[-1]), int(t.xid[-1]), t.last_count)
+            self._open = (int(t.commit_lsn[-1]), int(t.commit_ts[-1]), int(t.xid[-1]), t.last_count, t.lsn)
         else:
             self._open = None
 
@@ -281,7 +291,7 @@ class Assembler:
 class _Transactions:
     """The transactions of one feed. `index` gives each frame's; element 0 is the one that was open before."""
 
-    __slots__ = ("carried", "changes", "commit_lsn", "commit_ts", "end_lsn", "index", "last_count", "xid")
+    __slots__ = ("carried", "changes", "commit_lsn", "commit_ts", "end_lsn", "index", "last_count", "lsn", "xid")
 
     def __init__(
         self,
@@ -291,9 +301,11 @@ class _Transactions:
         commit_ts: NDArray[np.int64],
         xid: NDArray[np.uint32],
         carried: int,
+        lsn: int,
     ) -> None:
         self.index, self.commit_lsn, self.commit_ts, self.xid = index, commit_lsn, commit_ts, xid
         self.carried = carried
+        self.lsn = lsn  # of the last change
         self.end_lsn: NDArray[np.uint64] = commit_lsn[:0]
         self.changes = 0
         self.last_count = carried
@@ -315,6 +327,7 @@ def _rows(
         order = np.argsort(np.concatenate([frame, at]), kind="stable")
         frame, relation = np.concatenate([frame, at])[order], np.concatenate([relation, ids])[order]
     index = t.index[frame]
+    _check_lsns(f, t, frame, index)
     t.changes = len(frame)
     # Changes are counted through; a transaction's first one is found by a search, as `index` ascends.
     first = np.searchsorted(index, np.arange(len(t.commit_lsn)))
@@ -329,6 +342,21 @@ def _rows(
             keep = np.flatnonzero(fresh)
             rows, relation = rows.take(keep), relation[keep]
     return rows, relation
+
+
+def _check_lsns(f: Frames, t: _Transactions, frame: NDArray[np.int64], index: NDArray[np.int64]) -> None:
+    """A transaction's changes come in the order of the WAL, and all of them stand before its commit.
+
+    Rows of one COPY share a record. PostgreSQL asserts the same where it merges subtransactions.
+    """
+    lsn = np.concatenate([np.array([t.lsn], np.uint64), f.integers(">u8", f.start[frame] + 1)])
+    before = np.concatenate([np.zeros(1, np.int64), index[:-1]])
+    wrong = ((lsn[1:] < lsn[:-1]) & (index == before)) | (lsn[1:] > t.commit_lsn[index])
+    if wrong.any():
+        bad = int(np.argmax(wrong))
+        raise ProtocolError("a change that is not in the order of the WAL", lsn=int(lsn[bad + 1]), hint=_REPORT)
+    last = int(index[-1]) if len(index) else 0
+    t.lsn = int(lsn[-1]) if last == len(t.commit_lsn) - 1 else 0
 
 
 def _truncates(f: Frames, rows: Rows, truncates: _Truncates) -> Iterator[Truncate]:

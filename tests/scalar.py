@@ -157,6 +157,7 @@ class Scalar:
 
     _relations: dict[int, m.Relation] = field(default_factory=dict)
     _seq: int = 0
+    _lsn: int = 0
 
     def feed(self, frames: Sequence[bytes | memoryview]) -> None:
         """Take these frames; what came before an error stays in `rows`."""
@@ -177,7 +178,7 @@ class Scalar:
                 raise ProtocolError("Begin inside a transaction, or out of order")
             if message.commit_ts + wire.PG_EPOCH_US >= 2**63:
                 raise ProtocolError("a moment that Arrow can't hold")
-            self.begin, self._seq = message, 0
+            self.begin, self._seq, self._lsn = message, 0, 0
         elif self.begin is None:
             raise ProtocolError(f"{type(message).__name__} outside a transaction")
         elif isinstance(message, m.Commit):
@@ -210,6 +211,9 @@ class Scalar:
 
     def _row(self, lsn: int, op: str, relation_id: int, new: m.TupleData | None, old: m.TupleData | None) -> None:
         assert self.begin is not None
+        if not self._lsn <= lsn <= self.begin.final_lsn:
+            raise ProtocolError("a change that is not in the order of the WAL")
+        self._lsn = lsn
         relation = self._relations.get(relation_id)
         if relation is None:
             raise ProtocolError("an unknown relation")

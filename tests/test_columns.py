@@ -235,6 +235,8 @@ def test_a_broken_stream_is_refused_or_assembles_as_the_reference_does(one: int,
     if actual.error is None:
         assert_same(actual, expected)
         return
+    assert isinstance(actual.error, PgOutputError)
+    assert actual.error.lsn is not None
     # A legal stream is never refused; the type table alone may be more careful with values than the reference.
     assert expected.error is not None or isinstance(actual.error, DecodeError)
     for version, rows in actual.rows.items():
