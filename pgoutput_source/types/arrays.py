@@ -20,7 +20,6 @@ from pgoutput_source.types.sent import array_binary, vector_binary
 
 _BOUNDS = re.compile(rb"((?:\[-?\d+:-?\d+\]){1,6})=")
 _BOUND = re.compile(rb"\[(-?\d+):(-?\d+)\]")
-_BRACES = b"{}"
 
 
 def array_of(element: PgType, oid: int, delimiter: str = ",") -> PgType:
@@ -39,15 +38,18 @@ def _decoder(element: Decode, delimiter: bytes) -> Decode:
     def one_dimension(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         cells = cells_of(values, b"{", b"}", delimiter, "array")
         cells = _without_empty(values, cells)
-        unquoted = Texts(cells.texts.filter(pa.array(~cells.quoted)))
-        if (unquoted.lengths == 0).any() or np.isin(unquoted.data, np.frombuffer(_BRACES, np.uint8)).any():
+        unquoted = Texts(cells.texts.filter(pa.array(~cells.quoted)) if cells.quoted.any() else cells.texts)
+        raw = unquoted.data.tobytes()
+        if (unquoted.lengths == 0).any() or b"{" in raw or b"}" in raw:
             refuse("array")
-        missing = (one_of(cells.texts, b"NULL") == 0) & ~cells.quoted
-        # PostgreSQL would read null and Null as NULL too, and so never writes a text like that without quotes.
-        four = unquoted.starts[unquoted.lengths == 4]
-        anycase = [(unquoted.data[four + at] & 0xDF) == letter for at, letter in enumerate(b"NULL")]
-        if np.logical_and.reduce(anycase).sum() != missing.sum():
-            refuse("array")
+        missing = np.zeros(len(cells.texts), bool)
+        if b"NULL" in raw.upper():
+            missing = (one_of(cells.texts, b"NULL") == 0) & ~cells.quoted
+            # PostgreSQL would read null and Null as NULL too, and so never writes a text like that without quotes.
+            four = unquoted.starts[unquoted.lengths == 4]
+            anycase = [(unquoted.data[four + at] & 0xDF) == letter for at, letter in enumerate(b"NULL")]
+            if np.logical_and.reduce(anycase).sum() != missing.sum():
+                refuse("array")
         decoded, misfit = decode_cells(cells, missing, element, kind.value_type)
         offsets = np.append(0, np.cumsum(cells.counts)).astype(np.int32)
         mask = pa.array(misfit) if misfit.any() else None

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from pgoutput_source.types.base import Bools, Decode, Ints, Texts, Uint8s, nulled, refuse
 
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
-_SPACES = b" \t\n\r\v\f"
+_SPACES = np.frombuffer(b" \t\n\r\v\f", np.uint8)
 # A quoted cell and the escaped characters in it. Arrays know only backslashes; in ranges and composites a quote may
 # also be doubled.
 _QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
@@ -54,44 +54,66 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
         return Cells(np.zeros(0, np.int64), pa.array([], pa.binary()), np.zeros(0, bool))
     if t.lengths.min() < 2 or not _all_in(t.at(0), opening) or not _all_in(t.at(-1), closing):
         refuse(name)
-    escapes = t.data == _BACKSLASH
-    any_escapes = bool(escapes.any())
-    quotes = t.data == _QUOTE
-    if any_escapes:
+    # Looking for a byte in all values is nearly free; most columns have no quotes, spaces or backslashes.
+    raw = t.data.tobytes()
+    quotes = t.data == _QUOTE if b'"' in raw else None
+    escapes = t.data == _BACKSLASH if b"\\" in raw else None
+    if escapes is not None and quotes is not None:
         quotes &= ~_escaped(escapes)
-    outside = np.cumsum(quotes, dtype=np.uint8) & 1 == 0
+    quoting = np.zeros(0, np.int64) if quotes is None else np.flatnonzero(quotes)
+    delimiters = np.flatnonzero(t.data == delimiter[0])
+    if len(quoting):
+        delimiters = delimiters[_outside(quoting, delimiters)]
     # Quotes are paired within each value, and nothing but cells, delimiters and the two ends stands outside of them.
-    if not outside[t.ends - 1].all() or (np.isin(t.data, np.frombuffer(_SPACES, np.uint8)) & outside).any():
+    spaces = (
+        np.flatnonzero(np.isin(t.data, _SPACES)) if any(space in raw for space in _SPACES.tolist()) else delimiters[:0]
+    )
+    if not _outside(quoting, t.ends - 1).all() or _outside(quoting, spaces).any():
         refuse(name)
-    separators = (t.data == delimiter[0]) & outside
-    marks = separators.copy()
-    marks[t.starts] = True
-    starts = np.flatnonzero(marks) + 1
-    counts = np.diff(np.append(np.searchsorted(starts, t.starts + 1), len(starts)))
-    separators[t.ends - 1] = True
-    ends = np.flatnonzero(separators)
-    if any_escapes or quotes.any():
-        enclosed = (ends - starts >= 2) & quotes[starts] & quotes[ends - 1]
-        before = np.append(0, np.cumsum(quotes, dtype=np.int32))
-        many = before[ends] - before[starts]
-        odd = many != 2 * enclosed
-        if any_escapes:
-            before = np.append(0, np.cumsum(escapes, dtype=np.int32))
-            odd |= before[ends] > before[starts]
-        texts = _gather(t.data, starts + enclosed, ends - enclosed)
-        if odd.any():
-            if not enclosed[odd].all():
-                refuse(name)
-            form = _QUOTED if opening == b"{" else _QUOTED_OR_DOUBLED
-            raw = _gather(t.data, starts[odd], ends[odd]).to_pylist()
-            texts = pc.replace_with_mask(
-                texts, pa.array(odd), pa.array([_unescape(cell, form, name) for cell in raw], pa.binary())
-            )
-        return Cells(counts, texts, enclosed)
-    return Cells(counts, _gather(t.data, starts, ends), np.zeros(len(starts), bool))
+    counts, starts, ends = _cut(t, delimiters)
+    if not len(quoting) and escapes is None:
+        return Cells(counts, _gather(t.data, starts, ends), np.zeros(len(starts), bool))
+    enclosed = ends - starts >= 2
+    if quotes is not None:
+        enclosed &= quotes[starts] & quotes[ends - 1]
+    texts = _gather(t.data, starts + enclosed, ends - enclosed)
+    if escapes is not None or len(quoting) != 2 * np.count_nonzero(enclosed):
+        odd = np.diff(np.searchsorted(quoting, np.stack([starts, ends], 1)), axis=1)[:, 0] != 2 * enclosed
+        if escapes is not None:
+            backslashes = np.flatnonzero(escapes)
+            odd |= np.diff(np.searchsorted(backslashes, np.stack([starts, ends], 1)), axis=1)[:, 0] > 0
+        if not enclosed[odd].all():
+            refuse(name)
+        form = _QUOTED if opening == b"{" else _QUOTED_OR_DOUBLED
+        cells = _gather(t.data, starts[odd], ends[odd]).to_pylist()
+        unescaped = pa.array([_unescape(cell, form, name) for cell in cells], pa.binary())
+        texts = pc.replace_with_mask(texts, pa.array(odd), unescaped)
+    return Cells(counts, texts, enclosed)
+
+
+def _outside(quoting: Ints, at: Ints) -> Bools:
+    """Whether these places, which ascend, are outside of quotes."""
+    outside: Bools = np.searchsorted(quoting, at) & 1 == 0
+    return outside
+
+
+def _cut(t: Texts, delimiters: Ints) -> tuple[Ints, Ints, Ints]:
+    """How many cells each value has, and where each cell begins and ends, from the places of the delimiters."""
+    before = np.append(np.searchsorted(delimiters, t.starts), len(delimiters))
+    inner = np.diff(before)
+    value = np.arange(len(t))
+    behind = np.arange(len(delimiters)) + np.repeat(value, inner)
+    starts, ends = np.empty((2, len(t) + len(delimiters)), np.int64)
+    starts[value + before[:-1]] = t.starts + 1
+    starts[behind + 1] = delimiters + 1
+    ends[behind] = delimiters
+    ends[value + before[1:]] = t.ends - 1
+    return inner + 1, starts, ends
 
 
 def _all_in(column: Uint8s, allowed: bytes) -> bool:
+    if len(allowed) == 1:
+        return bool((column == allowed[0]).all())
     return bool(np.isin(column, np.frombuffer(allowed, np.uint8)).all())
 
 
