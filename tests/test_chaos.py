@@ -40,8 +40,8 @@ def test_one_run_lives_through_every_fault_of_the_server_and_of_the_network(tmp_
             flow.finish(writing)
         flow.close()
 
-    assert report.changes > 100
     assert report.held, report
+    assert report.changes > 100
 
 
 def until_said(flow: chaos.Chaos, text: str, times: int) -> None:
@@ -55,18 +55,18 @@ def until_said(flow: chaos.Chaos, text: str, times: int) -> None:
 def test_ten_kills_among_other_faults_lose_and_repeat_nothing() -> None:
     report = chaos.run(10, 5, max(MAJORS))
 
+    assert report.held, report
     assert report.kills == 10
     assert report.changes > 1_000
-    assert report.held, report
 
 
 @pytest.mark.slow
 def test_kills_without_recovery_lose_nothing() -> None:
     report = chaos.run(4, 6, max(MAJORS), recovery=False)
 
+    assert report.held, report
     assert report.kills == 4
     assert report.changes > 1_000
-    assert report.held, report
 
 
 @pytest.mark.slow
