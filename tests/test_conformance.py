@@ -34,11 +34,11 @@ from notation import peeked, positions, rendered
 from streams import frame
 from test_flow import Flow, publish
 
-from pgoutput_source import catalog
+from pgoutput_source import PgOutputReader, catalog
 from pgoutput_source import messages as m
 from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.embedded import Server
-from pgoutput_source.errors import SchemaChanged, SlotMismatch
+from pgoutput_source.errors import PublicationError, SchemaChanged, SlotMismatch
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.transactions import Assembler
 from pgoutput_source.wire import Lsn
@@ -325,6 +325,17 @@ CASES = [
         since=18,
     ),
     Case(
+        "73",
+        "INSERT INTO g VALUES (1)\n"
+        "ALTER PUBLICATION p SET (publish_generated_columns = stored)\n"
+        "INSERT INTO g VALUES (2)\n"
+        "UPDATE g SET id = 3 WHERE id = 1",
+        "+g{id:1} | +g{id:2,s:4} | ~g[K id:1]{id:3,s:6}",
+        "CREATE TABLE g (id int PRIMARY KEY, s int GENERATED ALWAYS AS (id * 2) STORED)",
+        since=18,
+        names=True,
+    ),
+    Case(
         "74",
         "INSERT INTO g VALUES (1)",
         "+g{2}",
@@ -355,6 +366,62 @@ CASES = [
         "+t{2,b}",
         T + AB,
         "CREATE PUBLICATION p FOR TABLE a",
+    ),
+    Case(
+        "80",
+        "INSERT INTO t VALUES (1, 'a')\n"
+        "ALTER PUBLICATION p SET (publish = 'insert')\n"
+        "DELETE FROM t\n"
+        "ALTER PUBLICATION p SET (publish = 'insert, delete')\n"
+        "INSERT INTO t VALUES (2, 'b')\n"
+        "DELETE FROM t",
+        "+t{1,a} | +t{2,b} | -t[K 2]",
+    ),
+    Case(
+        "80 82",
+        "INSERT INTO t VALUES (1, 'a')\n"
+        "ALTER PUBLICATION p SET TABLE t WHERE (id > 5)\n"
+        "INSERT INTO t VALUES (2, 'b'), (7, 'c')\n"
+        "ALTER PUBLICATION p SET TABLE t WHERE (id < 5)\n"
+        "UPDATE t SET v = 'd'\n"
+        "ALTER PUBLICATION p SET TABLE t\n"
+        "INSERT INTO t VALUES (8, 'e')",
+        "+t{1,a} | +t{7,c} | ~t{1,d} ~t{2,d} | +t{8,e}",
+        publish="CREATE PUBLICATION p FOR TABLE t",
+        since=15,
+    ),
+    Case(
+        "80 83",
+        "INSERT INTO d VALUES (2, 'x', 3)\n"
+        "ALTER PUBLICATION p SET TABLE d (id, n)\n"
+        "INSERT INTO d VALUES (3, 'x', 4)\n"
+        "BEGIN\n"
+        "INSERT INTO d VALUES (4, 'x', 5)\n"
+        "ALTER PUBLICATION p SET TABLE d\n"
+        "INSERT INTO d VALUES (5, 'x', 6)\n"
+        "COMMIT\n"
+        "INSERT INTO d VALUES (6, 'x', 7)",
+        # The list that counts is the one of the change's own moment, also within a transaction.
+        "+d{id:2,v:x,n:3} | +d{id:3,n:4} | +d{id:4,n:5} +d{id:5,v:x,n:6} | +d{id:6,v:x,n:7}",
+        WIDE,
+        "CREATE PUBLICATION p FOR TABLE d",
+        since=15,
+        names=True,
+    ),
+    Case(
+        "80",
+        "INSERT INTO t VALUES (1, 'a')\n"
+        "ALTER PUBLICATION p ADD TABLES IN SCHEMA public\n"
+        "INSERT INTO t VALUES (2, 'b')\n"
+        "CREATE TABLE n (id int)\n"
+        "INSERT INTO n VALUES (3)\n"
+        "ALTER PUBLICATION p DROP TABLES IN SCHEMA public\n"
+        "INSERT INTO t VALUES (4, 'd')\n"
+        "INSERT INTO s1.t VALUES (5)",
+        "+t{2,b} | +n{3} | +s1.t{5}",
+        T + "CREATE SCHEMA s1\nCREATE TABLE s1.t (id int)",
+        "CREATE PUBLICATION p FOR TABLES IN SCHEMA s1",
+        since=15,
     ),
     Case(
         "81",
@@ -415,6 +482,43 @@ CASES = [
         "95",
         "INSERT INTO r VALUES (11, 'a')\nALTER TABLE r DETACH PARTITION r2\nINSERT INTO r2 VALUES ('c', 12)",
         "+r{11,a} | +r{12,c}",
+        PARTS,
+        ALL + " WITH (publish_via_partition_root)",
+        until=14,
+    ),
+    Case(
+        "92 93",
+        "INSERT INTO r VALUES (1, 'a')\n"
+        "ALTER PUBLICATION p SET (publish_via_partition_root = true)\n"
+        "INSERT INTO r VALUES (12, 'b')\n"
+        "UPDATE r SET id = 2 WHERE id = 12\n"
+        "ALTER PUBLICATION p SET (publish_via_partition_root = false)\n"
+        "DELETE FROM r",
+        "+r1{1,a} | +r{12,b} | -r[K 12] +r{2,b} | -r1[K 1] -r1[K 2]",
+        PARTS,
+    ),
+    Case(
+        "93",
+        "CREATE TABLE r3 (v text, x int, id int PRIMARY KEY)\n"
+        "INSERT INTO r3 VALUES ('a', 0, 21)\n"
+        "ALTER TABLE r3 DROP x\n"
+        "ALTER TABLE r ATTACH PARTITION r3 FOR VALUES FROM (20) TO (30)\n"
+        "INSERT INTO r VALUES (22, 'b')\n"
+        "INSERT INTO r3 VALUES ('c', 23)\n"
+        "UPDATE r SET id = 3 WHERE id = 21",
+        "+r3{a,0,21} | +r{22,b} | +r{23,c} | -r[K 21] +r{3,a}",
+        PARTS,
+        ALL + " WITH (publish_via_partition_root)",
+        since=15,
+    ),
+    Case(
+        "93",
+        "CREATE TABLE r3 (v text, id int PRIMARY KEY)\n"
+        "INSERT INTO r3 VALUES ('a', 21)\n"
+        "ALTER TABLE r ATTACH PARTITION r3 FOR VALUES FROM (20) TO (30)\n"
+        "INSERT INTO r VALUES (22, 'b')\n"
+        "UPDATE r SET id = 3 WHERE id = 21",
+        "+r3{a,21} | +r3{b,22} | -r3[K 21] +r{3,a}",
         PARTS,
         ALL + " WITH (publish_via_partition_root)",
         until=14,
@@ -546,6 +650,16 @@ class Slot:
         frames = self.frames(**options)
         half = len(frames) // 2
         return [self.assembler.feed(frames[:half]), self.assembler.feed(frames[half:])]
+
+
+def acknowledged(database: Database, **options: Any) -> list[ChangeSet]:
+    """What a reader gives out up to what is committed, each set acknowledged."""
+    found = []
+    with PgOutputReader(database.dsn, slot="s", publication="p", until="current", **options) as reader:
+        for changes in reader.sets():
+            found.append(changes)
+            reader.ack(changes)
+    return found
 
 
 def ids(cases: list[Case]) -> list[str]:
@@ -695,6 +809,30 @@ def test_case_69_an_attribute_that_a_composite_type_got_meanwhile(bare: Database
     assert second.data["_raw"].to_pylist() == [[("p", "(2,y,3)")]]
 
 
+@pytest.mark.parametrize("how", ["after the slot", "made again", "renamed"])
+def test_case_77_78_79_a_publication_that_is_missing_where_a_change_stands_ends_the_stream(
+    bare: Database, how: str
+) -> None:
+    """PostgreSQL 18 only warns, and leaves the rows out. What stands before is given out in an earlier run."""
+    slot = Slot(bare, T, "SELECT 1" if how == "after the slot" else ALL)
+    if how != "after the slot":
+        slot.run("INSERT INTO t VALUES (0, 'before')")
+        assert rendered(acknowledged(bare)) == "+t{0,before}"
+        slot.run("ALTER PUBLICATION p RENAME TO q" if how == "renamed" else "DROP PUBLICATION p")
+    slot.run("INSERT INTO t VALUES (1, 'a')")
+    slot.run("ALTER PUBLICATION q RENAME TO p" if how == "renamed" else ALL)
+    slot.run("INSERT INTO t VALUES (2, 'b')")
+    state = "SELECT confirmed_flush_lsn FROM pg_replication_slots"
+    before = slot.connection.execute(state).fetchone()
+
+    for _ in range(2):
+        reader = PgOutputReader(bare.dsn, slot="s", publication="p", until="current")
+        with reader, pytest.raises(PublicationError, match='"p"') as caught:
+            list(reader.sets())
+        assert "older than the slot" in (caught.value.hint or "")
+    assert slot.connection.execute(state).fetchone() == before
+
+
 def test_case_85_column_lists_that_contradict_each_other_are_the_servers_error(bare: Database) -> None:
     if bare.server.major < 15:
         pytest.skip("column lists come with PostgreSQL 15")
@@ -710,8 +848,43 @@ def test_case_105_a_two_phase_slot_is_refused(bare: Database) -> None:
     slot.run("SELECT pg_create_logical_replication_slot('two', 'pgoutput', false, true)")
     settings = SourceSettings.of(dsn=bare.dsn, slot="two", publication="p")
 
-    with pytest.raises(SlotMismatch, match="two-phase"):
+    with pytest.raises(SlotMismatch, match="two-phase") as caught:
         catalog.check(slot.connection, settings)
+    assert "slot without" in (caught.value.hint or "")
+    for streaming in ("off", "on"):
+        with pytest.raises(SlotMismatch, match="two-phase"):
+            PgOutputReader(bare.dsn, slot="two", publication="p", streaming=streaming).open()
+
+
+@pytest.mark.parametrize("streaming", ["off", "on", "parallel"])
+def test_case_103_104_105_what_was_prepared_comes_when_it_is_committed_whoever_reads_meanwhile(
+    bare: Database, streaming: str
+) -> None:
+    if streaming == "parallel" and bare.server.major < 16:
+        pytest.skip("parallel comes with PostgreSQL 16")
+    slot = Slot(bare)
+    slot.run(f"ALTER DATABASE {bare.name} SET logical_decoding_work_mem = '64kB'")
+
+    slot.run("""BEGIN
+        INSERT INTO t SELECT i, 'prepared' FROM generate_series(1, 3000) i
+        PREPARE TRANSACTION 'kept'
+        BEGIN
+        INSERT INTO t SELECT i, 'never' FROM generate_series(4001, 6000) i
+        PREPARE TRANSACTION 'dropped'
+        INSERT INTO t VALUES (-1, 'between')""")
+    assert rendered(acknowledged(bare, streaming=streaming)) == "+t{-1,between}"
+    slot.run("INSERT INTO t VALUES (-2, 'b')\nROLLBACK PREPARED 'dropped'")
+    assert rendered(acknowledged(bare, streaming=streaming)) == "+t{-2,b}"
+    slot.run("COMMIT PREPARED 'kept'\nINSERT INTO t VALUES (-3, 'c')")
+    found = acknowledged(bare, streaming=streaming)
+
+    assert [i for s in found for i in s.table("public.t")["id"].to_pylist()] == [*range(1, 3001), -3]
+    assert [seq for _, seq in positions(found)] == [*range(3000), 0]
+    assert acknowledged(bare, streaming=streaming) == []
+    # Asking for it once would turn the slot into one that brings rows before they are committed, for ever.
+    state = catalog.slot_state(slot.connection, "s")
+    assert state is not None
+    assert state.two_phase is False
 
 
 def test_case_118_a_reader_goes_on_in_the_midst_of_a_transaction(bare: Database) -> None:
