@@ -229,7 +229,8 @@ _COMPLAINTS: Final = {
     ),
     "XX000": _Complaint(
         ServerError,
-        "the server fails to decode this transaction each time. If a value has more than 512 MB: text can't carry it. "
+        "the server fails to decode this transaction each time. If a value has more than 512 MB, text can't carry "
+        "it, and binary='on' can. "
         "pg_replication_slot_advance() skips the transaction, and loses its changes",
     ),
 }

@@ -3,20 +3,8 @@
 A case is a line of the table below, or a function that has its numbers in its name. Statements of a case are committed
 one by one; several on a line, or between BEGIN and COMMIT, are one transaction. The notation is that of `notation`.
 
-Cases that are held elsewhere, or that do not apply:
-
-    21          a transaction that the server spills to disk: at a tenth of the size here; whole in `test_flow`
-    27          a table in pg_catalog is announced with an empty schema; see the case below
-    43, 47      the order of a primary key's columns is not on the wire, and batches say which columns, not in which
-                order; the primary key behind REPLICA IDENTITY FULL comes from the catalogue: `test_reader`
-    60          PostgreSQL 14 and 15 themselves go on with the old name of a renamed schema until a reconnect
-    68, 69      a renamed or altered composite type is not announced again: `test_defined_types`
-    75          no column is ever marked NOT NULL in a batch, so nothing flips
-    77 to 79    a publication that is missing at a position: `test_replication`
-    87          an empty list of publications: `test_settings`
-    95          PostgreSQL 14 itself goes on to name the former root of a detached partition until a reconnect
-    103, 104    with a slot that is not two-phase; 105: a slot that is, is refused
-    106 to 116  streaming of transactions in progress: `test_streaming`
+`test_case_numbers` says where the other numbers are, and what does not apply. What PostgreSQL itself does otherwise on
+some majors is a line of its own, with `until`.
 """
 
 from __future__ import annotations
