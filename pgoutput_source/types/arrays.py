@@ -43,7 +43,7 @@ def _decoder(element: Decode, delimiter: bytes) -> Decode:
         if (unquoted.lengths == 0).any() or b"{" in raw or b"}" in raw:
             refuse("array")
         missing = np.zeros(len(cells.texts), bool)
-        if b"NULL" in raw.upper():
+        if (unquoted.lengths == 4).any() and b"NULL" in raw.upper():
             missing = (one_of(cells.texts, b"NULL") == 0) & ~cells.quoted
             # PostgreSQL would read null and Null as NULL too, and so never writes a text like that without quotes.
             four = unquoted.starts[unquoted.lengths == 4]

@@ -2,8 +2,7 @@ r"""Values with values inside: how PostgreSQL writes arrays, ranges and composit
 
 All three are cells between an opening and a closing character, separated by a delimiter; a cell that could be mistaken
 is in double quotes, within which a quote is written ``\"`` or ``""`` and a backslash ``\\``. So one reader serves all:
-it finds the delimiters that stand outside quotes for the whole column at once. Only cells that hold a quote or a
-backslash are unescaped one by one.
+it finds the delimiters that stand outside quotes for the whole column at once.
 
 https://www.postgresql.org/docs/current/arrays.html#ARRAYS-IO
 https://www.postgresql.org/docs/current/rowtypes.html#ROWTYPES-IO-SYNTAX
@@ -12,22 +11,16 @@ https://www.postgresql.org/docs/current/rangetypes.html#RANGETYPES-IO
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pgoutput_source.types.base import Bools, Decode, Ints, Texts, Uint8s, nulled, refuse
 
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _SPACES = np.frombuffer(b" \t\n\r\v\f", np.uint8)
-# A quoted cell and the escaped characters in it. Arrays know only backslashes; in ranges and composites a quote may
-# also be doubled.
-_QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*)"', re.DOTALL)
-_QUOTED_OR_DOUBLED = re.compile(rb'"((?:[^"\\]|\\.|"")*)"', re.DOTALL)
-_ESCAPED = re.compile(rb'\\(.)|""', re.DOTALL)
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,39 +49,50 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
         refuse(name)
     # Looking for a byte in all values is nearly free; most columns have no quotes, spaces or backslashes.
     raw = t.data.tobytes()
-    quotes = t.data == _QUOTE if b'"' in raw else None
-    escapes = t.data == _BACKSLASH if b"\\" in raw else None
-    if escapes is not None and quotes is not None:
-        quotes &= ~_escaped(escapes)
-    quoting = np.zeros(0, np.int64) if quotes is None else np.flatnonzero(quotes)
+    escapes = _escapes(np.flatnonzero(t.data == _BACKSLASH)) if b"\\" in raw else _NONE
+    quoting = _NONE
+    if b'"' in raw:
+        quotes = t.data == _QUOTE
+        quotes[escapes + 1] = False
+        quoting = np.flatnonzero(quotes)
     delimiters = np.flatnonzero(t.data == delimiter[0])
     if len(quoting):
         delimiters = delimiters[_outside(quoting, delimiters)]
     # Quotes are paired within each value, and nothing but cells, delimiters and the two ends stands outside of them.
-    spaces = (
-        np.flatnonzero(np.isin(t.data, _SPACES)) if any(space in raw for space in _SPACES.tolist()) else delimiters[:0]
-    )
+    spaces = np.flatnonzero(np.isin(t.data, _SPACES)) if any(space in raw for space in _SPACES.tolist()) else _NONE
     if not _outside(quoting, t.ends - 1).all() or _outside(quoting, spaces).any():
         refuse(name)
     counts, starts, ends = _cut(t, delimiters)
-    if not len(quoting) and escapes is None:
+    if not len(quoting) and not len(escapes):
         return Cells(counts, _gather(t.data, starts, ends), np.zeros(len(starts), bool))
-    enclosed = ends - starts >= 2
-    if quotes is not None:
-        enclosed &= quotes[starts] & quotes[ends - 1]
-    texts = _gather(t.data, starts + enclosed, ends - enclosed)
-    if escapes is not None or len(quoting) != 2 * np.count_nonzero(enclosed):
-        odd = np.diff(np.searchsorted(quoting, np.stack([starts, ends], 1)), axis=1)[:, 0] != 2 * enclosed
-        if escapes is not None:
-            backslashes = np.flatnonzero(escapes)
-            odd |= np.diff(np.searchsorted(backslashes, np.stack([starts, ends], 1)), axis=1)[:, 0] > 0
-        if not enclosed[odd].all():
+    enclosed = np.zeros(len(starts), bool)
+    if len(quoting):
+        enclosed = (ends - starts >= 2) & quotes[starts] & quotes[ends - 1]
+    inner = _NONE
+    if len(quoting) != 2 * np.count_nonzero(enclosed):
+        quotes[starts[enclosed]] = quotes[ends[enclosed] - 1] = False
+        inner = np.flatnonzero(quotes)
+        # They stand in pairs, for one each, which arrays do not know.
+        if opening == b"{" or len(inner) & 1 or (inner[1::2] != inner[0::2] + 1).any():
             refuse(name)
-        form = _QUOTED if opening == b"{" else _QUOTED_OR_DOUBLED
-        cells = _gather(t.data, starts[odd], ends[odd]).to_pylist()
-        unescaped = pa.array([_unescape(cell, form, name) for cell in cells], pa.binary())
-        texts = pc.replace_with_mask(texts, pa.array(odd), unescaped)
-    return Cells(counts, texts, enclosed)
+    within = np.searchsorted(starts, np.concatenate([inner, escapes]), "right") - 1
+    if not enclosed[within].all():
+        refuse(name)
+    data, starts, ends = t.data, starts + enclosed, ends - enclosed
+    if len(inner) or len(escapes):
+        kept = np.ones(len(data) + 1, bool)
+        kept[inner[0::2]] = kept[escapes] = False
+        place = np.cumsum(kept, dtype=np.int32) - kept  # where each byte goes
+        data, starts, ends = data[kept[:-1]], place[starts], place[ends]
+    return Cells(counts, _gather(data, starts, ends), enclosed)
+
+
+def _escapes(backslashes: Ints) -> Ints:
+    """The backslashes that make the next character stand for itself; the second of a pair does not."""
+    index = np.arange(len(backslashes))
+    begins = np.append(True, np.diff(backslashes) != 1)
+    escapes: Ints = backslashes[(index - np.maximum.accumulate(np.where(begins, index, 0))) & 1 == 0]
+    return escapes
 
 
 def _outside(quoting: Ints, at: Ints) -> Bools:
@@ -117,14 +121,6 @@ def _all_in(column: Uint8s, allowed: bytes) -> bool:
     return bool(np.isin(column, np.frombuffer(allowed, np.uint8)).all())
 
 
-def _escaped(backslash: Bools) -> Bools:
-    """Which characters stand behind an odd number of backslashes."""
-    index = np.arange(len(backslash))
-    last_other = np.maximum.accumulate(np.where(backslash, -1, index))
-    run = index - last_other  # how many backslashes end here
-    return np.append(False, run[:-1] & 1 == 1)
-
-
 def _gather(data: Uint8s, starts: Ints, ends: Ints) -> pa.BinaryArray:
     """The ranges of bytes, which ascend, as one array: every second value of one whose others are the gaps."""
     offsets = np.empty(2 * len(starts) + 1, np.int32)
@@ -133,12 +129,6 @@ def _gather(data: Uint8s, starts: Ints, ends: Ints) -> pa.BinaryArray:
         pa.binary(), 2 * len(starts), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(data))]
     )
     return every.take(pa.array(np.arange(0, 2 * len(starts), 2)))
-
-
-def _unescape(cell: bytes, form: re.Pattern[bytes], name: str) -> bytes:
-    if (match := form.fullmatch(cell)) is None:
-        refuse(name)
-    return _ESCAPED.sub(lambda m: m[1] or b'"', match[1])
 
 
 def decode_cells(cells: Cells, missing: Bools, decode: Decode, kind: pa.DataType) -> tuple[pa.Array, Bools]:
