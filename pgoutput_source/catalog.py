@@ -313,15 +313,18 @@ def binary_option(conn: Connection, binary: str, names: Iterable[str]) -> dict[s
     """What pgoutput is told about binary: nothing without, as ever."""
     if binary == "auto" and conn.info.parameter_status("server_encoding") == "SQL_ASCII":
         binary = "off"  # of an array in binary it can't be told which element is not UTF-8
-    if binary == "auto" and (columns := text_columns(conn, names)):
-        logger.info("values come as text, because some can't be read in binary: %s", "; ".join(columns))
+    if binary == "auto" and (columns := text_columns(conn, names, by_value=True)):
+        logger.info(
+            "values come as text, because some can't be read, or only slowly, in binary: %s", "; ".join(columns)
+        )
         binary = "off"
     return {} if binary == "off" else {"binary": "true"}
 
 
-def text_columns(conn: Connection, names: Iterable[str]) -> list[str]:
+def text_columns(conn: Connection, names: Iterable[str], *, by_value: bool = False) -> list[str]:
     """The columns of these publications, with their types, that can be read as text only.
 
+    With `by_value` also those whose values can be read only one by one, which takes longer than their text does.
     What a type without a send function has is sent as text in any case.
     """
     # pg_publication_tables has column lists from PostgreSQL 15 on: as a key of the row's JSON it may be absent.
@@ -343,7 +346,12 @@ def text_columns(conn: Connection, names: Iterable[str]) -> list[str]:
         defined = sorted({oid for _, oid, _ in columns} - TYPES.keys())
         facts = conn.execute(FACTS, {"oids": defined}).fetchall() if defined else []
     rows = TYPES | from_catalogue((TypeFacts(*fact) for fact in facts), TYPES)
-    return [f"{column} {name}" for column, oid, name in columns if oid not in rows or rows[oid].binary is None]
+    readers = {oid: row.binary for oid, row in rows.items()}
+    return [
+        f"{column} {name}"
+        for column, oid, name in columns
+        if (reader := readers.get(oid)) is None or (by_value and reader.by_value)
+    ]
 
 
 def check_slot(conn: Connection, slot: SlotState) -> None:

@@ -157,8 +157,9 @@ class SourceSettings(BaseModel):
             its own disk until they commit; they are kept here, and come out at their commit as ever. "parallel" is the
             same with PostgreSQL 16's protocol.
         binary: "on" has PostgreSQL send values as the send functions of their types write them, where "off" has it send
-            their text: the same columns for less work. Start with "on" refuses a table with a column of a type that
-            can't be read so; "auto" is "on" unless there is one, decided at each connection.
+            their text: the same columns for less work. It is refused at the start if a published column is of a type
+            that can't be read so. "auto" is "on" unless there is one that can't, or that takes longer; that is decided
+            anew for each connection.
         streaming_memory: Bytes of transactions in progress that are held in memory. What is more goes to files
             without a name in the folder for temporary files (TMPDIR).
 

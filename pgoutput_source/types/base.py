@@ -118,11 +118,13 @@ class Binary:
 
     `decode` gives what the type's decoder of text gives for the same values: the same Arrow values, null where the
     Arrow type can't hold one, a ValueError for bytes that the send function does not make. `text` gives the exact text
-    that PostgreSQL writes for one value, or a ValueError.
+    that PostgreSQL writes for one value, or a ValueError. `by_value` says that this is how columns are decoded as well,
+    which is so much slower that such values had better come as text.
     """
 
     decode: Callable[[Sent, pa.DataType], pa.Array]
     text: Callable[[bytes], bytes]
+    by_value: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,11 @@ def same_bytes(decode: Decode) -> Binary:
 
 def through_text(to_text: Callable[[bytes], bytes], decode: Decode) -> Binary:
     """For a rare type: value by value to its text, which is then decoded."""
-    return Binary(lambda sent, kind: decode(pa.array(list(map(to_text, sent.values())), pa.binary()), kind), to_text)
+
+    def decode_texts(sent: Sent, kind: pa.DataType) -> pa.Array:
+        return decode(pa.array(list(map(to_text, sent.values())), pa.binary()), kind)
+
+    return Binary(decode_texts, to_text, by_value=True)
 
 
 def fixed_width(

@@ -1,6 +1,7 @@
 """Notations: what PostgreSQL's output functions write, made from what the send functions of these types send.
 
-Columns of these types are PostgreSQL's text, so that is all there is to make. They are rare, and made value by value.
+Columns of these types are PostgreSQL's text, so that is all there is to make. Most of them are rare, and made value by
+value; addresses are made for a whole column.
 
 https://www.postgresql.org/docs/current/datatype-net-types.html
 https://www.postgresql.org/docs/current/datatype-bit.html
@@ -9,11 +10,16 @@ https://www.postgresql.org/docs/current/datatype-textsearch.html
 
 from __future__ import annotations
 
+import binascii
 import struct
 from collections.abc import Callable
 from typing import Final
 
-from pgoutput_source.types.base import Binary, refuse, text, through_text
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pgoutput_source.types.base import Binary, Sent, Texts, ranges_of, refuse, text, through_text
 from pgoutput_source.types.numbers import float_text
 
 
@@ -63,19 +69,55 @@ def _ipv6(address: bytes) -> str:
     return f"{':'.join(f'{word:x}' for word in before)}::{':'.join(f'{word:x}' for word in behind)}"
 
 
+_OCTETS = pa.array(list(map(str, range(256))))
+
+
+def _addresses(is_cidr: bool) -> Binary:
+    by_value = _notation("inet", _address(is_cidr))
+    masks = pa.array([f"/{bits}" for bits in range(32)] + ["/32" if is_cidr else ""])
+
+    def decode(sent: Sent, kind: pa.DataType) -> pa.Array:
+        version_4 = sent.length == 8
+        if not version_4.all():
+            others = by_value.decode(sent.take(~version_4), kind)
+            found = pa.concat_arrays([decode(sent.take(version_4), kind), others])
+            at = np.where(version_4, np.cumsum(version_4) - 1, np.cumsum(~version_4) - 1 + version_4.sum())
+            return found.take(pa.array(at))
+        head = sent.integers(">u4")
+        bits = head >> np.uint32(16) & np.uint32(0xFF)
+        # The family, whether it is a network, and the width of the address.
+        if ((head & np.uint32(0xFF00FFFF)) != (2 << 24 | is_cidr << 8 | 4)).any() or bits.max(initial=0) > 32:
+            refuse("inet")
+        octets = [_OCTETS.take(pa.array(sent.u1[sent.start + at])) for at in range(4, 8)]
+        address = pc.binary_join_element_wise(*octets, ".")
+        if not is_cidr and bits.min(initial=32) == 32:
+            return address.cast(kind)
+        return pc.binary_join_element_wise(address, masks.take(pa.array(bits)), "").cast(kind)
+
+    return Binary(decode, by_value.text)
+
+
 def hardware_address(width: int) -> Binary:
     """Of so many bytes: ``08:00:2b:01:02:03``."""
 
-    def write(value: bytes) -> str:
+    def decode(sent: Sent, kind: pa.DataType) -> pa.Array:
+        sent.fixed(width, "macaddr")
+        characters = np.full((len(sent), width, 3), ord(":"), np.uint8)
+        digits = binascii.hexlify(Texts(sent.slices()).data.data)
+        characters[:, :, :2] = np.frombuffer(digits, np.uint8).reshape(-1, width, 2)
+        each = np.arange(len(sent)) * 3 * width
+        return ranges_of(characters.tobytes(), each, np.full(len(sent), 3 * width - 1), None).cast(kind)
+
+    def write(value: bytes) -> bytes:
         if len(value) != width:
             refuse("macaddr")
-        return value.hex(":")
+        return value.hex(":").encode()
 
-    return _notation("macaddr", write)
+    return Binary(decode, write)
 
 
-INET: Final = _notation("inet", _address(False))
-CIDR: Final = _notation("cidr", _address(True))
+INET: Final = _addresses(is_cidr=False)
+CIDR: Final = _addresses(is_cidr=True)
 
 
 # -- bits, rows, transactions, text search ----------------------------------------------------------------------------

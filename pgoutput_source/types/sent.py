@@ -173,7 +173,7 @@ def array_binary(element: PgType, delimiter: str) -> Binary | None:
             return "".join(shown).encode() + b"=" + cells[0]
         return cells[0]
 
-    return Binary(decode, _checked("array", write))
+    return Binary(decode, _checked("array", write), binary.by_value)
 
 
 def vector_binary(element: PgType) -> Binary | None:
@@ -196,7 +196,7 @@ def vector_binary(element: PgType) -> Binary | None:
             refuse("vector")
         return b" ".join(b"" if item is None else binary.text(item) for item in _items(value, at, sizes[0], "vector"))
 
-    return Binary(decode, _checked("vector", write))
+    return Binary(decode, _checked("vector", write), binary.by_value)
 
 
 class _Header:
@@ -316,7 +316,7 @@ def range_binary(bound: PgType) -> Binary | None:
         opening, closing = b"[" if flags & _LOWER_INC else b"(", b"]" if flags & _UPPER_INC else b")"
         return opening + b",".join(bounds) + closing
 
-    return Binary(decode, _checked("range", write))
+    return Binary(decode, _checked("range", write), binary.by_value)
 
 
 def multirange_binary(one: PgType) -> Binary | None:
@@ -340,7 +340,7 @@ def multirange_binary(one: PgType) -> Binary | None:
         ranges = _items(value, 4, count, "multirange")
         return b"{" + b",".join(b"" if item is None else binary.text(item) for item in ranges) + b"}"
 
-    return Binary(decode, _checked("multirange", write))
+    return Binary(decode, _checked("multirange", write), binary.by_value)
 
 
 # -- composites -------------------------------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ def composite_binary(
         return b"(" + b",".join(cells) + b")"
 
     write = _checked(name, write_checked)
-    return Binary(decode, write)
+    return Binary(decode, write, any(binary.by_value for binary in binaries))
 
 
 def _same_attributes(sent: Sent, attributes: Sequence[PgType]) -> tuple[Bools, list[tuple[Sent, Bools]]]:
