@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pgoutput_source.types.base import Decode, PgType, Texts, dense, nulled, one_of, refuse
-from pgoutput_source.types.nested import Cells, cells_of, decode_cells
+from pgoutput_source.types.nested import Cells, cells_of, cut, decode_cells, gather
 from pgoutput_source.types.sent import array_binary, vector_binary
 
 _BOUNDS = re.compile(rb"((?:\[-?\d+:-?\d+\]){1,6})=")
@@ -115,9 +115,12 @@ def vector_of(element: PgType, oid: int, name: str, array: int) -> PgType:
 
     @dense
     def decode(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
-        found = [value.split(b" ") if value else [] for value in values.to_pylist()]
-        elements = pa.array([word for words in found for word in words], pa.binary())
-        counts = np.fromiter(map(len, found), np.int64, len(found))
+        t = Texts(values)
+        filled = t.lengths > 0
+        cells, starts, ends = cut(t.starts[filled], t.ends[filled], np.flatnonzero(t.data == ord(" ")))
+        elements = gather(t.data, starts, ends)
+        counts = np.zeros(len(t), np.int64)
+        counts[filled] = cells
         offsets = pa.array(np.append(0, np.cumsum(counts)).astype(np.int32))
         return pa.ListArray.from_arrays(offsets, element.decode(elements, kind.value_type), type=kind)
 

@@ -47,27 +47,21 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
         return Cells(np.zeros(0, np.int64), pa.array([], pa.binary()), np.zeros(0, bool))
     if t.lengths.min() < 2 or not _all_in(t.at(0), opening) or not _all_in(t.at(-1), closing):
         refuse(name)
-    # Looking for a byte in all values is nearly free; most columns have no quotes, spaces or backslashes.
-    raw = t.data.tobytes()
-    escapes = _escapes(np.flatnonzero(t.data == _BACKSLASH)) if b"\\" in raw else _NONE
-    quoting = _NONE
-    if b'"' in raw:
-        quotes = t.data == _QUOTE
-        quotes[escapes + 1] = False
-        quoting = np.flatnonzero(quotes)
+    quoting, escapes = quoting_of(t)
     delimiters = np.flatnonzero(t.data == delimiter[0])
     if len(quoting):
-        delimiters = delimiters[_outside(quoting, delimiters)]
+        delimiters = delimiters[outside(quoting, delimiters)]
     # Quotes are paired within each value, and nothing but cells, delimiters and the two ends stands outside of them.
+    raw = t.data.tobytes()
     spaces = np.flatnonzero(np.isin(t.data, _SPACES)) if any(space in raw for space in _SPACES.tolist()) else _NONE
-    if not _outside(quoting, t.ends - 1).all() or _outside(quoting, spaces).any():
+    if not outside(quoting, t.ends - 1).all() or outside(quoting, spaces).any():
         refuse(name)
-    counts, starts, ends = _cut(t, delimiters)
+    counts, starts, ends = cut(t.starts + 1, t.ends - 1, delimiters)
     if not len(quoting) and not len(escapes):
-        return Cells(counts, _gather(t.data, starts, ends), np.zeros(len(starts), bool))
-    enclosed = np.zeros(len(starts), bool)
-    if len(quoting):
-        enclosed = (ends - starts >= 2) & quotes[starts] & quotes[ends - 1]
+        return Cells(counts, gather(t.data, starts, ends), np.zeros(len(starts), bool))
+    quotes = np.zeros(len(t.data), bool)
+    quotes[quoting] = True
+    enclosed = (ends - starts >= 2) & quotes[starts] & quotes[ends - 1]
     inner = _NONE
     if len(quoting) != 2 * np.count_nonzero(enclosed):
         quotes[starts[enclosed]] = quotes[ends[enclosed] - 1] = False
@@ -78,13 +72,20 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
     within = np.searchsorted(starts, np.concatenate([inner, escapes]), "right") - 1
     if not enclosed[within].all():
         refuse(name)
-    data, starts, ends = t.data, starts + enclosed, ends - enclosed
-    if len(inner) or len(escapes):
-        kept = np.ones(len(data) + 1, bool)
-        kept[inner[0::2]] = kept[escapes] = False
-        place = np.cumsum(kept, dtype=np.int32) - kept  # where each byte goes
-        data, starts, ends = data[kept[:-1]], place[starts], place[ends]
-    return Cells(counts, _gather(data, starts, ends), enclosed)
+    dropped = np.concatenate([inner[0::2], escapes])
+    return Cells(counts, gather(t.data, starts + enclosed, ends - enclosed, dropped), enclosed)
+
+
+def quoting_of(t: Texts) -> tuple[Ints, Ints]:
+    """Where the quotes are that mean something, and the backslashes that do."""
+    # Looking for a byte in all values is nearly free, and most columns have none.
+    raw = t.data.tobytes()
+    escapes = _escapes(np.flatnonzero(t.data == _BACKSLASH)) if b"\\" in raw else _NONE
+    if b'"' not in raw:
+        return _NONE, escapes
+    quotes = t.data == _QUOTE
+    quotes[(escapes + 1)[escapes + 1 < len(quotes)]] = False
+    return np.flatnonzero(quotes), escapes
 
 
 def _escapes(backslashes: Ints) -> Ints:
@@ -95,23 +96,26 @@ def _escapes(backslashes: Ints) -> Ints:
     return escapes
 
 
-def _outside(quoting: Ints, at: Ints) -> Bools:
-    """Whether these places, which ascend, are outside of quotes."""
-    outside: Bools = np.searchsorted(quoting, at) & 1 == 0
-    return outside
+def outside(quoting: Ints, at: Ints) -> Bools:
+    """Whether these places are outside of quotes."""
+    even: Bools = np.searchsorted(quoting, at) & 1 == 0
+    return even
 
 
-def _cut(t: Texts, delimiters: Ints) -> tuple[Ints, Ints, Ints]:
-    """How many cells each value has, and where each cell begins and ends, from the places of the delimiters."""
-    before = np.append(np.searchsorted(delimiters, t.starts), len(delimiters))
+def cut(first: Ints, last: Ints, delimiters: Ints) -> tuple[Ints, Ints, Ints]:
+    """How many cells each value has, and where each cell begins and ends, from the places of the delimiters.
+
+    `first` and `last` say where the first cell of each value begins and its last one ends.
+    """
+    before = np.append(np.searchsorted(delimiters, first), len(delimiters))
     inner = np.diff(before)
-    value = np.arange(len(t))
+    value = np.arange(len(first))
     behind = np.arange(len(delimiters)) + np.repeat(value, inner)
-    starts, ends = np.empty((2, len(t) + len(delimiters)), np.int64)
-    starts[value + before[:-1]] = t.starts + 1
+    starts, ends = np.empty((2, len(first) + len(delimiters)), np.int64)
+    starts[value + before[:-1]] = first
     starts[behind + 1] = delimiters + 1
     ends[behind] = delimiters
-    ends[value + before[1:]] = t.ends - 1
+    ends[value + before[1:]] = last
     return inner + 1, starts, ends
 
 
@@ -121,8 +125,14 @@ def _all_in(column: Uint8s, allowed: bytes) -> bool:
     return bool(np.isin(column, np.frombuffer(allowed, np.uint8)).all())
 
 
-def _gather(data: Uint8s, starts: Ints, ends: Ints) -> pa.BinaryArray:
-    """The ranges of bytes, which ascend, as one array: every second value of one whose others are the gaps."""
+def gather(data: Uint8s, starts: Ints, ends: Ints, dropped: Ints = _NONE) -> pa.BinaryArray:
+    """The ranges of bytes, which ascend, as one array, without the bytes at the places `dropped`."""
+    if len(dropped):
+        kept = np.ones(len(data) + 1, bool)
+        kept[dropped] = False
+        place = np.cumsum(kept, dtype=np.int32) - kept  # where each byte goes
+        data, starts, ends = data[kept[:-1]], place[starts], place[ends]
+    # Every second value of an array whose others are the gaps.
     offsets = np.empty(2 * len(starts) + 1, np.int32)
     offsets[0:-1:2], offsets[1::2], offsets[-1] = starts, ends, len(data)
     every = pa.Array.from_buffers(

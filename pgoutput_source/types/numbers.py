@@ -5,7 +5,6 @@ https://www.postgresql.org/docs/current/datatype-numeric.html
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 from typing import Any
 
@@ -195,15 +194,30 @@ def numeric(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     return (_exact_or_misfit if pa.types.is_decimal(kind) else _any_numeric)(values, kind)
 
 
-_MONEY = re.compile(rb"-?\$\d{1,3}(?:,\d{3})*\.\d\d")
-
-
 @dense
 def money(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     """What ``lc_monetary=C`` makes of it: ``-$1,234,567.89``."""
-    if not all(map(_MONEY.fullmatch, values.to_pylist())):
-        refuse("money")
     t = Texts(values)
+    if not len(t):
+        return pa.nulls(0, kind)
+    if t.lengths.min() < 5:
+        refuse("money")
+    minus = t.at(0) == _MINUS
+    first = t.starts + minus + 1
+    # The digits before the point stand in threes, each but the first behind a comma; what else may be is seen below.
+    commas = np.flatnonzero(t.data == ord(","))
+    point = t.ends - 3
+    owner = np.searchsorted(t.starts, commas, "right") - 1
+    if (
+        (t.data[first - 1] != ord("$")).any()
+        or np.count_nonzero(t.data == ord("$")) != len(t)
+        or np.count_nonzero(t.data == _MINUS) != np.count_nonzero(minus)
+        or (np.bincount(owner, minlength=len(t)) != (point - first) // 4).any()
+        or ((point - first) % 4 == 0).any()
+        or ((point[owner] - commas) % 4 != 0).any()
+        or (commas < first[owner]).any()
+    ):
+        refuse("money")
     kept = np.append(0, np.cumsum((t.data != ord("$")) & (t.data != ord(",")), dtype=np.int32)).astype(np.int32)
     edges = np.append(kept[t.starts], kept[-1])
     buffers = [None, pa.py_buffer(edges), pa.py_buffer(t.without(b"$,"))]

@@ -9,19 +9,14 @@ https://www.postgresql.org/docs/current/rangetypes.html
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pyarrow as pa
 
 from pgoutput_source.types.base import Decode, PgType, Texts, dense, one_of, refuse
-from pgoutput_source.types.nested import Cells, cells_of, decode_cells
+from pgoutput_source.types.nested import Cells, cells_of, cut, decode_cells, gather, outside, quoting_of
 from pgoutput_source.types.sent import multirange_binary, range_binary
 
-# One range of a multirange: it ends at the first closing character outside quotes.
-_RANGE = re.compile(
-    rb'[\[(](?:"(?:[^"\\]|\\.|"")*"|[^"\\()\[\],])*,(?:"(?:[^"\\]|\\.|"")*"|[^"\\()\[\],])*[\])]', re.DOTALL
-)
+_OPENING, _CLOSING = np.frombuffer(b"[(", np.uint8), np.frombuffer(b"])", np.uint8)
 
 
 def range_type(bound: pa.DataType) -> pa.DataType:
@@ -80,24 +75,27 @@ def multirange_of(one: PgType, oid: int, name: str, array: int = 0) -> PgType:
 
     @dense
     def decode(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
-        found = [_split(value) for value in values.to_pylist()]
-        counts = np.fromiter(map(len, found), np.int64, len(found))
-        cells = Cells(
-            counts, pa.array([r for ranges in found for r in ranges], pa.binary()), np.zeros(counts.sum(), bool)
-        )
+        cells = _ranges_in(values)
         decoded, misfit = decode_cells(cells, cells.quoted, one.decode, kind.value_type)
-        offsets = pa.array(np.append(0, np.cumsum(counts)).astype(np.int32))
+        offsets = pa.array(np.append(0, np.cumsum(cells.counts)).astype(np.int32))
         return pa.ListArray.from_arrays(offsets, decoded, type=kind, mask=pa.array(misfit) if misfit.any() else None)
 
     binary = multirange_binary(one)
     return PgType(oid, name, lambda typmod: pa.list_(one.arrow(typmod)), decode, one.misfits, array, binary=binary)
 
 
-def _split(value: bytes) -> list[bytes]:
-    """The ranges of ``{[1,3),[5,8)}``."""
-    if value[:1] != b"{" or value[-1:] != b"}" or len(value) < 2:
+def _ranges_in(values: pa.BinaryArray) -> Cells:
+    """The ranges of ``{[1,3),[5,8)}``: a comma outside of quotes, behind the end of one, separates it from the next."""
+    t = Texts(values)
+    if len(t) and (t.lengths.min() < 2 or (t.at(0) != ord("{")).any() or (t.at(-1) != ord("}")).any()):
         refuse("multirange")
-    ranges = _RANGE.findall(value)
-    if b"{" + b",".join(ranges) + b"}" != value:
-        refuse("multirange")
-    return ranges
+    quoting, _ = quoting_of(t)
+    commas = np.flatnonzero(t.data == ord(","))
+    commas = commas[outside(quoting, commas) & np.isin(t.data[commas - 1], _CLOSING)]
+    filled = t.lengths > 2
+    counts = np.zeros(len(t), np.int64)
+    cells, starts, ends = cut(t.starts[filled] + 1, t.ends[filled] - 1, commas)
+    counts[filled] = cells
+    if not (ends > starts).all() or not np.isin(t.data[starts], _OPENING).all():
+        refuse("multirange")  # an empty range is not in one
+    return Cells(counts, gather(t.data, starts, ends), np.zeros(len(starts), bool))
