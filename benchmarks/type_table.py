@@ -62,6 +62,15 @@ def columns(rng: random.Random) -> dict[str, tuple[int, int, Callable[[], str]]]
         "int4range": (3904, -1, lambda: f"[{rng.randrange(100)},{rng.randrange(100, 1000)})"),
         "point": (600, -1, lambda: f"({rng.random():.6g},{rng.random():.6g})"),
         "pg_lsn": (3220, -1, lambda: f"{rng.randrange(2**16):X}/{rng.randrange(2**32):X}"),
+        "inet": (869, -1, lambda: ".".join(str(rng.randrange(256)) for _ in range(4))),
+        "macaddr": (829, -1, lambda: rng.randbytes(6).hex(":")),
+        "tstzrange": (3910, -1, lambda: f'["{moment()}+00","{start + datetime.timedelta(days=9999)}+00")'),
+        "uuid[], 3 elements": (
+            2951,
+            -1,
+            lambda: f"{{{','.join(str(uuid.UUID(bytes=rng.randbytes(16))) for _ in 'abc')}}}",
+        ),
+        "double precision[], 8 elements": (1022, -1, lambda: f"{{{','.join(repr(rng.random()) for _ in range(8))}}}"),
         "uuid": (2950, -1, lambda: str(uuid.UUID(bytes=rng.randbytes(16)))),
     }
 
@@ -87,7 +96,7 @@ def sent(connection: psycopg.Connection[Any], oid: int, typmod: int, texts: list
 
 def main(rows: int = 100_000) -> None:
     """Print the table."""
-    print(f"{'type':<28}{'text, ns a value':>18}{'with NULLs':>12}{'binary':>10}")
+    print(f"{'type':<32}{'text, ns a value':>18}{'with NULLs':>12}{'binary':>10}")
     with Server() as server, psycopg.connect(server.dsn()) as connection:
         for name, (oid, typmod, make) in columns(random.Random(1)).items():
             row = type_of(oid)
@@ -103,7 +112,7 @@ def main(rows: int = 100_000) -> None:
                 (row.binary.decode, sent(connection, oid, typmod, texts)),
             ]
             times = [best(partial(decode, column, kind)) / rows * 1e9 for decode, column in measured]
-            print(f"{name:<28}{times[0]:>18.0f}{times[1]:>12.0f}{times[2]:>10.0f}", flush=True)
+            print(f"{name:<32}{times[0]:>18.0f}{times[1]:>12.0f}{times[2]:>10.0f}", flush=True)
 
 
 if __name__ == "__main__":
