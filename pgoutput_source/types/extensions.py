@@ -27,41 +27,65 @@ https://github.com/pgvector/pgvector
 from __future__ import annotations
 
 import binascii
-import re
 from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pgoutput_source.types.base import Binary, Decode, PgType, Texts, always, dense, refuse, text
-from pgoutput_source.types.nested import cells_of
+from pgoutput_source.types.base import Binary, Decode, Ints, PgType, Texts, always, dense, refuse, text
+from pgoutput_source.types.nested import cells_of, gather, quoting_of
 from pgoutput_source.types.numbers import floating_text, integer_text
 from pgoutput_source.types.sent import HSTORE, vector_of_floats
 from pgoutput_source.types.text import AS_TEXT, VERSIONED
 
 _FLOAT = floating_text("vector")
-_PAIR = re.compile(rb'"((?:[^"\\]|\\.)*)"=>(?:"((?:[^"\\]|\\.)*)"|NULL)(?:, (?=")|$)', re.DOTALL)
-_ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
+# What stands before a string of an hstore, by its length: nothing before the first, and what makes it a value or a key.
+_BEFORE = {0: b"", 2: b"=>", -2: b", ", 8: b"=>NULL, "}
 
 
 @dense
 def hstore(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
-    """``"a"=>"1", "b c"=>NULL``, pair by pair."""
-    keys: list[bytes] = []
-    items: list[bytes | None] = []
-    offsets = [0]
-    for value in values.to_pylist():
-        at = 0
-        while at < len(value):
-            if (pair := _PAIR.match(value, at)) is None:
-                refuse("hstore")
-            at = pair.end()
-            keys.append(_ESCAPED.sub(rb"\1", pair[1]))
-            items.append(None if pair[2] is None else _ESCAPED.sub(rb"\1", pair[2]))
-        offsets.append(len(keys))
-    columns = (pa.array(column, pa.binary()).cast(pa.utf8()) for column in (keys, items))
-    return pa.MapArray.from_arrays(pa.array(offsets, pa.int32()), *columns, type=kind)
+    """``"a"=>"1", "b c"=>NULL``: all strings are in quotes, and what stands between them says what each one is."""
+    t = Texts(values)
+    quoting, escapes = quoting_of(t)
+    if len(quoting) & 1:
+        refuse("hstore")
+    opens, closes = quoting[0::2], quoting[1::2]
+    owner = np.searchsorted(t.starts, opens, "right") - 1
+    # A string begins where the last one or the value begins, and ends within the value.
+    first = np.diff(owner, prepend=-1) > 0
+    gap_from = np.where(first, t.starts[owner], np.append(0, closes[:-1]) + 1)
+    gap = opens - gap_from
+    is_value = (gap == 2) & (t.data[gap_from] == ord("="))
+    kind_of_gap = np.where(is_value | (gap != 2), gap, -2)
+    filled = np.flatnonzero(t.lengths)
+    last = np.cumsum(np.bincount(owner, minlength=len(t)))[filled] - 1
+    if len(filled) != np.count_nonzero(first) or (closes >= t.ends[owner]).any():
+        refuse("hstore")
+    tail = t.ends[filled] - closes[last] - 1
+    after_key = np.append(False, ~is_value[:-1]) & ~first
+    if (
+        (first != (gap == 0)).any()
+        # A value and a NULL come behind a key, the comma alone behind a value.
+        or (np.isin(kind_of_gap, (2, 8)) != after_key).any()
+        or (tail != np.where(is_value[last], 0, 6)).any()
+        or any(not _follows(t, gap_from[kind_of_gap == width], text) for width, text in _BEFORE.items())
+        or not np.isin(kind_of_gap, list(_BEFORE)).all()
+        or not _follows(t, (closes[last] + 1)[tail == 6], b"=>NULL")
+    ):
+        refuse("hstore")
+    strings = gather(t.data, opens + 1, closes, escapes).cast(pa.utf8())
+    key = np.flatnonzero(~is_value)
+    has_value = np.append(is_value, False)[key + 1]
+    offsets = np.append(0, np.cumsum(np.bincount(owner[key], minlength=len(t)))).astype(np.int32)
+    items = strings.take(pa.array(key + 1, mask=~has_value))
+    return pa.MapArray.from_arrays(pa.array(offsets), strings.take(pa.array(key)), items, type=kind)
+
+
+def _follows(t: Texts, at: Ints, text: bytes) -> bool:
+    """Whether `text`, for which there is room, stands at all these places."""
+    return all((t.data[at + i] == character).all() for i, character in enumerate(text))
 
 
 @dense
