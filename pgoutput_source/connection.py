@@ -213,12 +213,15 @@ class _Complaint(NamedTuple):
     hint: str | None = None
 
 
+ONE_PROCESS: Final = "only one process can stream from a slot: stop the other one, or use a slot each"
+"""The remedy for a slot in use."""
+
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _COMPLAINTS: Final = {
     "42501": _Complaint(NotConfigured, "the role needs the REPLICATION attribute (ALTER ROLE … REPLICATION)"),
     "53300": _Complaint(NotConfigured, "end other sessions, or raise max_connections or max_wal_senders"),
     "53400": _Complaint(NotConfigured, "drop a slot that nobody uses, or raise max_replication_slots and restart"),
-    "55006": _Complaint(SlotInUse, "only one process can stream from a slot: stop the other one, or use a slot each"),
+    "55006": _Complaint(SlotInUse, ONE_PROCESS),
     "25006": _Complaint(NotConfigured, "a standby can't write: do this on the primary, and it follows here"),
     "55000": _Complaint(SlotError, None),
     "58P01": _Complaint(SlotLost),

@@ -127,10 +127,9 @@ class PgOutputReader:
         self._dsn = catalog.connection_string(settings)
         with resume.connect(self._dsn, settings) as connection:
             self._prepare(connection)
-            slot = catalog.check(connection, settings)
+            catalog.check(connection, settings)
             system = catalog.identify(connection)
             self._until = catalog.target(connection, settings)
-        self._confirmed = self._fetched = slot.confirmed_flush_lsn or Lsn(0)
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", settings.slot))
         look_up = catalog.defined_types(self._dsn)
         self._assembler = Assembler(
@@ -142,7 +141,8 @@ class PgOutputReader:
             known_tables=None if settings.on_schema_change == "evolve" else {},
         )
         self._stream = ReplicationStream.of(self._dsn, settings)
-        self._stream.start(self._confirmed)
+        self._stream.start(Lsn(0))
+        self._confirmed = self._fetched = self._stream.acknowledged
         self._timeline = Timeline(self._dsn, self._stream)
         self._generation = self._stream.generation
         self._heartbeat = Heartbeat(self._dsn, settings.slot, settings.heartbeat_seconds)

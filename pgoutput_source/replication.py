@@ -134,6 +134,7 @@ class ReplicationStream:
 
         # Positions. They only ever grow, whatever the connection does.
         self._acknowledged = Lsn(0)
+        self._seen = Lsn(0)
         self._received = Lsn(0)
         self._keepalive_lsn = Lsn(0)
 
@@ -206,16 +207,21 @@ class ReplicationStream:
 
     # -- start and end ----------------------------------------------------------------------------------------------
 
-    def start(self, flush: Lsn) -> None:
-        """Connect, start to stream where the slot stands, and acknowledge `flush`, which is durable already.
+    def start(self, seen: Lsn) -> None:
+        """Connect, and start to stream where the slot stands.
+
+        Args:
+            seen: Up to here an earlier stream was done with everything, so the server must have it; 0 if nothing is
+                known. It is not acknowledged: that is done with what this server sends.
 
         Raises:
             ConnectionFailed, NotConfigured: Nothing is tried twice here, but for a server that is just starting up.
             SlotInUse: Another process kept the slot for longer than `slot_wait_seconds`.
             SlotNotFound, SlotMismatch, SlotLost: The slot can't be used.
-            StateError: `flush` is beyond the end of the server's WAL, so it is of another server.
+            SlotAhead: The slot has moved past `seen`.
+            StateError: `seen` is beyond the end of the server's WAL, so it is of another server.
         """
-        self._acknowledged = self._received = Lsn(flush)
+        self._seen = seen
         begun = time.monotonic()
         told = False
         while True:
@@ -503,6 +509,8 @@ class ReplicationStream:
             admit=self._admit,
         )
         self.backend = walsender.backend
+        if not self._acknowledged and walsender.confirmed is not None:
+            self._acknowledged = self._received = walsender.confirmed
         self._poll = select.poll()
         self._poll.register(walsender.socket, select.POLLIN)
         with self._lock:
@@ -512,7 +520,7 @@ class ReplicationStream:
 
     def _admit(self, walsender: Walsender) -> None:
         """Whether it is the server that it was, with all that it had. Called before it streams."""
-        resume.admit(walsender, self.system_id, self._acknowledged)
+        resume.admit(walsender, self.system_id, max(self._seen, self._acknowledged))
         if self.timeline and walsender.timeline != self.timeline:
             logger.warning(
                 "slot %r: the server is on timeline %d now, not %d", self.slot, walsender.timeline, self.timeline

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any, Final
 
-from pgoutput_source import catalog
+from pgoutput_source import catalog, messages
 from pgoutput_source.connection import Connection, resync_hint
 from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError
 from pgoutput_source.schema import Position
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.walsender import Walsender, timeline_end
-from pgoutput_source.wire import Lsn
+from pgoutput_source.wire import PG_EPOCH_US, XLOG_DATA_HEADER, Lsn
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,12 @@ State = dict[str, Any]
 """A resume state: builtins only, with the version of its shape under "v"."""
 
 STATE_VERSION: Final = 1
+
+START_AFRESH: Final = (
+    "what was written downstream has changes that this server does not have: start afresh, with a new recovery folder "
+    "and new folders for the output"
+)
+"""The remedy where the server's history is another one."""
 
 _STARTING: Final = 60.0  # seconds
 
@@ -68,9 +75,7 @@ def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | N
             f"{e.message}, and the recovery folder ends at {Lsn(state['lsn'])}: what was committed after that is lost "
             "to this flow"
         )
-        hint = resync_hint(settings.slot)
-        if isinstance(e, SlotNotFound):
-            hint = f"it was dropped. {hint}"
+        hint = f"it was dropped. {resync_hint(settings.slot)}" if isinstance(e, SlotNotFound) else e.hint
         if state.get("system") == system.system_id and state.get("timeline", 0) < system.timeline:
             end = timeline_end(dsn, state["timeline"], system.timeline)
             if end is not None:
@@ -155,12 +160,76 @@ def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable
     return min(durable, end)
 
 
-def admit(walsender: Walsender, system_id: str, acknowledged: Lsn) -> None:
-    """Whether a connection leads to the system that a stream was on (empty: to any), and to a slot that did not move.
+class History:
+    """Whether the server's history is the one that a resume state comes from, as far as the server shows it again.
+
+    It sends again what the slot does not know to be done. If that goes back to before the transaction that the state
+    ends in, this one must be among it. A server that was restored from a backup and has written on since sends others
+    instead, at positions that were used before: they would be dropped as if they came again.
+
+    Args:
+        state: The resume state, None if there is none.
+        settings: What is streamed now: other publications need not have the same transactions.
+        confirmed: Where the slot stands.
+    """
+
+    def __init__(self, state: State | None, settings: SourceSettings, confirmed: Lsn) -> None:
+        self._transaction: tuple[int, int, int] | None = None
+        known = state is not None and state.get("streamed") == streamed(settings) and state["commit_lsn"] is not None
+        # The server sends a transaction if its commit record begins at the slot's position or after it.
+        if state is not None and known and confirmed <= state["commit_lsn"]:
+            self._transaction = state["commit_lsn"], state["xid"], state["commit_ts"] - PG_EPOCH_US
+
+    @property
+    def pending(self) -> bool:
+        """Whether the transaction is still to come."""
+        return self._transaction is not None
+
+    def look(self, frames: Iterable[bytes | memoryview], sent: Lsn) -> None:
+        """Look for the transaction in what came; everything up to `sent` has come.
+
+        Raises:
+            StateError: It did not come.
+        """
+        wanted = self._transaction
+        if wanted is None:
+            return
+        for frame in frames:
+            if frame[XLOG_DATA_HEADER] not in b"Bc":
+                continue
+            match messages.decode(bytes(frame[XLOG_DATA_HEADER:])):
+                case messages.Begin(lsn, commit_ts, xid) | messages.StreamCommit(xid, lsn, _, commit_ts):
+                    if (lsn, xid, commit_ts) == wanted:
+                        self._transaction = None
+                        return
+                    if lsn >= wanted[0]:
+                        sent = max(sent, Lsn(wanted[0] + 1))
+                        break
+        if sent > wanted[0]:
+            raise StateError(
+                f"the recovery folder ends in transaction {wanted[1]} at {Lsn(wanted[0])}, and this server never made "
+                "it: it was restored from a backup, or is another copy of the database",
+                hint=START_AFRESH,
+            )
+
+
+def streamed(settings: SourceSettings) -> list[str]:
+    """What decides which transactions a stream has: kept in the state."""
+    return [*sorted(settings.publication), settings.origin]
+
+
+def admit(walsender: Walsender, system_id: str, seen: Lsn) -> None:
+    """Whether a connection leads to a server that can go on.
+
+    Args:
+        walsender: The connection, which does not stream yet.
+        system_id: Of the database system that it must be; empty for any.
+        seen: Up to here everything is done with; 0 if nothing is known.
 
     Raises:
         StateError: It is another database system, or has lost WAL.
-        SlotAhead: The slot was moved, or made anew, while nobody was connected.
+        SlotAhead: The slot was moved, or made anew, meanwhile.
+        ConnectionFailed: It is a standby that has not yet replayed what it had; it passes.
     """
     slot, end = walsender.slot, walsender.wal_end
     if system_id and walsender.system_id != system_id:
@@ -169,17 +238,19 @@ def admit(walsender: Walsender, system_id: str, acknowledged: Lsn) -> None:
             f"({walsender.system_id}, before {system_id})",
             hint="check where host and port lead to; start afresh on the other system with a new resume state",
         )
-    if acknowledged > end:
+    if seen > end and walsender.standby:
+        late = ConnectionFailed(f"slot {slot!r}: the standby has replayed up to {end}, and {seen} was seen already")
+        late.sqlstate, late.transient = "57P03", True
+        raise late
+    if seen > end:
         raise StateError(
-            f"slot {slot!r}: {acknowledged} was acknowledged, and the server's WAL ends at {end}: it lost some, or was "
+            f"slot {slot!r}: changes up to {seen} were seen, and the server's WAL ends at {end}: it lost some, or was "
             "restored from a backup",
-            hint="what was written downstream has changes that this server never made: start afresh, with a new "
-            "recovery folder and new folders for the output",
+            hint=START_AFRESH,
         )
-    # The server moves a slot only to what its reader acknowledged. A stream that has acknowledged nothing can't know.
-    if acknowledged and walsender.confirmed is not None and walsender.confirmed > acknowledged:
+    if seen and walsender.confirmed is not None and walsender.confirmed > seen:
         raise SlotAhead(
-            f"slot {slot!r} was moved to {walsender.confirmed}, past {acknowledged}, the last position acknowledged",
+            f"slot {slot!r} was moved to {walsender.confirmed}, past {seen}, the last position that was acknowledged",
             hint="somebody else consumed from the slot or made it anew meanwhile: the changes between are gone from "
             f"it. {resync_hint(slot)}",
         )

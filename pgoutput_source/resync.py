@@ -28,10 +28,9 @@ from pgoutput_source.connection import Connection, connect, missing_publication_
 from pgoutput_source.errors import PublicationError, SlotInUse, SlotLost, StateError
 from pgoutput_source.resume import State
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.wire import Lsn, pg_datetime
+from pgoutput_source.wire import PG_EPOCH_US, Lsn, pg_datetime
 
 _STORE_VERSION: Final = 5  # of Bytewax's recovery stores, in user_version
-_UNIX_TO_PG: Final = 946_684_800_000_000  # microseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFo
         anew=end is None,
         start=known if seen is None else seen,
         end=catalog.current_lsn(conn) if end is None else end,
-        last_commit=pg_datetime(state["commit_ts"] - _UNIX_TO_PG) if state.get("commit_ts") is not None else None,
+        last_commit=pg_datetime(state["commit_ts"] - PG_EPOCH_US) if state.get("commit_ts") is not None else None,
         saved=None if store is None else store.saved,
         commit_times=catalog.setting(conn, "track_commit_timestamp") == "on",
         tables=catalog.published_tables(conn, settings.publication),
@@ -145,8 +144,7 @@ def _seen(dsn: str, state: State, system: catalog.System) -> Lsn:
         raise StateError(
             f"the recovery folder ends at {lsn}, and the server's WAL at {system.lsn}: it lost some, or was restored "
             "from a backup",
-            hint="what was written downstream has changes that this server never made: start afresh, with a new "
-            "recovery folder and new folders for the output",
+            hint=resume.START_AFRESH,
         )
     return lsn
 

@@ -153,7 +153,9 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             known_tables=None if settings.on_schema_change == "evolve" else (state or {}).get("tables", {}),
         )
         self.stream = ReplicationStream.of(dsn, settings)
-        self.stream.start(acknowledged)
+        self.stream.start(Lsn(0) if state is None else acknowledged)
+        acknowledged = max(acknowledged, self.stream.acknowledged)
+        self.history = resume.History(state, settings, self.stream.acknowledged)
         self.timeline = Timeline(dsn, self.stream)
         self.acknowledged = acknowledged
         self.staged: Lsn | None = None
@@ -164,7 +166,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.bytes_in_epoch = 0
         self.generation = self.stream.generation
         self.in_main_thread = threading.current_thread() is threading.main_thread()
-        self.commit_ts: int | None = None if state is None else state.get("commit_ts")
+        self.transaction = {key: (state or {}).get(key) for key in ("xid", "commit_ts")}
         self._awake: datetime | None = None
         ending.began(self)
         self.open = True
@@ -193,6 +195,8 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             self.timeline.reconnected(self.assembler.position)
             self.assembler.reconnected()
             metrics.RECONNECTS.labels(self.slot).inc()
+        if self.history.pending:
+            self.history.look(frames, self.stream.keepalive_lsn)
         if not frames and not self.assembler.pending:
             self._awake = datetime.now(UTC) + _IDLE
             return []
@@ -218,7 +222,8 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             "slot": self.slot,
             "commit_lsn": None if position is None else int(position.commit_lsn),
             "seq": None if position is None else position.seq,
-            "commit_ts": self.commit_ts,
+            **self.transaction,
+            "streamed": resume.streamed(self.settings),
             "lsn": int(self.staged),
             **({} if known is None else {"tables": dict(known)}),
         }
@@ -254,7 +259,9 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         metrics.GATE_TIME.labels(self.slot).set(time.time())
         self.done = self.done or self.final
         self.acknowledged = max(self.acknowledged, lsn)
-        self.stream.acknowledge(self.acknowledged)
+        # Not what only the state knows: this server may turn out to be a copy that was restored from a backup.
+        if not self.history.pending:
+            self.stream.acknowledge(min(self.acknowledged, self.stream.received))
         metrics.ACKNOWLEDGED.labels(self.slot).set(self.acknowledged)
         metrics.LAG.labels(self.slot).set(max(0, self.stream.received - self.acknowledged))
 
@@ -296,8 +303,10 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         metrics.RECEIVED.labels(self.slot).set(self.stream.received)
         if changes.batches:
             self.heartbeat.changed()
-            self.commit_ts = max(batch.data.column("_commit_ts")[-1].value for batch in changes.batches)
-            metrics.COMMIT_TIME.labels(self.slot).set(self.commit_ts / 1_000_000)
+            last = max(changes.batches, key=lambda batch: batch.last).data
+            moment = last.column("_commit_ts")[-1].value
+            self.transaction = {"xid": last.column("_xid")[-1].as_py(), "commit_ts": moment}
+            metrics.COMMIT_TIME.labels(self.slot).set(moment / 1_000_000)
         if self.assembler.skipped:
             metrics.SKIPPED.labels(self.slot).inc(self.assembler.skipped)
             self.assembler.skipped = 0

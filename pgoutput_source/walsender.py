@@ -20,7 +20,7 @@ import psycopg
 from psycopg import pq, sql
 
 from pgoutput_source import catalog
-from pgoutput_source.connection import Connection, connect, quote_name, server_error
+from pgoutput_source.connection import ONE_PROCESS, Connection, connect, quote_name, server_error
 from pgoutput_source.errors import (
     ConnectionFailed,
     PgOutputError,
@@ -101,14 +101,17 @@ class Walsender:
         self.sent_at = 0.0
         conn = connect(dsn, replication=True)
         try:
-            self._identify(conn)
-            admit(self)
             if previous is not None:
                 conn.execute(
                     "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
                     " WHERE pid = %s AND backend_start::text = %s",
                     previous,
                 )
+            self._identify(conn)
+            # While another process holds the slot, it may still move: where the stream would begin is not known yet.
+            if held := self._held(conn):
+                raise held
+            admit(self)
             if conn.info.parameter_status("server_encoding") == "SQL_ASCII":
                 # Bytes are of no known encoding there. As UTF8 the first that isn't would end the stream for ever.
                 conn.execute("SET client_encoding = 'SQL_ASCII'")
@@ -164,17 +167,8 @@ class Walsender:
         """Why the server does not start the stream; for 55000 there are many reasons, and the catalogue knows which."""
         result = server_error(error, slot=self.slot, publications=self.publications)
         if isinstance(result, SlotInUse):
-            row = conn.execute(
-                "SELECT a.pid, a.application_name, host(a.client_addr) FROM pg_replication_slots s"
-                " JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = %s",
-                [self.slot],
-            ).fetchone()
-            if row is not None:
-                holder = f"process {row[0]} ({row[1] or 'no application_name'}, {row[2] or 'local'})"
-                held = SlotInUse(f"slot {self.slot!r} is in use by {holder}", hint=result.hint)
-                held.sqlstate = result.sqlstate
-                return held
-        elif isinstance(result, SlotError):
+            return self._held(conn) or result
+        if isinstance(result, SlotError):
             try:
                 catalog.check_server(conn)
                 state = catalog.slot_state(conn, self.slot)
@@ -183,6 +177,20 @@ class Walsender:
             except ServerError as e:
                 return e
         return result
+
+    def _held(self, conn: Connection) -> SlotInUse | None:
+        """Who holds the slot, as an error; None if nobody does."""
+        row = conn.execute(
+            "SELECT a.pid, a.application_name, host(a.client_addr) FROM pg_replication_slots s"
+            " JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = %s",
+            [self.slot],
+        ).fetchone()
+        if row is None:
+            return None
+        holder = f"process {row[0]} ({row[1] or 'no application_name'}, {row[2] or 'local'})"
+        error = SlotInUse(f"slot {self.slot!r} is in use by {holder}", hint=ONE_PROCESS)
+        error.sqlstate = "55006"
+        return error
 
     def _note_notice(self, notice: psycopg.errors.Diagnostic) -> None:
         """PostgreSQL 18 only warns when a publication did not exist yet, and leaves its rows out."""

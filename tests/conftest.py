@@ -64,10 +64,14 @@ class Database:
         self._connections.append(connection)
         return connection
 
-    def drop(self) -> None:
-        """Drop the database with its slots, prepared transactions and sessions."""
+    def close(self) -> None:
+        """Close the connections."""
         for connection in self._connections:
             connection.close()
+
+    def drop(self) -> None:
+        """Drop the database with its slots, prepared transactions and sessions."""
+        self.close()
         self.server.start()
         with psycopg.connect(self.dsn, autocommit=True) as connection:
             prepared = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"

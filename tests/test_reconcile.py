@@ -1,6 +1,8 @@
 """What a start does for each pair of resume state and slot: go on, drop what comes again, or one clear error.
 
 Nothing is ever created, dropped or moved that was not asked for: each case that fails leaves the slots as they were.
+Other cells: another timeline and conflicts on standbys in `test_standby`, another history in `test_history`, a slot
+that changes while a flow runs in `test_replication`, and the way out of a gap in `test_resync`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pyarrow.parquet as pq
 import pytest
 from conftest import NEWEST, Database
 from psycopg.conninfo import make_conninfo
@@ -19,6 +22,8 @@ from test_flow import Busy, Flow, confirmed, following, publish, wait_for
 from workload import Workload, differences, replayed, tables
 
 from pgoutput_source.embedded import Server
+from pgoutput_source.replication import ReplicationStream
+from pgoutput_source.wire import Lsn
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +31,31 @@ def own() -> Iterator[Server]:
     """A server whose settings may be changed, and that may be killed."""
     with Server(NEWEST, settings={"max_prepared_transactions": 10}) as server:
         yield server
+
+
+def unchanged(db: Database, flow: Flow) -> None:
+    """The slot is where the state is, or where it was made."""
+
+
+def active(db: Database, flow: Flow) -> None:
+    assert isinstance(flow, Held)
+    flow.holder = ReplicationStream(db.dsn, slot="cdc", publications=["cdc"])
+    flow.holder.start(Lsn(0))
+
+
+def idle_for_too_long(db: Database, flow: Flow) -> None:
+    with db.connect() as connection:
+        connection.execute("ALTER SYSTEM SET idle_replication_slot_timeout = '1s'")
+        connection.execute("SELECT pg_reload_conf()")
+        try:
+            deadline = time.monotonic() + 30
+            while connection.execute("SELECT wal_status FROM pg_replication_slots").fetchall() != [("lost",)]:
+                time.sleep(0.5)
+                connection.execute("CHECKPOINT")
+                assert time.monotonic() < deadline
+        finally:
+            connection.execute("ALTER SYSTEM RESET idle_replication_slot_timeout")
+            connection.execute("SELECT pg_reload_conf()")
 
 
 def absent(db: Database, flow: Flow) -> None:
@@ -86,7 +116,10 @@ def of_another_database(db: Database, flow: Flow) -> None:
 
 Spoil = Callable[[Database, Flow], None]
 # The error without a state, the error with one, and a word of the remedy.
-CASES: list[tuple[Spoil, str | None, str, str]] = [
+CASES: list[tuple[Spoil, str | None, str | None, str]] = [
+    (unchanged, None, None, ""),
+    (active, "SlotInUse", "SlotInUse", "stop the other one"),
+    (idle_for_too_long, "SlotLost", "SlotLost", "idle_replication_slot_timeout"),
     (absent, "SlotNotFound", "SlotNotFound", "slot"),
     (ahead, None, "SlotAhead", "resync"),
     (made_anew, None, "SlotAhead", "resync"),
@@ -101,15 +134,15 @@ CASES: list[tuple[Spoil, str | None, str, str]] = [
 @pytest.mark.parametrize("state", [False, True], ids=["no state", "state"])
 @pytest.mark.parametrize(("spoil", "without", "with_state", "remedy"), CASES, ids=[case[0].__name__ for case in CASES])
 def test_a_slot_that_does_not_fit(
-    own: Server, tmp_path: Path, state: bool, spoil: Spoil, without: str | None, with_state: str, remedy: str
+    own: Server, tmp_path: Path, state: bool, spoil: Spoil, without: str | None, with_state: str | None, remedy: str
 ) -> None:
     db = Database(own)
+    flow = Held(db, tmp_path)
     try:
         publish(db)
         with db.connect() as connection:
             connection.execute("CREATE TABLE t (id int PRIMARY KEY)")
-            connection.execute("INSERT INTO t SELECT generate_series(1, 100)")
-        flow = Flow(db, tmp_path)
+        insert(db, 1, 100)
         arguments = flow.recovery()
         if state:
             flow.run("-s", "0", *arguments, PGOUTPUT_UNTIL="current")
@@ -118,7 +151,11 @@ def test_a_slot_that_does_not_fit(
 
         error = with_state if state else without
         if error is None:
-            flow.run("-s", "0", *arguments, PGOUTPUT_UNTIL="current")  # the slot is the only memory
+            insert(db, 201, 300)
+            flow.run("-s", "0", *arguments, PGOUTPUT_UNTIL="current")
+            # Without a state the slot is the only memory, and what it has is all there is.
+            assert ids(flow) == [*([] if spoil in (ahead, made_anew) else range(1, 101)), *range(201, 301)]
+            assert [name for name, *_ in slots(db)] == ["cdc"]
             return
         said, code = failure(
             flow,
@@ -131,9 +168,28 @@ def test_a_slot_that_does_not_fit(
         assert "Traceback" not in said
         assert slots(db) == before
     finally:
+        if flow.holder is not None:
+            flow.holder.close(graceful=True)
         with db.connect() as connection:  # a physical slot belongs to no database
             connection.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
         db.drop()
+
+
+class Held(Flow):
+    """A flow whose slot may be held by somebody else."""
+
+    holder: ReplicationStream | None = None
+
+
+def ids(flow: Flow) -> list[int]:
+    """The column `id` of everything published."""
+    return sorted(row for file in flow.out.glob("*.parquet") for row in pq.read_table(file)["id"].to_pylist())
+
+
+def insert(db: Database, first: int, last: int) -> None:
+    """Rows of table `t`, in one transaction."""
+    with db.connect() as connection:
+        connection.execute("INSERT INTO t SELECT generate_series(%s::int, %s)", [first, last])
 
 
 def slots(db: Database) -> list[tuple[Any, ...]]:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-import pyarrow.parquet as pq
 import pytest
 from conftest import NEWEST, Database
 from test_flow import Flow, confirmed, following, publish, wait_for
-from test_reconcile import absent, ahead, lost, made_anew, of_another_plugin
+from test_reconcile import absent, ahead, ids, insert, lost, made_anew, of_another_plugin
 
 from pgoutput_source import cli, resync
 from pgoutput_source.embedded import Server
@@ -59,15 +58,6 @@ def everything(db: Database, folder: Path) -> tuple[list[tuple[Any, ...]], dict[
         ).fetchall()
     files = [file for file in folder.rglob("*") if file.is_file() and not file.name.endswith("-shm")]
     return slots, {str(file): hashlib.sha1(file.read_bytes()).hexdigest() for file in files}
-
-
-def ids(flow: Flow) -> list[int]:
-    return sorted(row for file in flow.out.glob("*.parquet") for row in pq.read_table(file)["id"].to_pylist())
-
-
-def insert(db: Database, first: int, last: int) -> None:
-    with db.connect() as connection:
-        connection.execute("INSERT INTO t SELECT generate_series(%s::int, %s)", [first, last])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from conftest import NEWEST, Database
 from test_bad_input import failure
 from test_flow import Flow, following, wait_for
-from test_resync import ids, insert, run
+from test_reconcile import ids, insert
+from test_resync import run
 
 from pgoutput_source import catalog
 from pgoutput_source.connection import connect
