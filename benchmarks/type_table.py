@@ -59,6 +59,18 @@ def columns(rng: random.Random) -> dict[str, tuple[int, int, Callable[[], str]]]
         "interval": (1186, -1, lambda: f"{rng.randrange(30)} days 0{rng.randrange(9)}:30:00"),
         "integer[], 4 elements": (1007, -1, lambda: "{" + ",".join(str(rng.randrange(10**6)) for _ in range(4)) + "}"),
         "text[], 2 elements": (1009, -1, lambda: f'{{"{rng.random()} x",{rng.randbytes(5).hex()}}}'),
+        "text[], 2 elements, escapes": (
+            1009,
+            -1,
+            lambda: f'{{"a \\"{rng.randbytes(4).hex()}\\"",{rng.randbytes(5).hex()}}}',
+        ),
+        "int2vector, 3 elements": (22, -1, lambda: f"1 2 {rng.randrange(100)}"),
+        "int4multirange, 2 ranges": (
+            4451,
+            -1,
+            lambda: f"{{[1,{rng.randrange(2, 100)}),[200,{rng.randrange(300, 999)})}}",
+        ),
+        "money": (790, -1, lambda: f"${rng.randrange(1, 1000)},{rng.randrange(1000):03}.{rng.randrange(100):02}"),
         "int4range": (3904, -1, lambda: f"[{rng.randrange(100)},{rng.randrange(100, 1000)})"),
         "point": (600, -1, lambda: f"({rng.random():.6g},{rng.random():.6g})"),
         "pg_lsn": (3220, -1, lambda: f"{rng.randrange(2**16):X}/{rng.randrange(2**32):X}"),
