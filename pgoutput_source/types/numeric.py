@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ _TENS = 10 ** np.arange(5)
 _POINT, _MINUS = b".-"
 _LITTLE: Final = slice(None, None, -1 if sys.byteorder == "little" else 1)
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.integer[Any]]
 
 
 class _Parts(NamedTuple):
@@ -53,7 +53,7 @@ def _parts(sent: Sent) -> _Parts:
     if (sent.length < _HEAD).any():
         refuse("numeric")
     head = np.ascontiguousarray(sent.integers(">u8")).view(np.int16).reshape(-1, 4)[:, _LITTLE]
-    digits, weight, dscale = (head[:, at].astype(np.int64) for at in (0, 1, 3))
+    digits, weight, dscale = (head[:, at].astype(np.int32) for at in (0, 1, 3))
     sign = head[:, 2].view(np.uint16)
     if (sent.length != _HEAD + 2 * digits).any():
         refuse("numeric")
@@ -69,7 +69,7 @@ def _parts(sent: Sent) -> _Parts:
         dscale.min(initial=0) < 0
         or dscale.max(initial=0) > _LAST_DSCALE
         or (negative > digits).any()
-        or (digits > np.maximum(weight + 1 + (dscale + 3) // 4, 0)).any()
+        or (digits > np.maximum(weight + 1 + (dscale + 3 >> 2), 0)).any()
     ):
         refuse("numeric")
     return _Parts(digits, weight, negative, dscale, special)
@@ -80,12 +80,12 @@ def _digit(sent: Sent, parts: _Parts, weight: int) -> Ints:
     index = parts.weight - weight
     has = (index >= 0) & (index < parts.digits)
     if has.all():
-        digit = sent.integers(">u2", _HEAD + 2 * index).astype(np.int64)
+        digit = sent.integers(">u2", _HEAD + 2 * index)
     else:
-        digit = np.where(has, sent.integers(">u2", np.where(has, _HEAD + 2 * index, 0)), 0).astype(np.int64)
+        digit = sent.integers(">u2", (_HEAD + 2 * index) * has) * has
     if digit.max(initial=0) > 9999:
         refuse("numeric")
-    return digit
+    return digit.astype(np.int64)
 
 
 def _decimals(sent: Sent, parts: _Parts, kind: pa.Decimal128Type) -> pa.Array:
@@ -116,23 +116,34 @@ class _Words:
         self.words: list[npt.NDArray[np.uint64]] = [np.zeros(rows, np.uint64)]
         self.narrow = precision <= 18
         self.largest = 0
+        self.base = 1
+        self.digit: npt.NDArray[np.uint64] = np.zeros(rows, np.uint64)
 
     def push(self, base: int, digit: Ints) -> None:
         """Each number times `base`, plus its `digit`."""
-        self.largest = self.largest * base + base - 1
-        factor = np.uint64(base)
-        carry = digit.view(np.uint64)
         if self.narrow:
-            self.words[0] = self.words[0] * factor + carry
+            self.words[0] = self.words[0] * np.uint64(base) + digit.view(np.uint64)
             return
+        # Two digits at a time are half the work: a word times 10 ** 8 is still less than 2 ** 64.
+        if self.base * base > 10**8:
+            self._multiply()
+        self.base *= base
+        self.digit = self.digit * np.uint64(base) + digit.view(np.uint64)
+
+    def _multiply(self) -> None:
+        self.largest = self.largest * self.base + self.base - 1
+        carry = self.digit
         for i, word in enumerate(self.words):
-            wide = word * factor + carry
+            wide = word * np.uint64(self.base) + carry
             self.words[i], carry = wide & np.uint64(0xFFFFFFFF), wide >> np.uint64(32)
         if self.largest >> 32 * len(self.words):
             self.words.append(carry)
+        self.base, self.digit = 1, np.zeros_like(carry)
 
     def signed(self, negative: Bools) -> npt.NDArray[np.int64]:
         """As decimal128 wants it: little-endian integers of 128 bits."""
+        if not self.narrow:
+            self._multiply()
         out = np.zeros((len(negative), 2), "<u8")
         out[:, 0] = self.words[0]
         for i, word in enumerate(self.words[1:], 1):
