@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -16,8 +17,10 @@ from conftest import Database
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from test_bad_input import failure
-from test_flow import Flow, publish
+from test_flow import ROOT, Flow, publish
 
+from pgoutput_source import PgOutputReader, cli, peek
+from pgoutput_source.connection import quote_name
 from pgoutput_source.embedded import Server, find_binaries
 from pgoutput_source.errors import EmbeddedError
 
@@ -53,7 +56,7 @@ def test_passwords_and_row_values_are_nowhere_but_in_the_files(
     assert db.server.password.encode() not in stored
 
 
-def test_names_that_look_like_sql_are_names(db: Database, tmp_path: Path) -> None:
+def test_names_that_look_like_sql_are_names(db: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with db.connect() as connection:
         odd = sql.Identifier(ODD)
         connection.execute(sql.SQL("CREATE SCHEMA {}").format(odd))
@@ -67,6 +70,56 @@ def test_names_that_look_like_sql_are_names(db: Database, tmp_path: Path) -> Non
     rows = [row for file in flow.out.glob("*.parquet") for row in pq.read_table(file)[ODD].to_pylist()]
 
     assert sorted(rows) == list(range(1, 11))
+
+    named = ["--dsn", db.dsn, "--slot", "cdc", "--publication", ODD]
+    reader = PgOutputReader(db.dsn, slot="cdc", publication=ODD, until="current")
+    assert reader.settings.publication == (ODD,)
+    assert cli.main(["check", *named]) == 0
+    with db.connect() as connection:
+        connection.execute("SELECT pg_drop_replication_slot('cdc')")
+    assert cli.main(["resync", *named]) == 1
+    assert quote_name(ODD) + "." + quote_name(ODD) in capsys.readouterr().out
+    assert cli.main(["resync", *named, "--yes"]) == 0
+    with db.connect() as connection:
+        connection.execute(sql.SQL("INSERT INTO {}.{} SELECT generate_series(11, 20)").format(odd, odd))
+    with reader:
+        assert [change.after for change in reader] == [{ODD: number} for number in range(11, 21)]
+    assert peek(db.dsn, slot="cdc", publication=ODD).tables == (f"{ODD}.{ODD}",)
+
+
+def test_the_readmes_role_can_do_all_of_it_and_nothing_else(any_db: Database, tmp_path: Path) -> None:
+    """Where nothing is granted to everybody."""
+    db, role = any_db, f"{any_db.name}_role"
+    (block,) = re.findall(r"```sql\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    with db.connect() as connection:
+        connection.execute(f"REVOKE ALL ON DATABASE {db.name} FROM PUBLIC".encode())
+        connection.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+        connection.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        connection.execute("CREATE PUBLICATION cdc FOR TABLE t")
+        connection.execute(re.sub(r"\bcdc\b", role, re.sub(r"\bshop\b", db.name, block)).encode())
+        try:
+            dsn = make_conninfo(db.dsn, user=role, password="a long one")
+            with psycopg.connect(dsn, autocommit=True) as weak:
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    weak.execute("SELECT FROM public.t")
+                weak.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+            flow = Flow(db, tmp_path, PGOUTPUT_DSN=dsn)
+            named = ["--dsn", dsn, "--slot", "cdc", "--publication", "cdc"]
+            assert cli.main(["check", *named]) == 0
+            connection.execute("INSERT INTO t SELECT generate_series(1, 100)")
+            flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current", PGOUTPUT_BINARY="auto")
+            connection.execute("INSERT INTO t SELECT generate_series(101, 200)")
+            assert len(peek(dsn, slot="cdc", publication="cdc").table("public.t")) == 100
+            with PgOutputReader(
+                dsn, slot="cdc", publication="cdc", until="current", heartbeat_seconds=0.01, streaming="on"
+            ) as reader:
+                assert [change.after for change in reader] == [{"id": number} for number in range(101, 201)]
+            connection.execute("SELECT pg_drop_replication_slot('cdc')")
+            assert cli.main(["resync", *named, "--recovery", str(tmp_path / "recovery"), "--yes"]) == 0
+            flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current", PGOUTPUT_HEARTBEAT_SECONDS="0.01")
+        finally:
+            connection.execute(f"REVOKE ALL ON DATABASE {db.name} FROM {role}".encode())
+            connection.execute(f"DROP ROLE {role}".encode())
 
 
 def test_files_are_as_private_as_the_umask_says(db: Database, tmp_path: Path) -> None:
