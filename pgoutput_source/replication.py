@@ -366,6 +366,7 @@ class ReplicationStream:
                 if got < _ENOUGH:
                     time.sleep(_NAP)
             elif asked:
+                arrived = arrived and not got
                 if arrived:  # and no message is whole yet: a very large one takes its time
                     self._heard_at, self._asked_at = now, None
                 self._watch(now)

@@ -605,9 +605,15 @@ def test_files_of_a_flow_that_streams_replayed_equal_the_tables(db: Database, tm
 # ------------------------------------------------------------------------------------------------- bytes are hostile
 
 
+def is_parallel(seed: int) -> bool:
+    """Whether `legal_stream` is one of protocol 4."""
+    return seed % 2 == 1
+
+
 def legal_stream(seed: int) -> list[bytes]:
     """Chunks of several transactions with subtransactions that abort, and small transactions between them."""
     r = random.Random(seed)
+    when = (Lsn(1), 0) if is_parallel(seed) else ()
     lsn = 1000
     relation = m.Relation(1, "public", "t", "d", (m.RelationColumn(True, "v", 25, -1),))
     frames: list[bytes] = []
@@ -644,7 +650,7 @@ def legal_stream(seed: int) -> list[bytes]:
             xid = r.choice(open_)
             sub = xid + r.randint(0, 3)
             aborted.add(sub)
-            said = [m.StreamAbort(xid, sub)]
+            said = [m.StreamAbort(xid, sub, *when)]
             if sub == xid:
                 open_.remove(xid)
         else:
@@ -654,14 +660,15 @@ def legal_stream(seed: int) -> list[bytes]:
     return frames
 
 
-def expected_values(frames: Sequence[bytes]) -> list[str]:
+def expected_values(frames: Sequence[bytes], *, parallel: bool) -> list[str]:
     """What such a stream says, one message after the other."""
     kept: dict[int, list[tuple[int, str | None]]] = {}
     values: list[str] = []
     chunk: int | None = None
     for each in frames:
         try:
-            message = m.decode(each[25:], in_stream=chunk is not None and each[25:26] not in b"SEcA")
+            in_stream = chunk is not None and each[25:26] not in b"SEcA"
+            message = m.decode(each[25:], in_stream=in_stream, parallel=parallel)
         except ProtocolError:
             if chunk is None:
                 raise
@@ -702,9 +709,10 @@ def values_of(sets: Sequence[ChangeSet]) -> list[str]:
     return [value for _, value in sorted(found)]
 
 
-def fed(frames: Sequence[bytes], seed: int) -> list[ChangeSet]:
+def fed(frames: Sequence[bytes], seed: int, *, parallel: bool) -> list[ChangeSet]:
     r = random.Random(seed)
-    streamed = StreamedTransactions(memory=r.choice([0, 200, 1 << 20]), piece=r.choice([1, 300, 1 << 20]))
+    memory, piece = r.choice([0, 200, 1 << 20]), r.choice([1, 300, 1 << 20])
+    streamed = StreamedTransactions(memory=memory, piece=piece, parallel=parallel)
     sets = []
     with closing(Assembler(streamed=streamed)) as assembler:
         at = 0
@@ -726,7 +734,8 @@ def test_chunks_say_what_they_say_one_by_one_however_they_are_cut_and_kept(seed:
     head = [frame(x, 10) for x in (m.Begin(Lsn(15), 0, 1), RELATION, m.Commit(Lsn(15), Lsn(18), 0))]
     frames = head + legal_stream(seed)
 
-    assert values_of(fed(frames, cut)) == expected_values(frames)
+    parallel = is_parallel(seed)
+    assert values_of(fed(frames, cut, parallel=parallel)) == expected_values(frames, parallel=parallel)
 
 
 @settings(max_examples=300, deadline=None)
@@ -756,7 +765,7 @@ def test_broken_chunks_end_in_an_error_that_names_its_place_or_say_what_they_say
     found: list[ChangeSet] = []
     error: PgOutputError | None = None
     try:
-        found = fed(frames, mutation)
+        found = fed(frames, mutation, parallel=is_parallel(seed))
     except (ProtocolError, DecodeError) as e:
         error = e
     if error is not None:
@@ -766,4 +775,4 @@ def test_broken_chunks_end_in_an_error_that_names_its_place_or_say_what_they_say
     for batch in batches:
         batch.data.validate(full=True)
     if 4 not in kinds:  # another byte in a value is another value
-        assert values_of(found) == expected_values(frames)
+        assert values_of(found) == expected_values(frames, parallel=is_parallel(seed))
