@@ -12,11 +12,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 from conftest import Database
 from hypothesis import HealthCheck, Phase, given, settings
@@ -184,6 +187,38 @@ def test_binary_says_what_text_says(every: Everything) -> None:
         assert repr(in_binary) == repr(in_text), f"{name}: {every.sql[name]}"
     raws = [[(n, text) for n, text in raw or () if n in names] for raw in every.batch.data["_raw"].to_pylist()]
     assert [raw or [] for raw in every.binary.data["_raw"].to_pylist()] == raws
+
+
+def test_what_is_text_sorts_groups_and_compares_wherever_it_is_read_back(every: Everything, tmp_path: Path) -> None:
+    """As Arrow's extension types for JSON, UUIDs and others would not."""
+    names = [
+        name for name, kind in every.sql.items() if kind in ("json", "jsonb", "uuid", "inet", "public.mood", "mood")
+    ]
+    batch = every.batch.data.select(names)
+    assert len(names) == 5
+    pq.write_table(pa.table(batch), tmp_path / "t.parquet")
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    for table in (
+        pa.table(batch),
+        pa.table(every.batch).select(names),  # through the C data interface
+        pq.read_table(tmp_path / "t.parquet"),
+        pa.ipc.open_stream(sink.getvalue()).read_all(),
+    ):
+        for name in names:
+            assert table.schema.field(name).type == pa.utf8()
+            first = table[name].drop_null()[0]
+            assert (
+                pc.sum(pc.equal(table[name], first)).as_py()
+                == table.group_by(name)
+                .aggregate([([], "count_all")])
+                .filter(pc.field(name) == first)["count_all"]
+                .to_pylist()[0]
+            )
+            assert table.sort_by(name)[name][0] == pc.min(table[name])
+    frame: Any = pl.read_parquet(tmp_path / "t.parquet")
+    assert set(frame.dtypes) == {pl.String}
 
 
 # How DuckDB's own text of a value is one that PostgreSQL reads.

@@ -7,6 +7,8 @@ Nothing here touches a server.
 The catalogue may be newer than the WAL from which a value came. Text is robust against that: a new label of an enum
 is just another text. The text of a composite does not name its attributes, and nothing announces that they were
 altered: what a transaction wrote that is not younger than the one that altered them is a misfit, never something wrong.
+What a type is, is asked once in a run. Values of a composite whose attributes are altered while it runs are misfits if
+their number is another; where some were dropped and as many added, start again, or they come under the old names.
 
 https://www.postgresql.org/docs/current/catalog-pg-type.html
 """

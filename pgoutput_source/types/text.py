@@ -73,7 +73,9 @@ VERSIONED = Binary(_versioned, _without_version)
 
 # arrow.json was tried for json and jsonb: Polars reads it as an extension type that neither its string functions nor a
 # cast accept, and pyarrow has no kernel for it (no filter, no group, no sort). As utf8 everything works, DuckDB's JSON
-# functions included. The text is the exact one: duplicate keys, 1.10 and 1e400 survive.
+# functions included. The text is the exact one: duplicate keys, 1.10 and 1e400 survive. Metadata of the field alone is
+# no way around: from IPC, Parquet and the C data interface pyarrow gives it back as the extension type. The same holds
+# for arrow.opaque, which the notations below could be.
 _UTF8 = always(pa.utf8())
 
 TEXT = (
