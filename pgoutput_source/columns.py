@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from pgoutput_source.changes import OP_CODE, OPS, ChangeBatch, Column, TableSchema
 from pgoutput_source.errors import ConfigurationError, DecodeError, ProtocolError
 from pgoutput_source.relations import Relations
-from pgoutput_source.types.base import Sent, exact_text, numbers_at, ranges_of
+from pgoutput_source.types.base import PgType, Sent, exact_text, numbers_at, ranges_of
 from pgoutput_source.wire import PG_EPOCH_US, XLOG_DATA_HEADER
 
 Ints = NDArray[np.int64]
@@ -408,7 +409,7 @@ class _Decoder:
             if self.relations.defined(cells.column.type_oid):
                 # The type was altered since this was written, so the catalogue describes another version of it.
                 return _salvage(decode_part, values, kind)
-            alien = _not_utf8(values, kind)
+            alien = _not_utf8(values, self.relations.type_of(cells.column.type_oid), kind)
             if alien is None:
                 bad = _first_bad(values, lambda part: decode_part(part, kind))
                 raise self._error(cells, bad if at is None else int(at[bad]), "not a value of its type") from e
@@ -482,21 +483,25 @@ def _salvage(decode_part: Callable[[Any, pa.DataType], pa.Array], values: _Slice
         return pa.concat_arrays(parts)
 
 
-def _not_utf8(values: pa.BinaryArray | Sent, kind: pa.DataType) -> Bools | None:
-    """Which values that hold text are not UTF-8, None if all are: a database in SQL_ASCII sends any bytes.
-
-    In binary, only what is nothing but text can be told.
-    """
-    if not (pa.types.is_string(kind) or (pa.types.is_nested(kind) and not isinstance(values, Sent))):
+def _not_utf8(values: pa.BinaryArray | Sent, pg_type: PgType, kind: pa.DataType) -> Bools | None:
+    """Which values that hold text are not UTF-8, None if all are: a database in SQL_ASCII sends any bytes."""
+    if not (pa.types.is_string(kind) or pa.types.is_nested(kind)):
         return None
-    texts = values.values() if isinstance(values, Sent) else values.to_pylist()
-    alien = np.zeros(len(texts), np.bool_)
+    texts = values.to_pylist() if isinstance(values, pa.Array) else map(_text_or_none, repeat(pg_type), values.values())
+    alien = np.zeros(len(values), np.bool_)
     for at, text in enumerate(texts):
         try:
             (text or b"").decode()
         except UnicodeDecodeError:
             alien[at] = True
     return alien if alien.any() else None
+
+
+def _text_or_none(pg_type: PgType, value: bytes) -> bytes | None:
+    try:
+        return pg_type.binary.text(value) if pg_type.binary else None
+    except ValueError:
+        return None
 
 
 def _first_bad(values: _Sliced, decode_part: Callable[[Any], pa.Array]) -> int:

@@ -459,3 +459,23 @@ def test_a_value_of_a_type_that_is_gone_is_an_error_in_binary_and_text_without(d
     with pytest.raises(PgOutputError, match='binary="off"'):
         read(db, "auto")
     assert read(db, "off").table("public.t")["m"].to_pylist() == ["sad"]
+
+
+def test_a_reader_may_change_between_text_and_binary_wherever_it_stopped(db: Database) -> None:
+    with prepared(db, "n numeric(10,2), at timestamptz") as c:
+        c.execute("INSERT INTO t SELECT i, i / 7.0, '2024-01-01' FROM generate_series(1, 20) i")
+        for i in range(21, 61):
+            c.execute(f"INSERT INTO t VALUES ({i}, 'NaN', 'infinity')".encode())
+        expected = peek(db.dsn, slot="s", publication="p").table("public.t")
+    parts = []
+    for binary in ("on", "off", "auto", "off"):
+        with PgOutputReader(db.dsn, slot="s", publication="p", until="current", binary=binary, max_frames=60) as reader:
+            changes = next(reader.sets(), None)
+            if changes is not None:
+                parts.append(changes.table("public.t"))
+                reader.ack(changes)
+    got = pa.concat_tables(parts)
+    positions = list(zip(*(got[name].to_pylist() for name in ("_commit_lsn", "_seq")), strict=True))
+    first = [positions.index(position) for position in dict.fromkeys(positions)]
+    for name in expected.column_names:
+        assert same(expected[name].combine_chunks(), got[name].take(first).combine_chunks()), name

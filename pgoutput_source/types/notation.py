@@ -24,9 +24,11 @@ from pgoutput_source.types.numbers import float_text
 
 
 def _notation(name: str, write: Callable[[bytes], str]) -> Binary:
+    """From what writes a value as characters, each of which is one byte."""
+
     def to_text(value: bytes) -> bytes:
         try:
-            return write(value).encode()
+            return write(value).encode("latin-1")
         except (struct.error, IndexError):
             refuse(name)  # it is too short
 
@@ -152,7 +154,7 @@ def _tsvector(value: bytes) -> str:
     words = []
     for _ in range(max(count, -1)):
         end = value.index(0, at)
-        lexeme = value[at:end].decode().replace("\\", "\\\\").replace("'", "''")
+        lexeme = value[at:end].decode("latin-1").replace("\\", "\\\\").replace("'", "''")
         (positions,) = struct.unpack_from(">H", value, end + 1)
         at = end + 3
         # The weight is in the two highest bits; D, the usual one, is not written.
