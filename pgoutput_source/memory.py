@@ -37,11 +37,15 @@ class LargeMessages:
             self._allocated = pa.total_allocated_bytes()
         self._seen_at, self._whole = time.monotonic(), None
 
+    def connected(self) -> None:
+        """The connection is a new one, whose buffer is small."""
+        self._seen_at = self._whole = None
+
     def over(self, received: Lsn, acknowledged: Lsn) -> bool:
         """Whether the connection should be replaced now: what it has to send again holds no large message.
 
-        To be asked while all that was received, up to `received`, are whole transactions. It says so once, and gives
-        back what Arrow's pool holds as soon as the values are let go.
+        To be asked while all that was received, up to `received`, are whole transactions. Once there is a new one, it
+        gives back what Arrow's pool holds, as soon as the values are let go.
         """
         if self._allocated is not None and self._seen_at is None:
             if pa.total_allocated_bytes() < self._allocated + LARGE:
@@ -51,10 +55,7 @@ class LargeMessages:
         if self._seen_at is None:
             return False
         self._whole = self._whole or received
-        if acknowledged < self._whole or time.monotonic() - self._seen_at < _QUIET:
-            return False
-        self._seen_at = self._whole = None
-        return True
+        return acknowledged >= self._whole and time.monotonic() - self._seen_at >= _QUIET
 
 
 @contextlib.contextmanager

@@ -517,6 +517,7 @@ class ReplicationStream:
         with self._lock:
             self._heard_at, self._asked_at, self._insistent = time.monotonic(), None, 0
             self._walsender = walsender
+            self._large.connected()
             self._send_status(walsender)
 
     def _admit(self, walsender: Walsender) -> None:
