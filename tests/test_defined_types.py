@@ -16,6 +16,7 @@ from conftest import Database
 from pgoutput_source import peek
 from pgoutput_source.changes import ChangeBatch
 from pgoutput_source.types import DEFINED, EXTENSIONS, TYPES, PgType, always, dense
+from pgoutput_source.types.base import Sent
 
 
 def streamed(db: Database, setup: str, *values: str) -> ChangeBatch:
@@ -150,7 +151,6 @@ def test_vectors_of_pgvector(db: Database) -> None:
     tiny, tenth, half = pa.array([1e-45, 0.1, 3.4028235e38], pa.float32()).to_pylist()
     assert found["v"].to_pylist() == [[1, 2.5, -3], [0, tiny, half], None]
     assert found["w"].to_pylist() == [[tenth], [1, 2], None]
-    # A halfvec's text has the shortest digits that mean the same 16 bits; as 32 bits they mean the text.
     assert [pa.array(v, pa.float32()).cast(pa.float16()).to_pylist() for v in found["h"].to_pylist()[:2]] == [
         pa.array(v, pa.float16()).to_pylist() for v in ([1, 0.1, 65504], [0, -0.5, 6e-8])
     ]
@@ -166,6 +166,8 @@ def test_vectors_of_pgvector(db: Database) -> None:
     (nearest,) = duckdb.execute("SELECT array_distance(v, [1, 2, 2]::FLOAT[3]) FROM batch LIMIT 1").fetchall()[0]
     assert nearest == pytest.approx(distance)
     assert batch.data["_raw"].null_count == 3
+    in_binary = peek(db.dsn, slot="cdc", publication="cdc", binary="on").of("public.t")[0]
+    assert in_binary.data.equals(batch.data)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +180,25 @@ def test_what_is_no_sparsevec_is_refused(text: str) -> None:
     for column in ([text], ["{1:1.5,3:2}/5", text], [text, "{}/5"]):
         with pytest.raises(ValueError):  # noqa: PT011
             row.decode(pa.array([t.encode() for t in column], pa.binary()), row.arrow(-1))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    ["", "00000005", "00000005 00000001 00000000 00000000", "00000005 ffffffff 00000000",
+     "00000005 00000001 00000001 00000000 3f800000", "00000005 00000001 00000000 00000005 3f800000",
+     "00000005 00000001 00000000 7fffffff 3f800000", "00000005 00000001 00000000 ffffffff 3f800000",
+     "00000000 00000000 00000000", "80000000 00000000 00000000"],
+)  # fmt: skip
+def test_what_is_no_sparsevec_in_binary_is_refused(sent: str) -> None:
+    row = EXTENSIONS["vector", "sparsevec"](1, "sparsevec")
+    assert row.binary is not None
+    good = bytes.fromhex("00000005 00000001 00000000 00000004 3fc00000")
+    assert row.binary.decode(Sent.of([good]), row.arrow(-1)).to_pylist() == [
+        {"indices": [4], "values": [1.5], "dim": 5}
+    ]
+    assert row.binary.text(good) == b"{5:1.5}/5"
+    with pytest.raises(ValueError):  # noqa: PT011
+        row.binary.decode(Sent.of([good, bytes.fromhex(sent)]), row.arrow(-1))
 
 
 @pytest.fixture

@@ -27,15 +27,16 @@ https://github.com/pgvector/pgvector
 from __future__ import annotations
 
 import binascii
+import struct
 from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pgoutput_source.types.base import Binary, Decode, Ints, PgType, Texts, always, dense, refuse, text
+from pgoutput_source.types.base import Binary, Decode, Ints, PgType, Texts, always, dense, refuse, text, through_text
 from pgoutput_source.types.nested import cells_of, gather, quoting_of
-from pgoutput_source.types.numbers import floating_text, integer_text
+from pgoutput_source.types.numbers import float_text, floating_text, integer_text
 from pgoutput_source.types.sent import HSTORE, vector_of_floats
 from pgoutput_source.types.text import AS_TEXT, VERSIONED
 
@@ -160,6 +161,17 @@ def sparsevec(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     )
 
 
+def _sparse_text(value: bytes) -> bytes:
+    """The text of what is sent in binary: dimensions, how many are not zero, four bytes of zero, indices, values."""
+    dim, count, unused = struct.unpack_from(">iii", value) if len(value) >= 12 else (0, 0, -1)
+    if unused or count < 0 or len(value) != 12 + 8 * count:
+        refuse("sparsevec")
+    indices = np.frombuffer(value, ">i4", count, 12).astype(np.int64) + 1
+    numbers = np.frombuffer(value, ">f4", count, 12 + 4 * count)
+    pairs = (f"{i}:{float_text(number, 32)}" for i, number in zip(indices.tolist(), numbers.tolist(), strict=True))
+    return f"{{{','.join(pairs)}}}/{dim}".encode()
+
+
 SPARSEVEC = pa.struct(
     [
         pa.field("indices", pa.list_(pa.int32())),
@@ -182,7 +194,7 @@ EXTENSIONS: dict[tuple[str, str], Make] = {
     ("vector", "vector"): _row(_vector_arrow, vector, vector_of_floats(">f4")),
     # float16 would hold halfvec, but DuckDB does not read it.
     ("vector", "halfvec"): _row(_vector_arrow, vector, vector_of_floats(">f2")),
-    ("vector", "sparsevec"): _row(always(SPARSEVEC), sparsevec),
+    ("vector", "sparsevec"): _row(always(SPARSEVEC), sparsevec, through_text(_sparse_text, sparsevec)),
     ("postgis", "geometry"): lambda oid, name: PgType(
         oid, name, always(pa.binary()), ewkb, binary=_EWKB, metadata=_geometry
     ),
