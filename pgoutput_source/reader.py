@@ -144,6 +144,7 @@ class PgOutputReader:
         self._stream.start(Lsn(0))
         self._confirmed = self._fetched = self._stream.acknowledged
         self._timeline = Timeline(self._dsn, self._stream)
+        self._history = resume.History(settings)
         self._generation = self._stream.generation
         self._heartbeat = Heartbeat(self._dsn, settings.slot, settings.heartbeat_seconds)
         logger.info("slot %s: streaming from %s", settings.slot, self._confirmed)
@@ -289,9 +290,12 @@ class PgOutputReader:
         if stream.generation != self._generation:
             self._generation = stream.generation
             self._timeline.reconnected(self._assembler.position)
+            self._history.connected(stream.confirmed)
             self._assembler.reconnected()
+        self._history.look(frames, stream.sent)
         changes = self._assembler.feed(frames)
         if changes.batches:
+            self._history.given(changes)
             self._heartbeat.changed()
         found = _last_positions(changes, messages=bool(self._by_set))
         with self._acknowledging:
@@ -364,7 +368,7 @@ class PgOutputReader:
             lsn = Lsn(done + 1)
         else:
             return
-        if self._stream is not None and lsn > self._confirmed:
+        if self._stream is not None and lsn > self._confirmed and not self._history.pending:
             self._confirmed = lsn
             self._stream.acknowledge(lsn)
 

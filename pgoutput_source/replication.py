@@ -90,7 +90,8 @@ class ReplicationStream:
         generation: 0, and one more after each reconnect.
         system_id: The database system's identifier, known after `start`.
         timeline: Its timeline when the connection was made.
-        standby, server, backend: Of the last connection, see `Walsender`.
+        standby, server, backend, confirmed: Of the last connection, see `Walsender`.
+        sent: On this connection the server has sent everything up to here.
         server_version: As libpq says it: 180006.
 
     Raises:
@@ -120,6 +121,8 @@ class ReplicationStream:
         self.standby = False
         self.server = ""
         self.backend: Backend | None = None
+        self.confirmed = Lsn(0)
+        self.sent = Lsn(0)
         self.server_version = 0
         self._dsn = dsn
         self._options = {"proto_version": str(proto_version)} | ({"messages": "true"} if messages else {})
@@ -423,6 +426,7 @@ class ReplicationStream:
             same = keepalive.wal_end == self._keepalive_lsn and now - self._insistent_at < 3 * _REPLY_INTERVAL
             self._insistent = self._insistent + 1 if same else 0
             self._insistent_at = now
+        self.sent = keepalive.wal_end
         if keepalive.wal_end > self._keepalive_lsn:
             self._keepalive_lsn = keepalive.wal_end
 
@@ -510,8 +514,9 @@ class ReplicationStream:
             admit=self._admit,
         )
         self.backend = walsender.backend
-        if not self._acknowledged and walsender.confirmed is not None:
-            self._acknowledged = self._received = walsender.confirmed
+        self.confirmed, self.sent = walsender.confirmed or Lsn(0), Lsn(0)
+        if not self._acknowledged:
+            self._acknowledged = self._received = self.confirmed
         self._poll = select.poll()
         self._poll.register(walsender.socket, select.POLLIN)
         with self._lock:

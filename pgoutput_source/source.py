@@ -155,7 +155,8 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.stream = ReplicationStream.of(dsn, settings)
         self.stream.start(Lsn(0) if state is None else acknowledged)
         acknowledged = max(acknowledged, self.stream.acknowledged)
-        self.history = resume.History(state, settings, self.stream.acknowledged)
+        self.history = resume.History(settings, state)
+        self.history.connected(self.stream.confirmed)
         self.timeline = Timeline(dsn, self.stream)
         self.acknowledged = acknowledged
         self.staged: Lsn | None = None
@@ -166,7 +167,6 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.bytes_in_epoch = 0
         self.generation = self.stream.generation
         self.in_main_thread = threading.current_thread() is threading.main_thread()
-        self.transaction = {key: (state or {}).get(key) for key in ("xid", "commit_ts")}
         self._awake: datetime | None = None
         ending.began(self)
         self.open = True
@@ -193,10 +193,10 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         if self.stream.generation != self.generation:
             self.generation = self.stream.generation
             self.timeline.reconnected(self.assembler.position)
+            self.history.connected(self.stream.confirmed)
             self.assembler.reconnected()
             metrics.RECONNECTS.labels(self.slot).inc()
-        if self.history.pending:
-            self.history.look(frames, self.stream.keepalive_lsn)
+        self.history.look(frames, self.stream.sent)
         if not frames and not self.assembler.pending:
             self._awake = datetime.now(UTC) + _IDLE
             return []
@@ -222,8 +222,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             "slot": self.slot,
             "commit_lsn": None if position is None else int(position.commit_lsn),
             "seq": None if position is None else position.seq,
-            **self.transaction,
-            "streamed": resume.streamed(self.settings),
+            **self.history.state(),
             "lsn": int(self.staged),
             **({} if known is None else {"tables": dict(known)}),
         }
@@ -303,10 +302,8 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         metrics.RECEIVED.labels(self.slot).set(self.stream.received)
         if changes.batches:
             self.heartbeat.changed()
-            last = max(changes.batches, key=lambda batch: batch.last).data
-            moment = last.column("_commit_ts")[-1].value
-            self.transaction = {"xid": last.column("_xid")[-1].as_py(), "commit_ts": moment}
-            metrics.COMMIT_TIME.labels(self.slot).set(moment / 1_000_000)
+            self.history.given(changes)
+            metrics.COMMIT_TIME.labels(self.slot).set((self.history.commit_ts or 0) / 1_000_000)
         if self.assembler.skipped:
             metrics.SKIPPED.labels(self.slot).inc(self.assembler.skipped)
             self.assembler.skipped = 0

@@ -17,9 +17,10 @@ from test_flow import Flow, following, wait_for
 from test_reconcile import ids, insert
 from test_resync import run
 
-from pgoutput_source import catalog
+from pgoutput_source import PgOutputReader, catalog
 from pgoutput_source.connection import connect
 from pgoutput_source.embedded import Server
+from pgoutput_source.errors import PgOutputError, StateError
 from pgoutput_source.resync import RecoveryFolder
 from pgoutput_source.wire import Lsn
 
@@ -31,9 +32,10 @@ def wait_until(what: str, condition: Callable[[], bool], seconds: float = 30) ->
         time.sleep(0.05)
 
 
-def ask(dsn: str, query: str) -> Any:
+def ask(dsn: str, query: str, *, rows: bool = True) -> Any:
     with psycopg.connect(dsn, autocommit=True) as connection:
-        row = connection.execute(query.encode()).fetchone()
+        cursor = connection.execute(query.encode())
+        row = cursor.fetchone() if rows else None
     return None if row is None else row[0]
 
 
@@ -167,3 +169,108 @@ def test_before_failover_slots_a_promoted_standby_says_what_was_lost(major: int,
 def publish_slot(db: Database) -> None:
     with db.connect() as connection:
         connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+
+
+class Reading:
+    """A plain reader in a thread: what it has got, and how it ended."""
+
+    def __init__(self, dsn: str, **options: Any) -> None:
+        self.reader = PgOutputReader(dsn, slot="cdc", publication="cdc", reconnect_seconds=60, **options)
+        self.got: list[int] = []
+        self.error: PgOutputError | None = None
+        self.thread = threading.Thread(target=self._read)
+        self.thread.start()
+
+    def _read(self) -> None:
+        try:
+            with self.reader:
+                for change in self.reader:
+                    self.got.append(change.row["id"])
+        except PgOutputError as e:
+            self.error = e
+
+    def end(self) -> None:
+        self.reader.stop()
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+def several(*servers: Server, dbname: str) -> str:
+    """A DSN of the one of them that answers first."""
+    hosts, ports = (",".join(str(getattr(server, name)) for server in servers) for name in ("host", "port"))
+    return servers[0].dsn(dbname, host=hosts, port=ports)
+
+
+def test_a_reader_does_not_go_on_with_another_system() -> None:
+    with Server(NEWEST) as one, Server(NEWEST) as other:
+        other.run("psql", "-c", f"ALTER ROLE postgres PASSWORD '{one.password}'")
+        other.password = one.password
+        for server in (one, other):
+            ask(server.dsn(), "CREATE TABLE t (id int PRIMARY KEY)", rows=False)
+            ask(server.dsn(), "CREATE PUBLICATION cdc FOR ALL TABLES", rows=False)
+            ask(server.dsn(), "SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+        reading = Reading(several(one, other, dbname="postgres"))
+        ask(one.dsn(), "INSERT INTO t VALUES (1)", rows=False)
+        wait_until("a change", lambda: reading.got == [1])
+        ask(other.dsn(), "INSERT INTO t VALUES (2)", rows=False)
+        before = ask(other.dsn(), "SELECT confirmed_flush_lsn FROM pg_replication_slots")
+        one.halt("kill")
+        reading.thread.join(60)
+
+        assert isinstance(reading.error, StateError)
+        assert "another database system answered" in reading.error.message
+        assert reading.got == [1]
+        assert ask(other.dsn(), "SELECT confirmed_flush_lsn FROM pg_replication_slots") == before
+
+
+@pytest.mark.parametrize("read_before", [True, False], ids=["read before its promotion", "after"])
+def test_a_reader_does_not_go_on_with_a_standby_that_never_had_all(read_before: bool) -> None:
+    with Server(NEWEST) as primary, primary.standby() as standby:
+        db = Database(primary)
+        table(db)
+        follow(db, standby)
+        make_slot(db, standby)
+        publish_slot(db)
+        attributes = "any" if read_before else "read-write"
+        reading = Reading(several(primary, standby, dbname=db.name) + f" target_session_attrs={attributes}")
+        insert(db, 1, 10)
+        follow(db, standby)
+        standby.halt("fast")
+        insert(db, 11, 20)
+        wait_until("the changes", lambda: len(reading.got) == 20)
+        primary.halt("kill")
+        standby.start()
+        if read_before:
+            # It is on the same timeline still, and the reader can't tell what it will become.
+            wait_until("the reader's return", lambda: reading.reader._stream.generation > 0)  # type: ignore[union-attr]
+        standby.promote()
+        db.server = standby
+        insert(db, 21, 30)  # at positions that the former primary has used
+        reading.thread.join(60)
+
+        assert isinstance(reading.error, StateError), reading.error
+        assert "never had" in reading.error.message or "never made" in reading.error.message
+        assert reading.got == [*range(1, 21)]
+
+
+def test_a_server_that_is_not_up_yet_is_waited_for() -> None:
+    with Server(NEWEST) as primary:
+        # Without hot standby it answers as a server does that replays its WAL after a crash.
+        standby = primary.standby(settings={"hot_standby": False})
+        starting = threading.Thread(target=standby.start)
+        starting.start()
+        try:
+            wait_until("its socket", lambda: (Path(standby.host) / f".s.PGSQL.{standby.port}").exists())
+            reading = Reading(standby.dsn(), create=True)
+            time.sleep(2)
+            assert (reading.error, reading.thread.is_alive()) == (None, True)
+            standby.promote()
+            starting.join()
+            ask(standby.dsn(), "CREATE TABLE t (id int PRIMARY KEY)", rows=False)
+            wait_until("the slot", lambda: ask(standby.dsn(), "SELECT active FROM pg_replication_slots") is True)
+            ask(standby.dsn(), "INSERT INTO t VALUES (1)", rows=False)
+            wait_until("a change", lambda: reading.got == [1])
+            reading.end()
+        finally:
+            standby.stop()
+        assert reading.error is None
