@@ -11,6 +11,9 @@ text (UTF-8, NULL is null) and the Arrow type, and returns an array of this type
   the caller sees it by the difference in nulls and keeps its exact text in `_raw`,
 - and for bytes that are no text of the type, a ValueError (pa.ArrowInvalid is one) is raised, never a value returned.
 
+With the option `binary` values come as the send functions of their types write them. `PgType.binary` gives the same
+column for these, and each value's text for `_raw`. A type of one's own may do without: its tables then come as text.
+
 https://www.postgresql.org/docs/current/datatype.html
 """
 
