@@ -70,7 +70,7 @@ def test_it_fails_with_a_warning_and_comes_back(db: Database, tmp_path: Path) ->
         connection.execute(sql.SQL("CREATE ROLE {} LOGIN REPLICATION PASSWORD 'x'").format(role))
         connection.execute(sql.SQL("REVOKE EXECUTE ON {} FROM PUBLIC").format(function))
         try:
-            process = flow.start("-s", "0", PGOUTPUT_DSN=make_conninfo(db.dsn, user=db.name, password="x"))
+            process = flow.start("-s", "1", PGOUTPUT_DSN=make_conninfo(db.dsn, user=db.name, password="x"))
             with following(process) as lines:
                 wait_for(lines, "no heartbeat: ", process)
                 time.sleep(1)
