@@ -104,7 +104,7 @@ def files(folder: Path) -> list[str]:
 
 
 def staged(folder: Path) -> list[str]:
-    return sorted(path.suffix for path in (folder / "_staging").iterdir() if path.name != ".lock")
+    return sorted(path.suffix for path in (folder / "_staging").iterdir() if path.name not in (".lock", "void"))
 
 
 def index(folder: Path) -> list[dict[str, Any]]:

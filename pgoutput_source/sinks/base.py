@@ -136,8 +136,11 @@ class _Partition(StatefulSinkPartition[Item, State]):
                 hint="run the version that wrote it, or start afresh with a new recovery folder",
             )
         self.sink = sink
-        self.lineage: str = f"{time.time_ns():016x}" if resume is None else resume["lineage"]
-        self.next: int = 1 if resume is None else resume["next"]
+        # Of each run another: the state of an epoch that never became durable may be given to a later run as the last
+        # before its own, and must not list a token that was used again.
+        before = 0 if resume is None else int(resume["lineage"], 16)
+        self.lineage: str = f"{max(time.time_ns(), before + 1):016x}"
+        self.next: int = 1
         self.items: list[Item] = []
         self.tokens: list[str] = []  # of the last snapshot
         self._settle(None if resume is None else set(resume["tokens"]))
@@ -169,7 +172,7 @@ class _Partition(StatefulSinkPartition[Item, State]):
                 self.items = []
                 self.tokens.append(token)
             gate.staged(self)
-            return {"v": STATE_VERSION, "lineage": self.lineage, "next": self.next, "tokens": list(self.tokens)}
+            return {"v": STATE_VERSION, "lineage": self.lineage, "tokens": list(self.tokens)}
 
     def close(self) -> None:
         with gate.lock:

@@ -6,6 +6,7 @@
     out/orders/_staging/5f1c09ab-00000008.staged                      whole and synced; its epoch may still be lost
     out/orders/_staging/5f1c09ab-00000008.unproven                    the same, written by a process without a gate
     out/orders/_staging/5f1c09ab-00000007.committed                   its epoch is durable: it will be published
+    out/orders/_staging/void                                          names of parts that no epoch stands behind
 
 A *part* is one Parquet file that one epoch, or a piece of it, staged. A published file holds one part (which was only
 renamed) or several (which were merged); its footer lists them under ``pgoutput_source``, so after a crash at any moment
@@ -48,6 +49,10 @@ STAGED: Final = ".staged"
 UNPROVEN: Final = ".unproven"
 COMMITTED: Final = ".committed"
 MERGING: Final = ".merging"
+VOID: Final = "void"
+
+MAX_VOID: Final = 4096
+"""Names that are remembered at most: a crash leaves a few."""
 
 _ORIGIN = ("pg.system", "pg.database", "pg.slot")
 
@@ -177,6 +182,7 @@ class Folder:
         except BaseException:
             os.close(self._lock)
             raise
+        self.void = self._read_void()
         self.done = {name for entry in self.entries.values() for name in entry["parts"]}
         self.staged = {
             file.stem: file for file in self.staging.iterdir() if file.suffix in (STAGED, UNPROVEN, COMMITTED)
@@ -230,6 +236,23 @@ class Folder:
         with explained("can't clean", self.staging):
             for name in names:
                 os.unlink(self.staged.pop(name))
+
+    def annul(self, names: Iterable[str], still: Iterable[str]) -> None:
+        """Delete staged parts of epochs that never became durable, and remember that there were such.
+
+        Bytewax keeps the state of such an epoch, and may give it to a later start as the last before its own: the
+        state lists parts whose rows have come again. Of the names remembered so far those in `still` are kept.
+        """
+        todo = list(names)
+        if todo:
+            self.void = dict.fromkeys([*still, *todo][-MAX_VOID:])
+            fresh = self.staging / f"{VOID}{WRITING}"
+            with explained("can't clean", self.staging):
+                fresh.write_text("".join(f"{name}\n" for name in self.void))
+                _sync(fresh)
+                os.rename(fresh, self.staging / VOID)
+                _sync(self.staging)
+        self.discard(todo)
 
     def sweep(self) -> None:
         """Delete what a crash left half-written."""
@@ -303,6 +326,11 @@ class Folder:
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s: a damaged line was skipped; the files tell what it said", index)
         return entries
+
+    def _read_void(self) -> dict[str, None]:
+        names = self.staging / VOID
+        with explained("can't read", names):
+            return dict.fromkeys(names.read_text().split() if names.exists() else ())
 
     def _adopt_files(self) -> None:
         for file in sorted(self.path.glob("*.parquet")):

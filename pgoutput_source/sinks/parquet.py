@@ -331,7 +331,8 @@ class _Partition(StatefulSinkPartition[Item, State]):
         folder = self.folder
         folder.sweep()
         self._check_ahead()
-        waiting = [part for part in listed if part.name not in folder.done]
+        annulled = self._annulled([part.name for part in listed])
+        waiting = [part for part in listed if part.name not in folder.done and part.name not in folder.void]
         for part in waiting:
             if part.name not in folder.staged:
                 raise SinkError(
@@ -344,11 +345,11 @@ class _Partition(StatefulSinkPartition[Item, State]):
             if not own and name not in folder.done and file.suffix in (COMMITTED, UNPROVEN):
                 adopted += filter(None, [Part.read(file)])
         keep = {part.name for part in (*adopted, *waiting)}
-        dropped = [name for name in folder.staged if name not in keep]
-        again = sum(name not in folder.done for name in dropped)
+        folder.discard([name for name in folder.staged if name in folder.done and name not in keep])
+        again = [name for name in folder.staged if name not in keep]
         if again:
-            logger.info("%s: deleted %d staged parts of epochs that never became durable", folder.path, again)
-        folder.discard(dropped)
+            logger.info("%s: deleted %d staged parts of epochs that never became durable", folder.path, len(again))
+        folder.annul(again, annulled)
         if adopted:
             logger.info("%s: publishing %d parts that an earlier run left committed", folder.path, len(adopted))
             self.committed_parts = sorted(adopted, key=lambda part: (part.arrived, part.name))
@@ -357,6 +358,21 @@ class _Partition(StatefulSinkPartition[Item, State]):
         folder.commit(waiting)
         self.committed_parts = waiting
         self.known |= {part.origin for part in (*adopted, *waiting) if part.origin}
+
+    def _annulled(self, listed: list[str]) -> list[str]:
+        """Names of annulled parts that a state which is yet to come may list; no number of them is used again."""
+        prefix = f"{self.lineage}-"
+        of_state = self.next
+
+        def number(name: str) -> int:
+            return int(name.removeprefix(prefix)) if name.startswith(prefix) else -1
+
+        self.next = max([self.next, *(number(name) + 1 for name in (*self.folder.void, *self.folder.staged))])
+        return [
+            name
+            for name in self.folder.void
+            if not name.startswith(prefix) or number(name) >= of_state or name in listed
+        ]
 
     def _check_ahead(self) -> None:
         """Published parts that the resume state does not know yet would come twice."""
