@@ -138,7 +138,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             slot = resume.check(conn, dsn, settings, state)
             system = catalog.identify(conn)
             self.until = catalog.target(conn, settings)
-        position, acknowledged = _reconcile(state, settings, slot, system)
+        position, acknowledged = resume.reconcile(state, settings, slot, system)
         if state is not None:
             acknowledged = resume.on_timeline(dsn, state["timeline"], system.timeline, position, acknowledged)
         self.system = system
@@ -321,7 +321,5 @@ def _open_shop(dsn: str) -> None:
     process.stdin.flush()
     _shops.append(process)  # and its standard input stays open: when we are gone, it closes
 
-
-_reconcile = resume.reconcile
 
 _shops: list[subprocess.Popen[str]] = []

@@ -24,7 +24,7 @@ from typing import Any
 
 from prometheus_client import generate_latest
 
-from pgoutput_source import gate, source
+from pgoutput_source import gate, resume, source
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.sinks import IpcSink, base, parquet
 from pgoutput_source.sinks.folder import Folder
@@ -198,7 +198,7 @@ def _break(mistake: str) -> None:
 
         parquet._Partition.write_batch = failing  # type: ignore[method-assign]
     elif mistake == "forget":
-        reconcile = source._reconcile
-        source._reconcile = lambda *a: (None, reconcile(*a)[1])
+        reconcile = resume.reconcile
+        resume.reconcile = lambda *a: (None, reconcile(*a)[1])
     else:
         raise ValueError(mistake)
