@@ -11,15 +11,13 @@ What happened in the gap has to be repaired by comparing the tables with what th
 
 from __future__ import annotations
 
-import contextlib
 import io
 import pickle
-import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import psycopg
 
@@ -28,9 +26,8 @@ from pgoutput_source.connection import Connection, connect, missing_publication_
 from pgoutput_source.errors import PublicationError, SlotInUse, SlotLost, StateError
 from pgoutput_source.resume import State
 from pgoutput_source.settings import SourceSettings
+from pgoutput_source.store import TABLES, Tables, opened, parts, progress, resume_epoch
 from pgoutput_source.wire import PG_EPOCH_US, Lsn, pg_datetime
-
-_STORE_VERSION: Final = 5  # of Bytewax's recovery stores, in user_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,22 +220,22 @@ class RecoveryFolder:
 
     def __init__(self, folders: Sequence[Path], slot: str) -> None:
         self.slot = slot
-        self.files = sorted(file for folder in folders for file in folder.glob("part-*.sqlite3"))
+        self.files = [file for folder in folders for file in parts(folder)]
         if not self.files:
             raise StateError(
                 f"there is no recovery store in {', '.join(map(str, folders))}",
                 hint="name the folder that the flow is given with -r",
             )
         rows: list[tuple[str, int, str, State]] = []
-        tables: dict[str, list[tuple[Any, ...]]] = {"parts": [], "exs": [], "fronts": [], "commits": []}
+        tables: Tables = {table: [] for table in TABLES}
         for file in self.files:
             # Only reading, SQLite would still leave files of its own beside one that has no write-ahead log.
             log = file.with_name(f"{file.name}-wal")
             quiet = not log.exists() or not log.stat().st_size
-            with _opened(file, "ro&immutable=1" if quiet else "ro") as store:
-                for table, found in tables.items():
-                    found += store.execute(f"SELECT * FROM {table}").fetchall()
-                for step, epoch, created, data in store.execute(
+            with opened(file, "ro&immutable=1" if quiet else "ro") as part:
+                for table, found in progress([part]).items():
+                    tables[table] += found
+                for step, epoch, created, data in part.execute(
                     "SELECT step_id, snap_epoch, created_at, ser_change FROM snaps"
                     " WHERE state_key = ? AND ser_change IS NOT NULL",
                     [slot],
@@ -246,7 +243,7 @@ class RecoveryFolder:
                     state = _unpickled(file, data)
                     if isinstance(state, dict) and state.get("slot") == slot and "lsn" in state:
                         rows.append((step, epoch, created, state))
-        bound = _resume_epoch(tables)
+        bound = resume_epoch(tables)
         loaded = [row for row in rows if row[1] < bound]
         if not loaded:
             raise StateError(
@@ -266,46 +263,13 @@ class RecoveryFolder:
         """
         data = pickle.dumps(state, protocol=4)
         for file in self.files:
-            with _opened(file, "rw") as store, store:
+            with opened(file, "rw") as part, part:
                 for step in sorted(self.steps):
-                    store.execute(
+                    part.execute(
                         "UPDATE snaps SET ser_change = ?"
                         " WHERE step_id = ? AND state_key = ? AND ser_change IS NOT NULL",
                         [data, step, self.slot],
                     )
-
-
-def _resume_epoch(tables: dict[str, list[tuple[Any, ...]]]) -> int:
-    """The epoch in which the next run begins, from the columns behind created_at of Bytewax's tables."""
-    committed = max((epoch for _, _, epoch in tables["commits"]), default=0)
-    if len(tables["parts"]) < max((count for _, _, count in tables["parts"]), default=0) or not tables["exs"]:
-        return int(committed + 1)  # other files know more, but no run begins before this
-    _, execution, workers, begun = max(tables["exs"], key=lambda row: row[1])
-    frontiers = dict.fromkeys(range(workers), begun)
-    for _, of, worker, frontier in tables["fronts"]:
-        if of == execution:
-            frontiers[worker] = max(frontiers[worker], frontier)
-    return int(min(frontiers.values()))
-
-
-@contextlib.contextmanager
-def _opened(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
-    try:
-        store = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True)
-        try:
-            version = store.execute("PRAGMA user_version").fetchone()[0]
-            if version != _STORE_VERSION:
-                raise StateError(
-                    f"{file} is a recovery store of version {version}, and {_STORE_VERSION} is understood",
-                    hint="start afresh with a new recovery folder",
-                )
-            yield store
-        finally:
-            store.close()
-    except sqlite3.Error as e:
-        raise StateError(
-            f"{file} can't be used: {e}", hint="end the flow that uses it; check that it is whole and may be written"
-        ) from e
 
 
 class _Builtins(pickle.Unpickler):

@@ -24,7 +24,7 @@ from typing import Any
 
 from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
 
-from pgoutput_source import catalog, ending, gate, metrics, resume, shop
+from pgoutput_source import catalog, ending, gate, metrics, resume, shop, store
 from pgoutput_source.changes import ChangeSet
 from pgoutput_source.heartbeat import Heartbeat
 from pgoutput_source.replication import ReplicationStream
@@ -85,6 +85,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         self._settings: Callable[[], SourceSettings] = lambda: settings
         self._shown: SourceSettings | None = settings
         ending.catch_signals()
+        store.clear()
 
     @classmethod
     def from_env(cls, **overrides: Any) -> PgOutputSource:
@@ -105,6 +106,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         source._settings = settings
         source._shown = None
         ending.catch_signals()
+        store.clear()
         return source
 
     def __repr__(self) -> str:

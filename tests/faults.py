@@ -24,7 +24,7 @@ from typing import Any
 
 from prometheus_client import generate_latest
 
-from pgoutput_source import gate, resume, source
+from pgoutput_source import gate, resume, source, store
 from pgoutput_source.replication import ReplicationStream
 from pgoutput_source.sinks import IpcSink, base, parquet
 from pgoutput_source.sinks.folder import Folder
@@ -200,5 +200,7 @@ def _break(mistake: str) -> None:
     elif mistake == "forget":
         reconcile = resume.reconcile
         resume.reconcile = lambda *a: (None, reconcile(*a)[1])
+    elif mistake == "keep void states":
+        store.drop_void = lambda folder: 0
     else:
         raise ValueError(mistake)

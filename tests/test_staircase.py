@@ -48,6 +48,7 @@ STAIRCASE = (
     "snapshot",
     "reader",
     "gate",
+    "store",
     "ending",
     "source",
     "sinks",

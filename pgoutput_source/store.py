@@ -1,0 +1,135 @@
+"""Bytewax's recovery store, before Bytewax opens it: where the next run begins, and what must not be found there.
+
+A store is a folder of SQLite files, the *parts*. A part keeps the states of some keys, each under the epoch at whose
+end it was taken, and how far each worker of each run had come. A run begins with the first epoch that some worker has
+not ended, and loads of each key the last state before it.
+
+A process can die after it has written an epoch's states and before it has written that the epoch is over. The next run
+does that epoch again, but what it brings is another: a key that gets nothing in it leaves the state where it is. If
+this run ends, too, before the key has a later one, then the third takes the state of an epoch that never was for one
+that was, and everything comes twice to the key. `drop_void` removes such states while they can be told from others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sqlite3
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pgoutput_source.errors import StateError
+
+logger = logging.getLogger(__name__)
+
+VERSION: Final = 5
+"""Of the stores that are understood, in SQLite's user_version."""
+
+TABLES: Final = ("parts", "exs", "fronts", "commits")
+"""What says where the next run begins. Each table has the column created_at first."""
+
+Tables = dict[str, list[tuple[Any, ...]]]
+
+_cleared = False
+
+
+def parts(folder: Path) -> list[Path]:
+    """The store's files in a folder."""
+    return sorted(folder.glob("part-*.sqlite3"))
+
+
+@contextlib.contextmanager
+def opened(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    """A part; `mode` is SQLite's: "ro", "rw".
+
+    Raises:
+        StateError: It can't be used, or is of another version.
+    """
+    try:
+        store = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True)
+        try:
+            version = store.execute("PRAGMA user_version").fetchone()[0]
+            if version != VERSION:
+                raise StateError(
+                    f"{file} is a recovery store of version {version}, and {VERSION} is understood",
+                    hint="start afresh with a new recovery folder",
+                )
+            yield store
+        finally:
+            store.close()
+    except sqlite3.Error as e:
+        raise StateError(
+            f"{file} can't be used: {e}", hint="end the flow that uses it; check that it is whole and may be written"
+        ) from e
+
+
+def progress(stores: Sequence[sqlite3.Connection]) -> Tables:
+    """The rows of `TABLES` in all parts."""
+    return {
+        table: [row for store in stores for row in store.execute(f"SELECT * FROM {table}").fetchall()]
+        for table in TABLES
+    }
+
+
+def complete(tables: Tables) -> bool:
+    """Whether these are the tables of all parts. Each part knows only some of the runs and workers."""
+    return 0 < max((count for _, _, count in tables["parts"]), default=0) <= len(tables["parts"])
+
+
+def resume_epoch(tables: Tables) -> int:
+    """The epoch in which the next run begins; of parts that are not complete, one before which it does not begin."""
+    if not complete(tables) or not tables["exs"]:
+        return int(max((epoch for _, _, epoch in tables["commits"]), default=0) + 1)
+    _, execution, workers, begun = max(tables["exs"], key=lambda row: row[1])
+    frontiers = {worker: int(begun) for worker in range(workers)}
+    for _, of, worker, frontier in tables["fronts"]:
+        if of == execution:
+            frontiers[worker] = max(frontiers[worker], frontier)
+    return min(frontiers.values())
+
+
+def drop_void(folder: Path) -> int:
+    """Remove the states of epochs that never became durable; their number. No flow may run with this store.
+
+    It does nothing where the folder has not all parts of the store, for one alone does not know where a run begins.
+    ``python -m bytewax.run`` does it by itself, as soon as the flow has a `PgOutputSource`. A program that calls
+    ``run_main`` or ``cluster_main`` with a recovery folder calls it before.
+
+    Raises:
+        StateError: The store can't be used.
+
+    Example:
+        >>> import tempfile
+        >>> drop_void(Path(tempfile.mkdtemp()))
+        0
+    """
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(opened(file, "rw")) for file in parts(folder)]
+        tables = progress(stores)
+        if not complete(tables) or not tables["exs"]:
+            return 0
+        begin, dropped = resume_epoch(tables), 0
+        for store in stores:
+            with store:
+                dropped += store.execute("DELETE FROM snaps WHERE snap_epoch >= ?", [begin]).rowcount
+    if dropped:
+        logger.info("%s: dropped %d states of an epoch that never became durable", folder, dropped)
+    return dropped
+
+
+def clear() -> None:
+    """`drop_void` for the folder that ``python -m bytewax.run`` was given, once in this process."""
+    global _cleared
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if _cleared or spec is None or spec.name != "bytewax.run":
+        return
+    _cleared = True
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-r", "--recovery-directory", default=os.environ.get("BYTEWAX_RECOVERY_DIRECTORY"))
+    folder = parser.parse_known_args(sys.argv[1:])[0].recovery_directory
+    if folder is not None:
+        drop_void(Path(folder))
