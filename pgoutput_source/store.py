@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import logging
 import os
 import sqlite3
@@ -33,6 +34,9 @@ TABLES: Final = ("parts", "exs", "fronts", "commits")
 """What says where the next run begins. Each table has the column created_at first."""
 
 Tables = dict[str, list[tuple[Any, ...]]]
+
+_OPEN: Final = 128
+"""Whoever has a part open holds a shared lock on this byte of its wal-index: https://www.sqlite.org/walformat.html"""
 
 _cleared = False
 
@@ -92,10 +96,27 @@ def resume_epoch(tables: Tables) -> int:
     return min(frontiers.values())
 
 
-def drop_void(folder: Path) -> int:
-    """Remove the states of epochs that never became durable; their number. No flow may run with this store.
+def in_use(file: Path) -> bool:
+    """Whether another process has a part open. Not for a process that has it open itself: it would lose its locks."""
+    try:
+        index = os.open(file.with_name(f"{file.name}-shm"), os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.lockf(index, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _OPEN)
+    except (BlockingIOError, PermissionError):
+        return True
+    finally:
+        os.close(index)
+    return False
 
-    It does nothing where the folder has not all parts of the store, for one alone does not know where a run begins.
+
+def drop_void(folder: Path) -> int:
+    """Remove the states of epochs that never became durable; their number.
+
+    It does nothing while another process has the store open, whose epoch may be about to become durable, and where the
+    folder has not all parts of the store, for one alone does not know where a run begins.
+
     ``python -m bytewax.run`` does it by itself, as soon as the flow has a `PgOutputSource`. A program that calls
     ``run_main`` or ``cluster_main`` with a recovery folder calls it before.
 
@@ -107,8 +128,11 @@ def drop_void(folder: Path) -> int:
         >>> drop_void(Path(tempfile.mkdtemp()))
         0
     """
+    files = parts(folder)
+    if any(map(in_use, files)):
+        return 0
     with contextlib.ExitStack() as stack:
-        stores = [stack.enter_context(opened(file, "rw")) for file in parts(folder)]
+        stores = [stack.enter_context(opened(file, "rw")) for file in files]
         tables = progress(stores)
         if not complete(tables) or not tables["exs"]:
             return 0

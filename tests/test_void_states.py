@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -118,7 +120,7 @@ def test_a_stateful_step_would_count_it_twice(db: Database, tmp_path: Path) -> N
     assert found["public.t"] > made["public.t"]
 
 
-def test_only_a_store_that_is_whole_loses_states(tmp_path: Path) -> None:
+def test_only_a_store_that_is_whole_and_that_nobody_uses_loses_states(tmp_path: Path) -> None:
     init_db_dir(tmp_path, 2)  # type: ignore[no-untyped-call]
     with closing(sqlite3.connect(tmp_path / "part-1.sqlite3")) as store, store:
         store.execute("INSERT INTO exs (ex_num, worker_count, resume_epoch) VALUES (0, 2, 1)")
@@ -126,6 +128,16 @@ def test_only_a_store_that_is_whole_loses_states(tmp_path: Path) -> None:
         rows = [("flow.out", "parquet", epoch) for epoch in (5, 6, 7, 8)]
         store.executemany("INSERT INTO snaps (step_id, state_key, snap_epoch) VALUES (?, ?, ?)", rows)
 
+    look = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM exs'); print(flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{look}; input()", tmp_path / "part-1.sqlite3"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert drop_void(tmp_path) == 0
+        other.kill()
     away = (tmp_path / "part-0.sqlite3").rename(tmp_path / "elsewhere")
     assert drop_void(tmp_path) == 0
     away.rename(tmp_path / "part-0.sqlite3")
