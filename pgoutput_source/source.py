@@ -49,7 +49,8 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
     exact change, also in the middle of a transaction. Without it the slot is the only memory and delivery is at least
     once. PostgreSQL may forget what an epoch brought as soon as this epoch is durable, and not before.
 
-    Nothing is read and nothing is connected before Bytewax builds the partition.
+    Nothing is read and nothing is connected before Bytewax builds the partition; only the recovery folder, if
+    ``python -m bytewax.run`` has one, is rid of states that are void (`store`).
 
     Args:
         dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables.
