@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pgoutput_source.errors import PgOutputError
     from pgoutput_source.events import ChangeEvent
     from pgoutput_source.mirror import current
-    from pgoutput_source.reader import LogicalReplicationReader, PgOutputReader, peek
+    from pgoutput_source.pypgoutput import LogicalReplicationReader
+    from pgoutput_source.reader import PgOutputReader, peek
     from pgoutput_source.sinks.base import TwoPhaseSink
     from pgoutput_source.sinks.ipc import IpcSink
     from pgoutput_source.sinks.jsonl import JsonLinesSink
@@ -29,7 +30,7 @@ _HOME: Final = {
     "ChangeSet": "changes",
     "IpcSink": "sinks.ipc",
     "JsonLinesSink": "sinks.jsonl",
-    "LogicalReplicationReader": "reader",
+    "LogicalReplicationReader": "pypgoutput",
     "Lsn": "wire",
     "ParquetSink": "sinks.parquet",
     "PgOutputError": "errors",

@@ -1,4 +1,4 @@
-"""Reading a slot in plain Python: `PgOutputReader`, `peek`, and pypgoutput's `LogicalReplicationReader`.
+"""Reading a slot in plain Python: `PgOutputReader` and `peek`.
 
 Everything below is joined here, without Bytewax. What PostgreSQL may forget is in the hands of who reads: only what
 `ack` was called for. An acknowledgement is kept back to the end of a whole transaction, because the server knows no
@@ -19,14 +19,14 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 import psycopg
-from psycopg.conninfo import make_conninfo
 from pydantic import BaseModel
 
-from pgoutput_source import catalog, messages, resume
+from pgoutput_source import catalog, resume
 from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.connection import Connection, connect, quote_name, server_error
 from pgoutput_source.errors import ConfigurationError, PgOutputError
 from pgoutput_source.events import ChangeEvent, TableFacts, events_of, row_model
+from pgoutput_source.facts import table_facts, table_schema
 from pgoutput_source.heartbeat import Heartbeat
 from pgoutput_source.relations import Relations
 from pgoutput_source.replication import ReplicationStream
@@ -384,13 +384,13 @@ class PgOutputReader:
             ConfigurationError: There is no such table.
         """
         with connect(catalog.connection_string(self.settings)) as connection:
-            schema = _table_schema(connection, table, Relations((), catalog.defined_types(self._dsn)))
-            return row_model(schema, _table_facts(connection, schema))
+            schema = table_schema(connection, table, Relations((), catalog.defined_types(self._dsn)))
+            return row_model(schema, table_facts(connection, schema))
 
     def _facts_of(self, schema: TableSchema) -> TableFacts | None:
         if schema not in self._facts:
             with connect(self._dsn) as connection:
-                self._facts[schema] = _table_facts(connection, schema)
+                self._facts[schema] = table_facts(connection, schema)
         return self._facts[schema]
 
 
@@ -488,111 +488,3 @@ def peek(
         tuple(m for s in sets for m in s.messages),
         tuple(t for s in sets for t in s.truncates),
     )
-
-
-# -- pypgoutput's face ----------------------------------------------------------------------------------------------
-
-
-class LogicalReplicationReader(PgOutputReader):
-    """The reader of pypgoutput 0.0.3: the same arguments, the same iteration, the same JSON.
-
-    It makes the slot if it is missing, though not the publication. A change is acknowledged when the next one is asked
-    for. Unlike pypgoutput it never ends silently: what goes wrong is raised.
-
-    Args:
-        publication_name: The publication.
-        slot_name: The replication slot.
-        dsn: A libpq connection string or URL.
-        kwargs: libpq's options, such as `host`, `port`, `database`, `user` and `password`; None leaves one out. With
-            no option and no DSN libpq's own environment variables say where to connect.
-
-    Example:
-        >>> import psycopg
-        >>> from pgoutput_source import shop
-        >>> from pgoutput_source.embedded import Server
-        >>> with Server() as server:
-        ...     shop.create(server.dsn())
-        ...     reader = LogicalReplicationReader(publication_name="shop", slot_name="shop", dsn=server.dsn())
-        ...     with psycopg.connect(server.dsn()) as connection:
-        ...         _ = connection.execute("UPDATE customers SET city = 'Quito' WHERE id = 1")
-        ...     for message in reader:
-        ...         print(message.op, message.table_schema.table, message.after["city"])
-        ...         break
-        ...     reader.stop()
-        U customers Quito
-    """
-
-    def __init__(self, publication_name: str, slot_name: str, dsn: str | None = None, **kwargs: str | None) -> None:
-        given = {"dbname" if k == "database" else k: v for k, v in kwargs.items() if v is not None}
-        try:
-            conninfo = make_conninfo(dsn or "", **given)
-        except psycopg.ProgrammingError as e:
-            raise ConfigurationError(
-                "the connection options can't be used", hint="give options of libpq: host, port, database, user …"
-            ) from e
-        super().__init__(conninfo, slot=slot_name, publication=publication_name, slot_wait_seconds=0)
-        self.open()
-
-    def _prepare(self, connection: Connection) -> None:
-        catalog.create_publication_and_slot(connection, slot=self.settings.slot, publications=())
-
-    def __next__(self) -> ChangeEvent:
-        if isinstance(self._given, ChangeEvent):
-            self.ack(self._given)
-        return super().__next__()
-
-    def stop(self) -> None:
-        """End the iteration and the connection: the slot is free then."""
-        super().stop()
-        self.close()
-
-
-# -- the catalogue --------------------------------------------------------------------------------------------------
-
-
-def _table_facts(connection: Connection, schema: TableSchema) -> TableFacts | None:
-    """What the catalogue knows of a version of a table, None unless it describes this very version.
-
-    The catalogue is that of now. A column list leaves columns out, so what the Relation message brought must be found
-    in the catalogue in the same order; what it says of the replica identity must be so there too.
-    """
-    rows = connection.execute(
-        "SELECT c.relreplident::text, a.attname::text, a.atttypid::bigint, a.atttypmod, a.attnotnull,"
-        "       coalesce(a.attnum = ANY (i.indkey), false)"
-        "  FROM pg_catalog.pg_class c"
-        "  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
-        "  JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
-        "  LEFT JOIN pg_catalog.pg_index i ON i.indrelid = c.oid AND i.indisprimary"
-        " WHERE c.oid = %s AND n.nspname = %s AND c.relname = %s ORDER BY a.attnum",
-        [schema.relation_id, schema.namespace, schema.name],
-    ).fetchall()
-    live = iter(rows)
-    found = all(
-        any((column.name, column.type_oid, column.typmod) == row[1:4] for row in live) for column in schema.columns
-    )
-    if not rows or not found or rows[0][0] != schema.replica_identity:
-        return None  # changed or dropped since
-    facts = TableFacts(
-        primary_key=frozenset(row[1] for row in rows if row[5]),
-        not_null=frozenset(row[1] for row in rows if row[4]),
-    )
-    here = facts.primary_key.intersection(column.name for column in schema.columns)
-    return None if schema.replica_identity == "d" and here != frozenset(schema.key) else facts
-
-
-def _table_schema(connection: Connection, table: str, relations: Relations) -> TableSchema:
-    """A table as the catalogue describes it now."""
-    namespace, _, name = table.partition(".")
-    rows = connection.execute(
-        "SELECT c.oid, c.relreplident::text, a.attname::text, a.atttypid, a.atttypmod"
-        "  FROM pg_catalog.pg_class c"
-        "  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
-        "  JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
-        " WHERE n.nspname = %s AND c.relname = %s ORDER BY a.attnum",
-        [namespace, name],
-    ).fetchall()
-    if not rows:
-        raise ConfigurationError(f"there is no table {table!r}", hint="write schema and table: 'public.orders'")
-    columns = tuple(messages.RelationColumn(False, column, oid, typmod) for _, _, column, oid, typmod in rows)
-    relations.announce(messages.Relation(rows[0][0], namespace, name, rows[0][1], columns))
-    return relations.current(rows[0][0])

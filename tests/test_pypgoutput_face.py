@@ -18,7 +18,7 @@ from conftest import Database
 from psycopg.conninfo import conninfo_to_dict
 
 from pgoutput_source.errors import PublicationError, SlotInUse
-from pgoutput_source.reader import LogicalReplicationReader
+from pgoutput_source.pypgoutput import LogicalReplicationReader
 
 ROOT = Path(__file__).parents[1]
 

@@ -45,8 +45,10 @@ STAIRCASE = (
     "heartbeat",
     "replication",
     "timeline",
+    "facts",
     "snapshot",
     "reader",
+    "pypgoutput",
     "gate",
     "store",
     "ending",
@@ -68,7 +70,7 @@ STAIRCASE = (
     "cli",
     "__main__",
 )
-WITHOUT_BYTEWAX = STAIRCASE[: STAIRCASE.index("reader") + 1]
+WITHOUT_BYTEWAX = STAIRCASE[: STAIRCASE.index("pypgoutput") + 1]
 LONGEST = 600
 
 FILES = sorted(ROOT.rglob("*.py"))

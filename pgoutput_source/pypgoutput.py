@@ -1,0 +1,66 @@
+"""The face of pypgoutput 0.0.3: its `LogicalReplicationReader`, over the reader of today."""
+
+from __future__ import annotations
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from pgoutput_source import catalog
+from pgoutput_source.connection import Connection
+from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.events import ChangeEvent
+from pgoutput_source.reader import PgOutputReader
+
+
+class LogicalReplicationReader(PgOutputReader):
+    """The reader of pypgoutput 0.0.3: the same arguments, the same iteration, the same JSON.
+
+    It makes the slot if it is missing, though not the publication. A change is acknowledged when the next one is asked
+    for. Unlike pypgoutput it never ends silently: what goes wrong is raised.
+
+    Args:
+        publication_name: The publication.
+        slot_name: The replication slot.
+        dsn: A libpq connection string or URL.
+        kwargs: libpq's options, such as `host`, `port`, `database`, `user` and `password`; None leaves one out. With
+            no option and no DSN libpq's own environment variables say where to connect.
+
+    Example:
+        >>> import psycopg
+        >>> from pgoutput_source import shop
+        >>> from pgoutput_source.embedded import Server
+        >>> with Server() as server:
+        ...     shop.create(server.dsn())
+        ...     reader = LogicalReplicationReader(publication_name="shop", slot_name="shop", dsn=server.dsn())
+        ...     with psycopg.connect(server.dsn()) as connection:
+        ...         _ = connection.execute("UPDATE customers SET city = 'Quito' WHERE id = 1")
+        ...     for message in reader:
+        ...         print(message.op, message.table_schema.table, message.after["city"])
+        ...         break
+        ...     reader.stop()
+        U customers Quito
+    """
+
+    def __init__(self, publication_name: str, slot_name: str, dsn: str | None = None, **kwargs: str | None) -> None:
+        given = {"dbname" if k == "database" else k: v for k, v in kwargs.items() if v is not None}
+        try:
+            conninfo = make_conninfo(dsn or "", **given)
+        except psycopg.ProgrammingError as e:
+            raise ConfigurationError(
+                "the connection options can't be used", hint="give options of libpq: host, port, database, user …"
+            ) from e
+        super().__init__(conninfo, slot=slot_name, publication=publication_name, slot_wait_seconds=0)
+        self.open()
+
+    def _prepare(self, connection: Connection) -> None:
+        catalog.create_publication_and_slot(connection, slot=self.settings.slot, publications=())
+
+    def __next__(self) -> ChangeEvent:
+        if isinstance(self._given, ChangeEvent):
+            self.ack(self._given)
+        return super().__next__()
+
+    def stop(self) -> None:
+        """End the iteration and the connection: the slot is free then."""
+        super().stop()
+        self.close()
