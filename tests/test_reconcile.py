@@ -166,7 +166,9 @@ def test_a_slot_that_does_not_fit(
         assert error in said
         assert remedy in said
         assert "Traceback" not in said
-        assert slots(db) == before
+        # While somebody reads from a slot, the server moves its restart_lsn by itself.
+        kept = (0, 1, 3) if spoil is active else (0, 1, 2, 3)
+        assert [[row[i] for i in kept] for row in slots(db)] == [[row[i] for i in kept] for row in before]
     finally:
         if flow.holder is not None:
             flow.holder.close(graceful=True)
