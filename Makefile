@@ -15,7 +15,8 @@ help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 test: $(READY)  ## Run the tests on real PostgreSQL servers of every supported major; ARGS= goes to pytest
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+# Files in their order: those of few but long tests would come last otherwise, when the other process has nothing left.
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: $(DEMO)  ## Run a shop, capture its changes to Parquet for SECONDS=15, and verify every row
 	@$(BIN)/python -m pgoutput_source demo --seconds $(SECONDS) $(ARGS)
