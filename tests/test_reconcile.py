@@ -44,18 +44,7 @@ def active(db: Database, flow: Flow) -> None:
 
 
 def idle_for_too_long(db: Database, flow: Flow) -> None:
-    with db.connect() as connection:
-        connection.execute("ALTER SYSTEM SET idle_replication_slot_timeout = '1s'")
-        connection.execute("SELECT pg_reload_conf()")
-        try:
-            deadline = time.monotonic() + 30
-            while connection.execute("SELECT wal_status FROM pg_replication_slots").fetchall() != [("lost",)]:
-                time.sleep(0.5)
-                connection.execute("CHECKPOINT")
-                assert time.monotonic() < deadline
-        finally:
-            connection.execute("ALTER SYSTEM RESET idle_replication_slot_timeout")
-            connection.execute("SELECT pg_reload_conf()")
+    invalidate(db, "idle_replication_slot_timeout = '1s'", lambda _: time.sleep(0.5))
 
 
 def absent(db: Database, flow: Flow) -> None:
@@ -77,18 +66,26 @@ def made_anew(db: Database, flow: Flow) -> None:
 
 
 def lost(db: Database, flow: Flow) -> None:
+    def write(connection: psycopg.Connection[Any]) -> None:
+        connection.execute("INSERT INTO t SELECT max(id) + 1 FROM t")
+        connection.execute("SELECT pg_switch_wal()")
+
+    invalidate(db, "max_slot_wal_keep_size = '1MB'", write)
+
+
+def invalidate(db: Database, setting: str, wait: Callable[[psycopg.Connection[Any]], object]) -> None:
+    """Have the server give the slot up, which it does at a checkpoint."""
     with db.connect() as connection:
-        connection.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+        connection.execute(f"ALTER SYSTEM SET {setting}".encode())
         connection.execute("SELECT pg_reload_conf()")
         try:
             deadline = time.monotonic() + 30
             while connection.execute("SELECT wal_status FROM pg_replication_slots").fetchall() != [("lost",)]:
-                connection.execute("INSERT INTO t SELECT max(id) + 1 FROM t")
-                connection.execute("SELECT pg_switch_wal()")
+                wait(connection)
                 connection.execute("CHECKPOINT")
                 assert time.monotonic() < deadline
         finally:
-            connection.execute("ALTER SYSTEM RESET max_slot_wal_keep_size")
+            connection.execute(f"ALTER SYSTEM RESET {setting.split()[0]}".encode())
             connection.execute("SELECT pg_reload_conf()")
 
 
