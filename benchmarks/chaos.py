@@ -42,10 +42,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from psycopg.conninfo import make_conninfo
 
-from pgoutput_source import catalog
+from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.embedded import Server
-from pgoutput_source.replication import ReplicationStream
-from pgoutput_source.transactions import Assembler
+from pgoutput_source.postgres import catalog
+from pgoutput_source.stream.replication import ReplicationStream
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

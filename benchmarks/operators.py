@@ -23,7 +23,7 @@ from bytewax.testing import TestingSource, run_main
 
 import pgoutput_source.operators as cdc
 from pgoutput_source.changes import ChangeBatch
-from pgoutput_source.schema import OP_CODE, OPS, Column, TableSchema
+from pgoutput_source.changes.schema import OP_CODE, OPS, Column, TableSchema
 
 STATUSES = pa.array(["new", "paid", "packed", "shipped", "returned"])
 START = 1_700_000_000_000_000

@@ -31,7 +31,7 @@ from typing import Any
 import psycopg
 
 from pgoutput_source.embedded import Server
-from pgoutput_source.replication import ReplicationStream
+from pgoutput_source.stream.replication import ReplicationStream
 
 TABLES = {
     "orders": (
@@ -185,7 +185,7 @@ def drain(dsn: str, slot: str, folder: str, binary: str) -> None:
 
     import pgoutput_source.operators as cdc
     from pgoutput_source import ParquetSink, PgOutputSource
-    from pgoutput_source.sinks.parquet import read
+    from pgoutput_source.parquet.read import read
 
     flow = Dataflow("throughput")
     source = PgOutputSource(dsn, slot=slot, publication="bench", until="current", binary=binary)

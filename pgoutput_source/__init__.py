@@ -9,39 +9,40 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from pgoutput_source.changes import ChangeBatch, ChangeSet, Position, TableSchema
+    from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Position, TableSchema
+    from pgoutput_source.changes.events import ChangeEvent
+    from pgoutput_source.dataflow.source import PgOutputSource
     from pgoutput_source.errors import PgOutputError
-    from pgoutput_source.events import ChangeEvent
-    from pgoutput_source.mirror import current
+    from pgoutput_source.parquet.current import current
+    from pgoutput_source.parquet.read import read
+    from pgoutput_source.protocol.wire import Lsn
     from pgoutput_source.pypgoutput import LogicalReplicationReader
     from pgoutput_source.reader import PgOutputReader, peek
     from pgoutput_source.sinks.base import TwoPhaseSink
     from pgoutput_source.sinks.ipc import IpcSink
     from pgoutput_source.sinks.jsonl import JsonLinesSink
-    from pgoutput_source.sinks.parquet import ParquetSink, read
-    from pgoutput_source.source import PgOutputSource
-    from pgoutput_source.wire import Lsn
+    from pgoutput_source.sinks.parquet import ParquetSink
 
 __version__ = "0.1.0"
 
 _HOME: Final = {
     "ChangeBatch": "changes",
-    "ChangeEvent": "events",
+    "ChangeEvent": "changes.events",
     "ChangeSet": "changes",
     "IpcSink": "sinks.ipc",
     "JsonLinesSink": "sinks.jsonl",
     "LogicalReplicationReader": "pypgoutput",
-    "Lsn": "wire",
+    "Lsn": "protocol.wire",
     "ParquetSink": "sinks.parquet",
     "PgOutputError": "errors",
     "PgOutputReader": "reader",
-    "PgOutputSource": "source",
+    "PgOutputSource": "dataflow.source",
     "Position": "changes",
     "TableSchema": "changes",
     "TwoPhaseSink": "sinks.base",
-    "current": "mirror",
+    "current": "parquet.current",
     "peek": "reader",
-    "read": "sinks.parquet",
+    "read": "parquet.read",
 }
 
 __all__ = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from pgoutput_source import catalog
-from pgoutput_source.connection import Connection
+from pgoutput_source.changes.events import ChangeEvent
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.events import ChangeEvent
+from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.connection import Connection
 from pgoutput_source.reader import PgOutputReader
 
 
@@ -27,7 +27,7 @@ class LogicalReplicationReader(PgOutputReader):
 
     Example:
         >>> import psycopg
-        >>> from pgoutput_source import shop
+        >>> from pgoutput_source.embedded import shop
         >>> from pgoutput_source.embedded import Server
         >>> with Server() as server:
         ...     shop.create(server.dsn())

@@ -21,22 +21,23 @@ import numpy as np
 import psycopg
 from pydantic import BaseModel
 
-from pgoutput_source import catalog, resume
-from pgoutput_source.changes import ChangeSet, Position
-from pgoutput_source.connection import Connection, connect, quote_name, server_error
+from pgoutput_source.changes.batches import ChangeSet, Position
+from pgoutput_source.changes.events import ChangeEvent, TableFacts, events_of, row_model
+from pgoutput_source.changes.schema import TableSchema
+from pgoutput_source.decode.assembler import Assembler
+from pgoutput_source.decode.in_progress import streamed
+from pgoutput_source.decode.relations import Relations
 from pgoutput_source.errors import ConfigurationError, PgOutputError
-from pgoutput_source.events import ChangeEvent, TableFacts, events_of, row_model
-from pgoutput_source.facts import table_facts, table_schema
-from pgoutput_source.heartbeat import Heartbeat
-from pgoutput_source.relations import Relations
-from pgoutput_source.replication import ReplicationStream
-from pgoutput_source.schema import TableSchema
+from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.connection import Connection, connect, quote_name, server_error
+from pgoutput_source.postgres.table_facts import table_facts, table_schema
+from pgoutput_source.protocol.wire import Lsn, XLogData
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.streaming import streamed
-from pgoutput_source.timeline import Timeline
-from pgoutput_source.transactions import Assembler
+from pgoutput_source.stream import start
+from pgoutput_source.stream.heartbeat import Heartbeat
+from pgoutput_source.stream.replication import ReplicationStream
+from pgoutput_source.stream.timeline import Timeline
 from pgoutput_source.types import types_of
-from pgoutput_source.wire import Lsn, XLogData
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class PgOutputReader:
             entered or iterated.
 
     Example:
-        >>> from pgoutput_source import shop
+        >>> from pgoutput_source.embedded import shop
         >>> from pgoutput_source.embedded import Server
         >>> with Server() as server:
         ...     shop.create(server.dsn())
@@ -125,7 +126,7 @@ class PgOutputReader:
             return
         settings = self.settings
         self._dsn = catalog.connection_string(settings)
-        with resume.connect(self._dsn, settings) as connection:
+        with start.connect(self._dsn, settings) as connection:
             self._prepare(connection)
             catalog.check(connection, settings)
             system = catalog.identify(connection)
@@ -144,7 +145,7 @@ class PgOutputReader:
         self._stream.start(Lsn(0))
         self._confirmed = self._fetched = self._stream.acknowledged
         self._timeline = Timeline(self._dsn, self._stream)
-        self._history = resume.History(settings)
+        self._history = start.History(settings)
         self._generation = self._stream.generation
         self._heartbeat = Heartbeat(self._dsn, settings.slot, settings.heartbeat_seconds)
         logger.info("slot %s: streaming from %s", settings.slot, self._confirmed)
@@ -447,7 +448,7 @@ def peek(
         ServerError: Server, slot or publication can't be used.
 
     Example:
-        >>> from pgoutput_source import shop
+        >>> from pgoutput_source.embedded import shop
         >>> from pgoutput_source.embedded import Server
         >>> with Server() as server:
         ...     shop.create(server.dsn())

@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pgoutput_source.changes import ChangeBatch
-from pgoutput_source.schema import OPS, Column, TableSchema
+from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.schema import OPS, Column, TableSchema
 
 Row = Mapping[str, Any]
 START = datetime(2024, 1, 1, 12, 0, tzinfo=UTC)

@@ -24,11 +24,12 @@ from typing import Any
 
 from prometheus_client import generate_latest
 
-from pgoutput_source import gate, resume, source, store
-from pgoutput_source.replication import ReplicationStream
+from pgoutput_source.dataflow import gate, recovery, source
+from pgoutput_source.decode.in_progress import StreamedTransactions
+from pgoutput_source.parquet.folder import Folder
 from pgoutput_source.sinks import IpcSink, base, parquet
-from pgoutput_source.sinks.folder import Folder
-from pgoutput_source.streaming import StreamedTransactions
+from pgoutput_source.stream import start
+from pgoutput_source.stream.replication import ReplicationStream
 
 Place = tuple[Any, str, bool]
 """Who has the method, its name, and whether the death comes before it."""
@@ -198,9 +199,9 @@ def _break(mistake: str) -> None:
 
         parquet._Partition.write_batch = failing  # type: ignore[method-assign]
     elif mistake == "forget":
-        reconcile = resume.reconcile
-        resume.reconcile = lambda *a: (None, reconcile(*a)[1])
+        reconcile = start.reconcile
+        start.reconcile = lambda *a: (None, reconcile(*a)[1])
     elif mistake == "keep void states":
-        store.drop_void = lambda folder: 0
+        recovery.drop_void = lambda folder: 0
     else:
         raise ValueError(mistake)

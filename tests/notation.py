@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 
 from pgoutput_source.changes import ChangeBatch, ChangeSet
-from pgoutput_source.wire import Lsn, XLogData
+from pgoutput_source.protocol.wire import Lsn, XLogData
 
 PEEK = "SELECT lsn - '0/0'::pg_lsn, data FROM pg_logical_slot_peek_binary_changes(%s, NULL, NULL, VARIADIC %s::text[])"
 

@@ -19,9 +19,9 @@ from bytewax.recovery import RecoveryConfig, init_db_dir
 from bytewax.testing import cluster_main, run_main
 
 from pgoutput_source.changes import ChangeSet
+from pgoutput_source.changes.schema import Position
+from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.errors import PgOutputError
-from pgoutput_source.schema import Position
-from pgoutput_source.transactions import Assembler
 
 TABLE = """
 CREATE TABLE t (

@@ -14,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pgoutput_source import changes, wire
 from pgoutput_source import messages as m
+from pgoutput_source.changes import batches
 from pgoutput_source.errors import DecodeError, ProtocolError
+from pgoutput_source.protocol import wire
 from pgoutput_source.types import type_of
 from pgoutput_source.types.base import exact_text
 
@@ -150,7 +151,7 @@ class Scalar:
     """Frames in, rows out: `rows` by table version, in order of their positions."""
 
     rows: dict[Version, list[Row]] = field(default_factory=dict)
-    messages: list[changes.Message] = field(default_factory=list)
+    messages: list[batches.Message] = field(default_factory=list)
     position: tuple[int, int] | None = None
     end_lsn: int = 0
     begin: m.Begin | None = None
@@ -201,13 +202,13 @@ class Scalar:
 
     def _logical(self, message: m.Message) -> None:
         if not message.transactional:
-            self.messages.append(changes.Message(message.lsn, message.prefix, message.content, False))
+            self.messages.append(batches.Message(message.lsn, message.prefix, message.content, False))
         elif self.begin is None:
             raise ProtocolError("a transactional message outside a transaction")
         else:
             when = wire.pg_datetime(self.begin.commit_ts)
             transaction = (self.begin.final_lsn, self.begin.xid, when)
-            self.messages.append(changes.Message(message.lsn, message.prefix, message.content, True, *transaction))
+            self.messages.append(batches.Message(message.lsn, message.prefix, message.content, True, *transaction))
 
     def _row(self, lsn: int, op: str, relation_id: int, new: m.TupleData | None, old: m.TupleData | None) -> None:
         assert self.begin is not None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scalar import microseconds
 
 from pgoutput_source import messages as m
-from pgoutput_source.wire import PG_EPOCH_US, Keepalive, Lsn, XLogData
+from pgoutput_source.protocol.wire import PG_EPOCH_US, Keepalive, Lsn, XLogData
 
 # ------------------------------------------------------------------------------------------------------- encoders
 

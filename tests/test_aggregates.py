@@ -21,9 +21,9 @@ from one_table import Checkpoints, ordered, plain, refused, run_flow
 
 import pgoutput_source.operators as cdc
 from pgoutput_source.changes import ChangeBatch, ChangeSet
+from pgoutput_source.changes.schema import Position
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import ConfigurationError, DecodeError, StateError
-from pgoutput_source.schema import Position
 from pgoutput_source.testing import batch
 
 Row = tuple[Any, ...]

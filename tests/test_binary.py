@@ -22,17 +22,18 @@ from streams import encode
 from test_types import PINNED, plain
 from type_cases import CASES, Case
 
-from pgoutput_source import PgOutputReader, catalog, peek
+from pgoutput_source import PgOutputReader, peek
 from pgoutput_source import messages as m
 from pgoutput_source.changes import ChangeBatch, ChangeSet
-from pgoutput_source.connection import Connection, connect
+from pgoutput_source.decode.assembler import Assembler
+from pgoutput_source.decode.in_progress import StreamedTransactions
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import ConfigurationError, DecodeError, PgOutputError
-from pgoutput_source.streaming import StreamedTransactions
-from pgoutput_source.transactions import Assembler
+from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.connection import Connection, connect
+from pgoutput_source.protocol.wire import Lsn, XLogData, parse_frame
 from pgoutput_source.types import TYPES, PgType, types_of
 from pgoutput_source.types.base import Sent
-from pgoutput_source.wire import Lsn, XLogData, parse_frame
 
 RELAXED = settings(
     deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -400,7 +401,7 @@ def test_auto_is_binary_unless_a_published_column_is_better_read_as_text(
         assert "; ".join(catalog.text_columns(c, ["p"], by_value=True)) == left_out
         never = catalog.text_columns(c, ["p"])
         c.execute("INSERT INTO t (id) VALUES (1)")
-    with caplog.at_level(logging.INFO, "pgoutput_source.catalog"):
+    with caplog.at_level(logging.INFO, "pgoutput_source.postgres.catalog"):
         for binary in ("auto", "off"):
             assert read(db, binary).table("public.t")["id"].to_pylist() == [1]
     assert ("because some can't be read" in caplog.text) == bool(left_out)

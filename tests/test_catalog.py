@@ -13,8 +13,6 @@ import psycopg
 import pytest
 from conftest import Database
 
-from pgoutput_source import catalog
-from pgoutput_source.connection import PINNED, connect
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import (
     ConfigurationError,
@@ -26,8 +24,10 @@ from pgoutput_source.errors import (
     SlotMismatch,
     SlotNotFound,
 )
+from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.connection import PINNED, connect
+from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.wire import Lsn
 
 
 def settings(db: Database, **options: Any) -> SourceSettings:

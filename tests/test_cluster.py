@@ -18,7 +18,7 @@ from conftest import Database
 from test_flow import Busy, Flow, confirmed, following, publish, wait_for
 from workload import Workload, differences, replayed, tables
 
-from pgoutput_source import shop
+from pgoutput_source.embedded import shop
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 

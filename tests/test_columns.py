@@ -16,9 +16,9 @@ from streams import frame, stream, streams, text_tuple
 
 from pgoutput_source import messages as m
 from pgoutput_source.changes import METADATA_COLUMNS, ChangeBatch, ChangeSet, Message, Position
+from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.errors import ConfigurationError, DecodeError, PgOutputError, ProtocolError
-from pgoutput_source.transactions import Assembler
-from pgoutput_source.wire import Lsn, XLogData
+from pgoutput_source.protocol.wire import Lsn, XLogData
 
 seeds = st.integers(0, 2**63)
 

@@ -22,14 +22,15 @@ from notation import peeked, positions, rendered
 from streams import frame
 from test_flow import Flow, publish
 
-from pgoutput_source import PgOutputReader, catalog
+from pgoutput_source import PgOutputReader
 from pgoutput_source import messages as m
 from pgoutput_source.changes import ChangeSet, Position
+from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import PublicationError, SchemaChanged, SlotMismatch
+from pgoutput_source.postgres import catalog
+from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.transactions import Assembler
-from pgoutput_source.wire import Lsn
 
 T = "CREATE TABLE t (id int PRIMARY KEY, v text)\n"
 FULL = T + "ALTER TABLE t REPLICA IDENTITY FULL\n"

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Database
 
-from pgoutput_source import demo, shop
+from pgoutput_source.cli import demo
+from pgoutput_source.decode.assembler import Assembler
+from pgoutput_source.embedded import shop
 from pgoutput_source.errors import PgOutputError
-from pgoutput_source.transactions import Assembler
-from pgoutput_source.wire import XLOG_DATA_HEADER
+from pgoutput_source.protocol.wire import XLOG_DATA_HEADER
 
 
 class Captured:

@@ -27,12 +27,12 @@ from type_cases import CASES
 
 import pgoutput_source.operators as cdc
 from pgoutput_source.changes import ChangeSet, Position
-from pgoutput_source.connection import PINNED
+from pgoutput_source.changes.values import to_json
+from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.events import ChangeEvent, TableFacts, events_of, row_model
-from pgoutput_source.transactions import Assembler
-from pgoutput_source.values import to_json
-from pgoutput_source.wire import Lsn
+from pgoutput_source.postgres.connection import PINNED
+from pgoutput_source.protocol.wire import Lsn
 
 SYSTEM, SLOT = "7000000000000000000", "events"
 

@@ -14,8 +14,8 @@ import pytest
 from conftest import Database
 from one_table import ordered
 
-from pgoutput_source import shop
-from pgoutput_source.sinks.parquet import read
+from pgoutput_source.embedded import shop
+from pgoutput_source.parquet.read import read
 
 ROOT = Path(__file__).parents[1]
 FLOWS = sorted(path.stem for path in (ROOT / "flows").glob("[!_]*.py"))
@@ -23,7 +23,7 @@ CHANGES = 3000
 
 IMPORT = """
 import os, sys
-import bytewax.connectors.stdio, bytewax.operators.windowing, pgoutput_source.operators, pgoutput_source.source
+import bytewax.connectors.stdio, bytewax.operators.windowing, pgoutput_source.operators, pgoutput_source.dataflow.source
 from pgoutput_source import ParquetSink
 
 class Watched(dict):

@@ -17,10 +17,10 @@ from test_aggregates import at
 from test_flow import Flow, following, wait_for
 from test_windows import LOG
 
-from pgoutput_source.mirror import current
-from pgoutput_source.schema import Position
-from pgoutput_source.sinks.parquet import read
-from pgoutput_source.wire import Lsn
+from pgoutput_source.changes.schema import Position
+from pgoutput_source.parquet.current import current
+from pgoutput_source.parquet.read import read
+from pgoutput_source.protocol.wire import Lsn
 
 GROUPS = "SELECT status, count(*), sum(amount), sum(big), min(score), min(day), max(amount), avg(big)::float8"
 WINDOWS = """

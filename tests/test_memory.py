@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 from conftest import Database
 
-from pgoutput_source import PgOutputReader, memory
+from pgoutput_source import PgOutputReader
+from pgoutput_source.stream import large_messages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 
@@ -60,7 +61,7 @@ class Large:
 def test_the_memory_of_a_very_large_value_is_given_back(
     db: Database, monkeypatch: pytest.MonkeyPatch, streaming: str
 ) -> None:
-    monkeypatch.setattr(memory, "_QUIET", 0.3)
+    monkeypatch.setattr(large_messages, "_QUIET", 0.3)
     large = Large(db, streaming=streaming)
     with large.reader:
         assert large.used() < MEGABYTES / 3
@@ -69,7 +70,7 @@ def test_the_memory_of_a_very_large_value_is_given_back(
 
 
 def test_without_a_new_connection_it_would_stay(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.LargeMessages, "over", lambda *_: False)
+    monkeypatch.setattr(large_messages.LargeMessages, "over", lambda *_: False)
     large = Large(db)
     with large.reader:
         assert large.used() > MEGABYTES * 2 / 3
@@ -77,7 +78,7 @@ def test_without_a_new_connection_it_would_stay(db: Database, monkeypatch: pytes
 
 def test_what_is_not_acknowledged_keeps_the_connection(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new one would bring the value again, and again."""
-    monkeypatch.setattr(memory, "_QUIET", 0.0)
+    monkeypatch.setattr(large_messages, "_QUIET", 0.0)
     large = Large(db)
     with large.reader as reader:
         large.insert("'a'")

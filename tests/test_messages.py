@@ -31,7 +31,7 @@ from pgoutput_source.messages import (
     Update,
     decode,
 )
-from pgoutput_source.wire import Lsn
+from pgoutput_source.protocol.wire import Lsn
 
 KINDS = typing.get_args(AnyMessage)
 MODES = [{"in_stream": s, "parallel": p} for s in (False, True) for p in (False, True)]

@@ -28,13 +28,13 @@ from bytewax.testing import run_main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pgoutput_source import gate
 from pgoutput_source.changes import OPS, Column, TableSchema, metadata_fields
+from pgoutput_source.dataflow import gate
 from pgoutput_source.errors import ConfigurationError, SinkError, StateError
+from pgoutput_source.parquet import folder as folder_module
+from pgoutput_source.parquet import writer as writing_module
 from pgoutput_source.sinks import ParquetSink, read
-from pgoutput_source.sinks import folder as folder_module
 from pgoutput_source.sinks import parquet as parquet_module
-from pgoutput_source.sinks import writing as writing_module
 
 ORIGIN = (("system", "7300000000000000001"), ("database", "shop"), ("slot", "orders"))
 

@@ -29,9 +29,9 @@ from pgoutput_source.errors import (
     SlotNotFound,
 )
 from pgoutput_source.events import ChangeEvent
+from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.pypgoutput import LogicalReplicationReader
 from pgoutput_source.reader import PgOutputReader, peek
-from pgoutput_source.wire import Lsn
 
 ROOT = Path(__file__).parents[1]
 

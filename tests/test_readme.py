@@ -13,8 +13,10 @@ import pytest
 from bytewax.testing import run_main
 from conftest import Database
 
-from pgoutput_source import gate, shop, types
-from pgoutput_source.schema import METADATA_COLUMNS
+from pgoutput_source import types
+from pgoutput_source.changes.schema import METADATA_COLUMNS
+from pgoutput_source.dataflow import gate
+from pgoutput_source.embedded import shop
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

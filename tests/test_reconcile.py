@@ -22,8 +22,8 @@ from test_flow import Busy, Flow, confirmed, following, publish, wait_for
 from workload import Workload, differences, replayed, tables
 
 from pgoutput_source.embedded import Server
-from pgoutput_source.replication import ReplicationStream
-from pgoutput_source.wire import Lsn
+from pgoutput_source.protocol.wire import Lsn
+from pgoutput_source.stream.replication import ReplicationStream
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,6 @@ import pytest
 from conftest import Database
 from psycopg.conninfo import make_conninfo
 
-from pgoutput_source import catalog
-from pgoutput_source.connection import connect
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import (
     ConnectionFailed,
@@ -34,9 +32,11 @@ from pgoutput_source.errors import (
     SlotNotFound,
     StateError,
 )
-from pgoutput_source.replication import ReplicationStream
-from pgoutput_source.walsender import Walsender
-from pgoutput_source.wire import XLOG_DATA_HEADER, Lsn
+from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.connection import connect
+from pgoutput_source.protocol.wire import XLOG_DATA_HEADER, Lsn
+from pgoutput_source.stream.replication import ReplicationStream
+from pgoutput_source.stream.walsender import Walsender
 
 CREATE_TABLE = "CREATE TABLE IF NOT EXISTS public.t (id int PRIMARY KEY, v text)"
 

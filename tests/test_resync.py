@@ -21,10 +21,11 @@ from conftest import NEWEST, Database
 from test_flow import Flow, confirmed, following, publish, wait_for
 from test_reconcile import absent, ahead, ids, insert, lost, made_anew, of_another_plugin
 
-from pgoutput_source import cli, resync
+from pgoutput_source import cli
+from pgoutput_source.cli import resync
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import StateError
-from pgoutput_source.wire import Lsn
+from pgoutput_source.protocol.wire import Lsn
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,12 @@ from conftest import Database
 from notation import peeked, rendered
 
 import pgoutput_source.operators as cdc
-from pgoutput_source import ParquetSink, PgOutputSource, catalog, gate, read
+from pgoutput_source import ParquetSink, PgOutputSource, read
 from pgoutput_source.changes import ChangeSet
+from pgoutput_source.dataflow import gate
+from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.errors import SchemaChanged, SinkError
-from pgoutput_source.transactions import Assembler
+from pgoutput_source.postgres import catalog
 
 
 def captured(db: Database, *statements: str) -> psycopg.Connection[Any]:

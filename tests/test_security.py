@@ -20,9 +20,9 @@ from test_bad_input import failure
 from test_flow import ROOT, Flow, publish
 
 from pgoutput_source import PgOutputReader, cli, peek
-from pgoutput_source.connection import quote_name
 from pgoutput_source.embedded import Server, find_binaries
 from pgoutput_source.errors import EmbeddedError
+from pgoutput_source.postgres.connection import quote_name
 
 VALUE = "a-value-of-a-row"
 ODD = '"; drop --"'

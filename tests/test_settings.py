@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import LIBPQ_VARIABLES, OTHER_VARIABLES, SourceSettings, describe
-from pgoutput_source.wire import Lsn
 
 SECRET = "hunter2"
 GOOD: dict[str, Any] = {

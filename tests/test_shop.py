@@ -14,8 +14,7 @@ import psycopg
 import pytest
 from conftest import Database
 
-from pgoutput_source import shop
-from pgoutput_source.embedded import Server
+from pgoutput_source.embedded import Server, shop
 from pgoutput_source.errors import ServerError
 
 
@@ -90,7 +89,7 @@ def test_the_workload_goes_on_where_another_stopped_and_keeps_to_its_rate(db: Da
 
 def worker() -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pgoutput_source.shop", "--rate", "200"],
+        [sys.executable, "-m", "pgoutput_source.embedded.shop", "--rate", "200"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -20,7 +20,8 @@ from bytewax.recovery import RecoveryConfig, init_db_dir
 from bytewax.testing import run_main
 from conftest import Database
 
-from pgoutput_source import ChangeBatch, gate, peek
+from pgoutput_source import ChangeBatch, peek
+from pgoutput_source.dataflow import gate
 from pgoutput_source.errors import SinkError, StateError
 from pgoutput_source.sinks import IpcSink, JsonLinesSink, TwoPhaseSink
 from pgoutput_source.testing import batch

@@ -17,12 +17,13 @@ from test_flow import Flow, following, wait_for
 from test_reconcile import ids, insert
 from test_resync import run
 
-from pgoutput_source import PgOutputReader, catalog
-from pgoutput_source.connection import connect
+from pgoutput_source import PgOutputReader
+from pgoutput_source.cli.resync import RecoveryFolder
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import PgOutputError, StateError
-from pgoutput_source.resync import RecoveryFolder
-from pgoutput_source.wire import Lsn
+from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.connection import connect
+from pgoutput_source.protocol.wire import Lsn
 
 
 def wait_until(what: str, condition: Callable[[], bool], seconds: float = 30) -> None:

@@ -27,14 +27,15 @@ from streams import frame, text_tuple
 from test_flow import Flow, publish
 from workload import Workload, differences, replayed, tables
 
-from pgoutput_source import PgOutputReader, catalog, metrics
+from pgoutput_source import PgOutputReader, metrics
 from pgoutput_source import messages as m
 from pgoutput_source.changes import ChangeSet, Message, Truncate
+from pgoutput_source.decode.assembler import Assembler
+from pgoutput_source.decode.in_progress import StreamedTransactions
 from pgoutput_source.errors import ConfigurationError, DecodeError, PgOutputError, ProtocolError, SpillError
+from pgoutput_source.postgres import catalog
+from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.streaming import StreamedTransactions
-from pgoutput_source.transactions import Assembler
-from pgoutput_source.wire import Lsn
 
 PROTOCOL_1: dict[str, str] = {}
 ON = {"proto_version": "2", "streaming": "on"}

@@ -26,10 +26,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from test_types import PINNED, plain
 from type_cases import CASES, Case
 
-from pgoutput_source import catalog, gate, peek
+from pgoutput_source import peek
 from pgoutput_source.changes import ChangeBatch
+from pgoutput_source.dataflow import gate
+from pgoutput_source.decode.relations import Relations
 from pgoutput_source.embedded import Server
-from pgoutput_source.relations import Relations
+from pgoutput_source.postgres import catalog
 from pgoutput_source.sinks import ParquetSink
 from pgoutput_source.sinks import read as read_folder
 

@@ -25,8 +25,8 @@ from test_flow import Flow, publish
 from test_sinks import SqliteSink, orders
 from workload import Workload, differences, replayed, tables
 
+from pgoutput_source.dataflow.recovery import drop_void
 from pgoutput_source.errors import StateError
-from pgoutput_source.store import drop_void
 
 SMALL = {"PGOUTPUT_MAX_FRAMES": "1000", "MAX_AGE": "0"}
 # Without backups nothing old is removed from the store, as if the process had died before it came to that.

@@ -24,10 +24,10 @@ from one_table import Workload, ordered, plain, run_flow
 
 import pgoutput_source.operators as cdc
 from pgoutput_source.changes import ChangeSet
+from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import ConfigurationError, DecodeError, StateError
 from pgoutput_source.testing import START, batch
-from pgoutput_source.transactions import Assembler
 
 MINUTE = timedelta(minutes=1)
 MILLISECOND = timedelta(milliseconds=1)
@@ -279,8 +279,8 @@ def test_a_value_that_arrow_can_not_hold_is_an_error_and_no_null() -> None:
 
 
 def test_a_state_of_another_version_is_refused() -> None:
-    from pgoutput_source.groups import Grouping
-    from pgoutput_source.windows import Spans, _Windows
+    from pgoutput_source.compute.grouping import Grouping
+    from pgoutput_source.operators.windows import Spans, _Windows
 
     with pytest.raises(StateError, match="another version"):
         _Windows("w", Spans.of(MINUTE, MINUTE), Grouping.of((), count=True), timedelta(0), None, {"v": 0})

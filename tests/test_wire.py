@@ -10,7 +10,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pgoutput_source.errors import ProtocolError
-from pgoutput_source.wire import Cursor, Keepalive, Lsn, StandbyStatus, XLogData, parse_frame, pg_datetime, pg_now
+from pgoutput_source.protocol.wire import (
+    Cursor,
+    Keepalive,
+    Lsn,
+    StandbyStatus,
+    XLogData,
+    parse_frame,
+    pg_datetime,
+    pg_now,
+)
 
 lsns = st.integers(0, 2**64 - 1).map(Lsn)
 moments = st.integers(-(2**63), 2**63 - 1)

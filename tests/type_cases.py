@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pgoutput_source.wire import PG_EPOCH_US
+from pgoutput_source.protocol.wire import PG_EPOCH_US
 
 LAST_TIMESTAMP_DAY = 109_203_527  # Julian day of 294276-12-31
 DAY = 86_400_000_000

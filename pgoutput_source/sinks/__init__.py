@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pgoutput_source.parquet.read import read
 from pgoutput_source.sinks.base import TwoPhaseSink
 from pgoutput_source.sinks.ipc import IpcSink
 from pgoutput_source.sinks.jsonl import JsonLinesSink
-from pgoutput_source.sinks.parquet import ParquetSink, read
+from pgoutput_source.sinks.parquet import ParquetSink
 
 __all__ = ["IpcSink", "JsonLinesSink", "ParquetSink", "TwoPhaseSink", "read"]

@@ -15,10 +15,10 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from pgoutput_source.changes import ChangeBatch
+from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.errors import SinkError
+from pgoutput_source.parquet.folder import STAGING, WRITING, explained
 from pgoutput_source.sinks.base import TwoPhaseSink
-from pgoutput_source.sinks.folder import STAGING, WRITING, explained
 
 Item: TypeAlias = ChangeBatch | pa.RecordBatch | pa.Table
 

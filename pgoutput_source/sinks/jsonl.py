@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
-from pgoutput_source.changes import ChangeBatch
+from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.events import ChangeEvent
+from pgoutput_source.changes.schema import Column
+from pgoutput_source.changes.values import rows, to_json, to_python
 from pgoutput_source.errors import SinkError
-from pgoutput_source.events import ChangeEvent
-from pgoutput_source.schema import Column
-from pgoutput_source.sinks.folder import explained
-from pgoutput_source.values import rows, to_json, to_python
+from pgoutput_source.parquet.folder import explained
 
 Item: TypeAlias = ChangeBatch | ChangeEvent | pa.RecordBatch | pa.Table | Mapping[str, Any]
 

@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
-from pgoutput_source import gate
-from pgoutput_source.changes import ChangeBatch
+from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.dataflow import gate
 from pgoutput_source.errors import ConfigurationError, SinkError, StateError
-from pgoutput_source.sinks.folder import (
+from pgoutput_source.parquet.folder import (
     COMMITTED,
     MERGING,
     STAGED,
@@ -39,9 +37,8 @@ from pgoutput_source.sinks.folder import (
     FolderInUse,
     Part,
     origin_of,
-    table_of,
 )
-from pgoutput_source.sinks.writing import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Codec, PartWriter, merge
+from pgoutput_source.parquet.writer import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Codec, PartWriter, merge
 
 logger = logging.getLogger(__name__)
 
@@ -418,32 +415,3 @@ def _size(parts: list[Part]) -> int:
 def _origin_text(origin: tuple[str, ...]) -> str:
     system, database, slot = origin
     return f"database {database!r}, slot {slot!r}, system {system}"
-
-
-def read(folder: str | Path, *, table: str | None = None) -> ds.FileSystemDataset:
-    """The published files of a `ParquetSink` as one dataset, with a schema that fits all versions of the table.
-
-    A column that a file does not have is null in its rows. The dataset is what is published now; call again for more.
-
-    Args:
-        folder: The folder.
-        table: Schema and table: only the files of its changes.
-
-    Raises:
-        SinkError: Two files have a column of types that can't be brought together: read them one by one.
-
-    Example:
-        >>> read("out/nothing-yet").count_rows()
-        0
-    """
-    try:
-        schemas = {file: pq.read_schema(file) for file in sorted(Path(folder).glob("*.parquet"))}
-        if table is not None:
-            schemas = {file: kind for file, kind in schemas.items() if table_of(kind) == table}
-        schema = pa.unify_schemas([*schemas.values()] or [pa.schema([])], promote_options="permissive")
-    except pa.ArrowTypeError as e:
-        raise SinkError(
-            f"the files in {folder} don't fit together: {e}",
-            hint="a column has changed its type; read the files of each version by themselves",
-        ) from e
-    return ds.dataset([str(file) for file in schemas], schema=schema, format="parquet")

@@ -1,0 +1,461 @@
+"""`ChangeEvent`: one change as a frozen object with pypgoutput's JSON, made from batches in bulk.
+
+`events_of` turns columns into values a few thousand rows at a time, and merges all tables of a set into the exact
+order in which PostgreSQL sent the changes. What many events have in common (the table, the transaction) they share.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import keyword
+import re
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Protocol, TypeAlias, TypeVar
+from uuid import UUID
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_serializer
+
+from pgoutput_source.changes.schema import Column, Position, TableSchema
+from pgoutput_source.changes.values import annotation, misfit, rows, to_json, to_python
+from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.protocol.wire import Lsn
+from pgoutput_source.types.numbers import precision_and_scale
+
+Row: TypeAlias = dict[str, Any]
+_M = TypeVar("_M", bound=BaseModel)
+
+_CHUNK = 2048  # rows that become Python objects together
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ColumnDefinition(_Frozen):
+    """A column of an event's table.
+
+    `part_of_pkey` and `optional` (it may hold NULL) are the catalogue's where the reader has asked it. Otherwise they
+    are what the replica identity tells: its columns are the key and not optional, and with FULL no column is known to
+    be either.
+    """
+
+    name: str
+    part_of_pkey: bool
+    type_id: int
+    type_name: str
+    optional: bool
+
+
+class EventTable(_Frozen):
+    """The table of an event, in the version that the event was written with."""
+
+    column_definitions: tuple[ColumnDefinition, ...]
+    db: str
+    schema_name: str
+    table: str
+    relation_id: int
+
+
+class Transaction(_Frozen):
+    """The transaction of an event. `begin_lsn` is what the Begin message says: where its commit record starts."""
+
+    tx_id: int
+    begin_lsn: int
+    commit_ts: datetime
+
+    @field_serializer("commit_ts", when_used="json")
+    def _iso(self, value: datetime) -> str:
+        return value.isoformat()
+
+
+class ChangeEvent(_Frozen):
+    """One change of one row, or the truncate of one table; with the JSON of pypgoutput's events.
+
+    Values are exact Python objects: numeric is `Decimal`, timestamps with time zone are aware, json is parsed (its
+    null is None as well). A value that they can't hold (an infinite date, the year 10000) is PostgreSQL's text. A
+    column whose value PostgreSQL did not send because it is large and unchanged is absent from `after`: looking it up
+    is a KeyError, never None.
+
+    Attributes:
+        op: I insert, U update, D delete, T truncate, R read by the snapshot.
+        message_id: The UUID (version 5) of ``pgoutput:<system>/<slot>/<position>`` among URLs: equal when the change
+            is delivered again, different for every other change.
+        lsn: The change record's own position in the write-ahead log.
+        transaction: Its transaction, one object for all events of it.
+        table_schema: Its table, one object for all events of a version of it.
+        before: The old row with REPLICA IDENTITY FULL. Otherwise the old key of a delete, or of an update that changed
+            it. None if PostgreSQL sent neither.
+        after: The new row; None for deletes and truncates.
+        seq: The change's number within its transaction. Not part of the JSON.
+
+    Example:
+        >>> from pgoutput_source.testing import batch
+        >>> event, = batch("public.orders", [("U", {"id": 1, "amount": 7})]).events()
+        >>> event.op, event.table, event.after, event.after["amount"]
+        ('U', 'public.orders', {'id': 1, 'amount': 7}, 7)
+    """
+
+    op: str
+    message_id: UUID
+    lsn: int
+    transaction: Transaction
+    table_schema: EventTable = Field(repr=False)
+    before: Row | None
+    after: Row | None
+    seq: int | None = Field(default=None, exclude=True)
+
+    @field_serializer("before", "after", when_used="json")
+    def _exact(self, value: Row | None) -> Row | None:
+        return to_json(value)  # type: ignore[no-any-return]
+
+    def __hash__(self) -> int:
+        return hash(self.message_id)
+
+    @property
+    def position(self) -> Position:
+        """Where the change stands in the total order.
+
+        Raises:
+            ConfigurationError: The event was read from JSON, which does not tell.
+        """
+        if self.seq is None:
+            raise ConfigurationError(
+                "an event that was read from JSON has no position", hint="use the event that the reader gave you"
+            )
+        return Position(Lsn(self.transaction.begin_lsn), self.seq)
+
+    @property
+    def table(self) -> str:
+        """Schema and table: ``public.orders``."""
+        return f"{self.table_schema.schema_name}.{self.table_schema.table}"
+
+    @property
+    def row(self) -> Row:
+        """The row that the event is about: the new one, a delete's old one or its key, nothing for a truncate."""
+        return self.after if self.after is not None else self.before or {}
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        """The columns that are absent from `after` because PostgreSQL did not send their unchanged values."""
+        if self.after is None:
+            return ()
+        return tuple(c.name for c in self.table_schema.column_definitions if c.name not in self.after)
+
+    def json(self, *, indent: int | None = None, **options: Any) -> str:
+        """The JSON text as pydantic 1 and so pypgoutput wrote it; `options` are those of `json.dumps`."""
+        return json.dumps(self.model_dump(mode="json"), indent=indent, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class TableFacts:
+    """What only the catalogue knows of a table: its primary key, and the columns that are declared NOT NULL."""
+
+    primary_key: frozenset[str]
+    not_null: frozenset[str]
+
+
+Facts: TypeAlias = Callable[[TableSchema], TableFacts | None]
+
+
+class Batch(Protocol):
+    """What events are made of: a `ChangeBatch`."""
+
+    @property
+    def schema(self) -> TableSchema:
+        """The version of the table."""
+
+    @property
+    def data(self) -> pa.RecordBatch:
+        """The changes, with the metadata columns."""
+
+
+def events_of(batches: Iterable[Batch], facts: Facts | None = None) -> Iterator[ChangeEvent]:
+    """The changes of all batches as events, in the order of their positions.
+
+    Args:
+        batches: Batches whose rows are in position order each, such as a `ChangeSet`.
+        facts: Asked once per batch for what the catalogue knows of its table.
+    """
+    parts = [_Part(b, _uncontradicted(b, facts(b.schema)) if facts else None) for b in batches if b.data.num_rows]
+    if len(parts) == 1:
+        for low in range(0, parts[0].data.num_rows, _CHUNK):
+            yield from parts[0].events(low, _CHUNK, {})
+    elif parts:
+        yield from _merged(parts)
+
+
+def _merged(parts: list[_Part]) -> Iterator[ChangeEvent]:
+    lsn = np.concatenate([p.data.column("_commit_lsn").to_numpy() for p in parts])
+    seq = np.concatenate([p.data.column("_seq").to_numpy() for p in parts])
+    owner = np.repeat(np.arange(len(parts)), [p.data.num_rows for p in parts])[np.lexsort((seq, lsn))]
+    taken = [0] * len(parts)
+    for low in range(0, len(owner), _CHUNK):
+        here = owner[low : low + _CHUNK]
+        known: dict[int, Transaction] = {}
+        streams: dict[int, Iterator[ChangeEvent]] = {}
+        for part, count in zip(*map(np.ndarray.tolist, np.unique(here, return_counts=True)), strict=True):
+            streams[part] = iter(parts[part].events(taken[part], count, known))
+            taken[part] += count
+        for part in here.tolist():
+            yield next(streams[part])
+
+
+def _uncontradicted(batch: Batch, facts: TableFacts | None) -> TableFacts | None:
+    """Without the columns that hold a NULL: they were declared NOT NULL since, or are no more.
+
+    That PostgreSQL did not send a value, or that its text is in `_raw`, does not make it a NULL.
+    """
+    if facts is None:
+        return None
+    nulls = [name for name in facts.not_null if name in batch.data.schema.names and batch.data[name].null_count]
+    if not nulls:
+        return facts
+    rows = batch.data.filter(pc.is_in(batch.data["_op"].cast(pa.utf8()), pa.array(["I", "U", "R"])))
+    elsewhere = Counter(pc.list_flatten(rows["_unchanged"]).to_pylist())
+    elsewhere.update(name for texts in rows["_raw"].drop_null().to_pylist() for name, _ in texts)
+    contradicted = {name for name in nulls if rows[name].null_count > elsewhere[name]}
+    return replace(facts, not_null=facts.not_null - contradicted) if contradicted else facts
+
+
+class _Part:
+    """One batch on its way to become events."""
+
+    def __init__(self, batch: Batch, facts: TableFacts | None) -> None:
+        self.data = batch.data
+        schema = batch.schema
+        here = set(batch.data.schema.names)
+        self.columns = [c for c in schema.columns if c.name in here]
+        self.key = [c for c in schema.columns if c.key]  # with FULL, all of them
+        self.table = _event_table(schema, facts, tuple(c.name for c in self.columns))
+        origin = dict(schema.origin)
+        name = f"pgoutput:{origin.get('system', '')}/{origin.get('slot', '')}/"
+        self.prefix = uuid.NAMESPACE_URL.bytes + name.encode()
+
+    def events(self, start: int, count: int, known: dict[int, Transaction]) -> list[ChangeEvent]:
+        """Events of some rows. `known` holds the transactions that neighbours have made objects of, by commit LSN."""
+        data = self.data.slice(start, count)
+        after, before = self._rows(data)
+        ops, commit_lsns, seqs, lsns, xids, times = (
+            to_python(data.column(c)) for c in ("_op", "_commit_lsn", "_seq", "_lsn", "_xid", "_commit_ts")
+        )
+        for commit_lsn, xid, commit_ts in zip(commit_lsns, xids, times, strict=True):
+            if commit_lsn not in known:
+                values = {"tx_id": xid, "begin_lsn": commit_lsn, "commit_ts": commit_ts}
+                known[commit_lsn] = _construct(Transaction, values)
+        return [
+            _construct(
+                ChangeEvent,
+                {
+                    "op": op,
+                    "message_id": message_id,
+                    "lsn": lsn,
+                    "transaction": known[commit_lsn],
+                    "table_schema": self.table,
+                    "before": old,
+                    "after": new,
+                    "seq": seq,
+                },
+            )
+            for op, message_id, lsn, commit_lsn, seq, old, new in zip(
+                ops, _message_ids(self.prefix, commit_lsns, seqs), lsns, commit_lsns, seqs, before, after, strict=True
+            )
+        ]
+
+    def _rows(self, data: pa.RecordBatch) -> tuple[list[Row | None], list[Row | None]]:
+        n = data.num_rows
+        ops = data.column("_op")
+        names = [c.name for c in self.columns]
+        after: list[Row | None] = [*rows(names, [to_python(data.column(c.name), c) for c in self.columns], n)]
+        before = self._before(data.column("_before"))
+        for i in _present(data.column("_raw")):
+            for name, text in data.column("_raw")[i].as_py():
+                old = name.removeprefix(_OLD)
+                _put(after[i], name, text, self.columns)
+                if old != name:
+                    _put(before[i], old, text, self.key)
+        unchanged = data.column("_unchanged")
+        for i in _present(unchanged):
+            row = after[i]
+            for name in unchanged[i].as_py():
+                if row is not None:
+                    row.pop(name, None)
+        gone = pc.is_in(ops.dictionary_decode(), pa.array(["D", "T"]))
+        for i in np.flatnonzero(gone.to_numpy(zero_copy_only=False)).tolist():
+            after[i] = None
+        return after, before
+
+    def _before(self, old: pa.StructArray) -> list[Row | None]:
+        out: list[Row | None] = [None] * len(old)
+        at = _present(old)
+        if at:
+            sent = old.drop_null()
+            names = {f.name for f in old.type}
+            columns = [c for c in self.key if c.name in names]
+            # A struct's own nulls were dropped, so its fields can be read without regard to it.
+            values = [to_python(sent.field(c.name), c) for c in columns]
+            for i, row in zip(at, rows([c.name for c in columns], values, len(at)), strict=True):
+                out[i] = row
+        return out
+
+
+_OLD = "_before."
+
+_set_dict = BaseModel.__dict__["__dict__"].__set__
+_set_fields = BaseModel.__dict__["__pydantic_fields_set__"].__set__
+_set_extra = BaseModel.__dict__["__pydantic_extra__"].__set__
+_set_private = BaseModel.__dict__["__pydantic_private__"].__set__
+_ALL_FIELDS: dict[type[BaseModel], set[str]] = {kind: set(kind.model_fields) for kind in (Transaction, ChangeEvent)}
+
+
+def _construct(kind: type[_M], values: dict[str, Any]) -> _M:
+    """`kind.model_construct(**values)` for all fields of the kind, in a quarter of its time."""
+    model = kind.__new__(kind)
+    _set_dict(model, values)
+    _set_fields(model, _ALL_FIELDS[kind])
+    _set_extra(model, None)
+    _set_private(model, None)
+    return model
+
+
+_set_int = UUID.__dict__["int"].__set__
+_set_safe = UUID.__dict__["is_safe"].__set__
+_UUID_FREE = ~(0xF000 << 64 | 0xC000 << 48)
+_UUID_5 = 5 << 76 | 0x8000 << 48
+
+
+def _message_ids(prefix: bytes, commit_lsns: list[int], seqs: list[int]) -> list[UUID]:
+    """What `uuid.uuid5` gives for each position, in a third of its time."""
+    sha1, new, unknown = hashlib.sha1, UUID.__new__, uuid.SafeUUID.unknown
+    found = []
+    for lsn, seq in zip(commit_lsns, seqs, strict=True):
+        name = b"%s%X/%X#%d" % (prefix, lsn >> 32, lsn & 0xFFFFFFFF, seq)
+        message_id = new(UUID)
+        number = int.from_bytes(sha1(name, usedforsecurity=False).digest()[:16])
+        _set_int(message_id, number & _UUID_FREE | _UUID_5)
+        _set_safe(message_id, unknown)
+        found.append(message_id)
+    return found
+
+
+def _present(array: pa.Array) -> list[int]:
+    if array.null_count == len(array):
+        return []
+    return np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False)).tolist()
+
+
+def _put(row: Row | None, name: str, text: str, columns: Sequence[Column]) -> None:
+    """Put a value that Arrow could not hold where its null is."""
+    if row is not None and name in row:
+        row[name] = next(misfit(text, c) for c in columns if c.name == name)
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _event_table_of(schema: TableSchema, database: str, facts: TableFacts | None, names: tuple[str, ...]) -> EventTable:
+    key, not_null = _constraints(schema, facts)
+    return EventTable(
+        column_definitions=tuple(
+            ColumnDefinition(
+                name=c.name,
+                part_of_pkey=c.name in key,
+                type_id=c.type_oid,
+                type_name=declared_type(c),
+                optional=c.name not in not_null,
+            )
+            for c in schema.columns
+            if c.name in names
+        ),
+        db=database,
+        schema_name=schema.namespace,
+        table=schema.name,
+        relation_id=schema.relation_id,
+    )
+
+
+def _event_table(schema: TableSchema, facts: TableFacts | None, names: tuple[str, ...]) -> EventTable:
+    return _event_table_of(schema, dict(schema.origin).get("database", ""), facts, names)
+
+
+def _constraints(schema: TableSchema, facts: TableFacts | None) -> tuple[frozenset[str], frozenset[str]]:
+    """The primary key and the columns that are never NULL, as far as they are known."""
+    if facts is not None:
+        return facts.primary_key, facts.not_null
+    key = frozenset(schema.key) if schema.replica_identity != "f" else frozenset[str]()
+    return key, key
+
+
+_LENGTHS = ("character varying", "character")
+_BITS = ("bit", "bit varying")
+
+
+def declared_type(column: Column) -> str:
+    """A column's type as its declaration writes it, with what stands in brackets.
+
+    >>> declared_type(Column("price", 1700, 655366, False, "numeric", pa.decimal128(10, 2)))
+    'numeric(10,2)'
+    >>> declared_type(Column("at", 1184, 3, False, "timestamp with time zone", pa.timestamp("us", "UTC")))
+    'timestamp(3) with time zone'
+    """
+    base = column.type_name.removesuffix("[]")
+    array = column.type_name[len(base) :]
+    typmod = column.typmod
+    if typmod < 0:
+        return column.type_name
+    if base == "numeric":
+        precision, scale = precision_and_scale(typmod)
+        return f"numeric({precision},{scale}){array}"
+    if base in _LENGTHS:
+        return f"{base}({typmod - 4}){array}"
+    if base in _BITS:
+        return f"{base}({typmod}){array}"
+    if match := re.fullmatch(r"(time|timestamp)( with(?:out)? time zone)", base):
+        return f"{match[1]}({typmod}){match[2]}{array}"
+    return column.type_name
+
+
+# -- row models -----------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def row_model(schema: TableSchema, facts: TableFacts | None = None) -> type[BaseModel]:
+    """A pydantic model of a table's rows, one for each version of it; ``model.model_validate(event.after)``.
+
+    Fields are named like the columns; a name that Python or pydantic can't take gets an underscore behind it and keeps
+    the column's name as its alias. Every field must be given: a row whose large, unchanged values PostgreSQL did not
+    send is refused rather than completed with None. Values may be what events hold or what their JSON holds.
+
+    >>> column = Column("price", 1700, 655366, False, "numeric", pa.decimal128(10, 2))
+    >>> model = row_model(TableSchema(16384, "public", "line_items", "d", (column,)))
+    >>> model.__name__, model.model_validate({"price": "9.50"})
+    ('LineItems', LineItems(price=Decimal('9.50')))
+    """
+    _, not_null = _constraints(schema, facts)
+    fields: dict[str, Any] = {}
+    for column in schema.columns:
+        name = re.sub(r"\W", "_", column.name).lstrip("_")
+        if not name.isidentifier() or keyword.iskeyword(name) or hasattr(BaseModel, name):
+            name = f"column_{name}" if not name or name[0].isdigit() else f"{name}_"
+        while name in fields:
+            name += "_"
+        kind = annotation(column)
+        fields[name] = (kind if column.name in not_null else kind | None, Field(alias=column.name))
+    title = "".join(word.capitalize() for word in re.split(r"\W|_", schema.name)) or "Row"
+    config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+    model: type[BaseModel] = create_model(
+        title if title.isidentifier() else f"Table{title}",
+        __config__=config,
+        __doc__=f"A row of {schema.table}.",
+        **fields,
+    )
+    return model

@@ -1,0 +1,102 @@
+"""``python -m pgoutput_source``: try it out, and look before a flow is started."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pgoutput_source import __version__
+from pgoutput_source.cli import demo, resync
+from pgoutput_source.errors import PgOutputError
+from pgoutput_source.postgres import catalog
+from pgoutput_source.settings import SourceSettings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for an error of ours (printed with its hint), 2 for wrong usage."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        status: int = arguments.run(arguments)
+    except PgOutputError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pgoutput-source",
+        description="PostgreSQL change data capture for Python.",
+        epilog="A dataflow is started with Bytewax: python -m bytewax.run flows.orders_cdc",
+    )
+    parser.add_argument("--version", action="version", version=f"pgoutput-source {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    show = commands.add_parser(
+        "demo", help="a PostgreSQL, a shop that takes orders, a dataflow and a check of its files"
+    )
+    show.add_argument("--seconds", type=_seconds, default=15.0, help="how long the shop takes orders (default: 15)")
+    show.add_argument("--folder", type=Path, default=Path("out/demo"), help="where the files go (default: out/demo)")
+    show.set_defaults(run=lambda a: demo.run(a.seconds, a.folder))
+
+    check = commands.add_parser(
+        "check",
+        help="compare server, slot and publication with what a flow needs",
+        description="Reads PGOUTPUT_DSN, PGOUTPUT_SLOT and PGOUTPUT_PUBLICATION like a flow; options win over them. "
+        "Changes nothing.",
+    )
+    check.set_defaults(run=_check)
+
+    again = commands.add_parser(
+        "resync",
+        help="say what a lost slot took with it, and go on behind the gap",
+        description="For a flow that refuses to start because its slot was dropped, invalidated, made anew or moved. "
+        "Says what is missing between the flow's state and the slot, and how to repair it. Changes nothing without "
+        "--yes. The exit code is 0 if nothing is missing or the flow can go on, 1 if there is a gap or an error.",
+    )
+    again.add_argument(
+        "--recovery",
+        metavar="FOLDER",
+        type=Path,
+        action="append",
+        default=[],
+        help="the flow's recovery folder (-r); several times if the processes of a cluster have one each",
+    )
+    again.add_argument("--yes", action="store_true", help="make the slot anew if need be, and move the flow's state")
+    again.set_defaults(run=lambda a: resync.run(_settings(a), a.recovery, yes=a.yes))
+
+    for command in (check, again):
+        command.add_argument("--dsn", help="libpq connection string or URL")
+        command.add_argument("--slot", help="the replication slot's name")
+        command.add_argument("--publication", help="one name, or several with commas between")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("between 1 and 3600")
+    return seconds
+
+
+def _settings(arguments: argparse.Namespace) -> SourceSettings:
+    given = {k: v for k in ("dsn", "slot") if (v := getattr(arguments, k)) is not None}
+    if arguments.publication is not None:
+        given["publication"] = [name.strip() for name in arguments.publication.split(",")]
+    return SourceSettings.from_env(**given)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    with catalog.connect(catalog.connection_string(settings)) as conn:
+        slot = catalog.check(conn, settings)
+        now = catalog.current_lsn(conn)
+    lag = now - (slot.confirmed_flush_lsn or now)
+    print(f"slot {slot.name}: ready, acknowledged up to {slot.confirmed_flush_lsn}, {lag:,d} bytes of WAL to read")
+    return 0

@@ -1,0 +1,362 @@
+"""The demonstration: a PostgreSQL, a shop that takes orders, a dataflow that captures them, and a check of its files.
+
+Everything is real and in processes of its own: an embedded server that is thrown away in the end, the shop's workload,
+and ``python -m bytewax.run flows.orders_cdc`` as anybody would start it. After some seconds the shop closes, the flow
+is asked to stop once it has acknowledged the last change, and SQL over both sides says whether the Parquet files and
+the tables agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg
+
+from pgoutput_source.embedded import Server, shop
+from pgoutput_source.errors import ConfigurationError, PgOutputError
+
+SLOT = "demo"
+
+RATE = 4000
+"""Changed rows per second that the shop aims at."""
+
+PATIENCE = 40.0
+"""Seconds until the flow must have caught up, and again until it must have stopped."""
+
+
+def run(seconds: float, folder: Path) -> int:
+    """Run the demonstration and print what happens.
+
+    Args:
+        seconds: How long the shop takes orders.
+        folder: Where to make a folder for the files of this run.
+
+    Returns:
+        0 when files and tables agree, 1 when they don't.
+
+    Raises:
+        ConfigurationError: DuckDB is missing.
+        EmbeddedError: There is no PostgreSQL to be had.
+        PgOutputError: The flow or the shop ended early, or the flow did not catch up.
+    """
+    duck = _duckdb()
+    out = _fresh(folder)
+    began = time.monotonic()
+    with Server() as server:
+        dsn = server.dsn()
+        shop.create(dsn)
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [SLOT])
+            print(f"PostgreSQL {server.version} is up; a shop takes orders for {seconds:g} s; files go to {out}")
+            with _flow(dsn, out) as flow:
+                with _shop(dsn, out) as workload:
+                    _watch(connection, flow, workload, out, seconds)
+                _catch_up(connection, flow, out)
+                _stop(flow, out)
+            verdict = verify(connection, duck, out / "orders")
+    _report(verdict, duck, out, time.monotonic() - began)
+    return 1 if verdict.differences else 0
+
+
+# -- the comparison ---------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """The orders as the tables and as the Parquet files have them.
+
+    `tables` and `files` are rows of status, number of orders and sum of their amounts. `changes` is the number of rows
+    in the files. `differences` says what differs; it is empty when everything agrees.
+    """
+
+    tables: list[tuple[Any, ...]]
+    files: list[tuple[Any, ...]]
+    changes: int
+    differences: list[str]
+
+
+# The table as its changes leave it: the last change of each key, but for deletes. A note that PostgreSQL did not send,
+# for it is stored out of line and did not change, is that of the last change which has it.
+_ORDERS_NOW = """
+CREATE OR REPLACE TEMP VIEW orders_now AS
+WITH ordered AS (SELECT *, row_number() OVER (PARTITION BY id ORDER BY _commit_lsn, _seq) AS n FROM changes),
+     notes AS (SELECT id, arg_max_null(note, n) AS note FROM ordered
+               WHERE NOT list_contains(coalesce(_unchanged, []), 'note') GROUP BY id)
+SELECT o.* REPLACE (notes.note AS note) FROM ordered o LEFT JOIN notes USING (id)
+QUALIFY n = max(n) OVER (PARTITION BY o.id) AND _op <> 'D'
+"""
+
+_BY_STATUS = "SELECT status, count(*), sum(amount) FROM {table} GROUP BY status ORDER BY status"
+_ROWS = "SELECT id, customer_id, status, amount, md5(note), {placed_at}, {updated_at} FROM {table} ORDER BY id"
+_TIMES = ("placed_at", "updated_at")
+
+
+def verify(connection: psycopg.Connection[Any], duck: Any, orders: Path) -> Verdict:
+    """Compare the table `orders` with what the Parquet files of its changes say: by counts and sums, and row by row.
+
+    Args:
+        connection: A connection to the shop's database.
+        duck: A connection of DuckDB; it is left with the views `changes` and `orders_now`.
+        orders: The folder of the Parquet files.
+    """
+    if not any(orders.glob("*.parquet")):
+        return Verdict([], [], 0, [f"there is no Parquet file in {orders}"])
+    pattern = str(orders / "*.parquet").replace("'", "''")
+    duck.execute(f"CREATE OR REPLACE TEMP VIEW changes AS FROM read_parquet('{pattern}', union_by_name = true)")
+    duck.execute(_ORDERS_NOW)
+    changes, different = duck.execute("SELECT count(*), count(DISTINCT (_commit_lsn, _seq)) FROM changes").fetchone()
+    differences = []
+    if changes != different:
+        differences.append(f"{changes - different} changes stand in the files more than once")
+
+    # Microseconds on both sides, for both clocks are exact to them.
+    here = {name: f"(extract(epoch FROM {name}) * 1000000)::bigint" for name in _TIMES}
+    there = {name: f"epoch_us({name})" for name in _TIMES}
+    tables = connection.execute(_BY_STATUS.format(table="orders").encode()).fetchall()
+    files = duck.execute(_BY_STATUS.format(table="orders_now")).fetchall()
+    if tables != files:
+        differences.append("counts or sums differ")
+    differences += _differing(
+        connection.execute(_ROWS.format(table="orders", **here).encode()).fetchall(),
+        duck.execute(_ROWS.format(table="orders_now", **there)).fetchall(),
+    )
+    return Verdict(tables, files, changes, differences)
+
+
+def _differing(tables: list[tuple[Any, ...]], files: list[tuple[Any, ...]]) -> list[str]:
+    if tables == files:
+        return []
+    table, file = {row[0]: row for row in tables}, {row[0]: row for row in files}
+    found = (
+        (table.keys() - file.keys(), "are missing in the files"),
+        (file.keys() - table.keys(), "stand in the files and not in the table"),
+        ({key for key in table.keys() & file.keys() if table[key] != file[key]}, "have other values in the files"),
+    )
+    return [f"{len(keys)} orders {what}, such as id {min(keys)}" for keys, what in found if keys]
+
+
+# -- the processes ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _flow(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+    # Nothing that is configured outside may lead the flow elsewhere.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "BYTEWAX_"))}
+    env |= {
+        "PGOUTPUT_DSN": dsn,
+        "PGOUTPUT_SLOT": SLOT,
+        "PGOUTPUT_PUBLICATION": shop.PUBLICATION,
+        "PGOUTPUT_OUT": str(out.absolute()),
+    }
+    command = [sys.executable, "-m", "bytewax.run", "flows.orders_cdc", "-s", "2"]
+    with (out / "flow.log").open("wb") as log:
+        # A session of its own: Ctrl-C ends the demonstration, and that ends the flow.
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def _shop(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [
+        sys.executable,
+        "-m",
+        "pgoutput_source.embedded.shop",
+        "--rate",
+        str(RATE),
+        "--seed",
+        str(time.time_ns()),
+    ]
+    with (out / "shop.log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    assert process.stdin is not None
+    try:
+        process.stdin.write(dsn.encode() + b"\n")
+        process.stdin.flush()
+        yield process
+        process.stdin.close()  # the sign to close
+        process.wait(PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+
+
+def _watch(
+    connection: psycopg.Connection[Any],
+    flow: subprocess.Popen[bytes],
+    workload: subprocess.Popen[bytes],
+    out: Path,
+    seconds: float,
+) -> None:
+    began = time.monotonic()
+    with _Line() as line:
+        while (passed := time.monotonic() - began) < seconds:
+            _alive(workload, "the shop", out / "shop.log")
+            _alive(flow, "the flow", out / "flow.log")
+            line.show(f"{passed:4.0f} s  {_progress(connection, out, passed)}")
+            time.sleep(min(0.5, max(0.0, began + seconds - time.monotonic())))
+
+
+def _catch_up(connection: psycopg.Connection[Any], flow: subprocess.Popen[bytes], out: Path) -> None:
+    """Wait until the flow has acknowledged the last change: until its epoch is durable."""
+    began = time.monotonic()
+    target = _one(connection, "SELECT pg_current_wal_flush_lsn()")
+    reached = f"SELECT confirmed_flush_lsn >= '{target}' FROM pg_replication_slots WHERE slot_name = '{SLOT}'"
+    with _Line() as line:
+        while not _one(connection, reached):
+            passed = time.monotonic() - began
+            _alive(flow, "the flow", out / "flow.log")
+            if passed > PATIENCE:
+                raise PgOutputError(
+                    f"the flow has not acknowledged {target} within {PATIENCE:.0f} s",
+                    hint=f"its log is {out / 'flow.log'}",
+                )
+            line.show(f"{passed:4.0f} s  the shop is closed · {_progress(connection, out, 0)}")
+            time.sleep(0.2)
+
+
+def _stop(flow: subprocess.Popen[bytes], out: Path) -> None:
+    """Ask the flow to stop: it publishes what it holds, acknowledges and ends with code 0."""
+    log = out / "flow.log"
+    flow.send_signal(signal.SIGTERM)
+    try:
+        flow.wait(PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise PgOutputError(f"the flow did not stop within {PATIENCE:.0f} s", hint=f"its log is {log}") from error
+    if flow.returncode:
+        _alive(flow, "the flow", log)
+
+
+def _alive(process: subprocess.Popen[bytes], what: str, log: Path) -> None:
+    if process.poll() is not None:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise PgOutputError(f"{what} ended with code {process.returncode}:\n{tail}", hint=f"its whole log is {log}")
+
+
+# -- what a person sees -----------------------------------------------------------------------------------------
+
+
+class _Line:
+    """One line that is written over on a terminal, and written again every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._next = 0.0
+
+    def __enter__(self) -> _Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal:
+            print()
+
+    def show(self, text: str) -> None:
+        if self._terminal:
+            print(f"\r{text}\x1b[K", end="", flush=True)
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + 3
+            print(text, flush=True)
+
+
+_LAG = f"""
+SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), coalesce(r.sent_lsn, s.confirmed_flush_lsn))::bigint,
+       pg_wal_lsn_diff(pg_current_wal_lsn(), s.confirmed_flush_lsn)::bigint
+FROM pg_replication_slots s LEFT JOIN pg_stat_replication r ON r.pid = s.active_pid WHERE s.slot_name = '{SLOT}'
+"""
+
+
+def _progress(connection: psycopg.Connection[Any], out: Path, seconds: float) -> str:
+    unsent, unacknowledged = connection.execute(_LAG).fetchone() or (0, 0)
+    told = _lines(out / "shop.log")
+    changes = sum(told[-1][kind] for kind in ("inserted", "updated", "deleted")) if told else 0
+    # The shop tells once a second, so its last line is of the second len(told).
+    rate = f" ({changes / len(told):,.0f}/s)" if told and seconds else ""
+    published = _lines(out / "orders" / "_index.jsonl")
+    staged = sum(1 for part in out.glob("orders/_staging/*") if part.suffix in (".staged", ".committed", ".unproven"))
+    return (
+        f"{changes:,} changes{rate} · lag {unsent / 1e6:.1f} MB, {unacknowledged / 1e6:.1f} MB unacknowledged · "
+        f"{len(published)} files published, {staged} parts staged"
+    )
+
+
+def _report(verdict: Verdict, duck: Any, out: Path, seconds: float) -> None:
+    orders = out / "orders"
+    if verdict.differences:
+        print("The Parquet files and the tables DIFFER:")
+        for difference in verdict.differences:
+            print(f"  {difference}")
+        print(f"  tables: {_summed(verdict.tables)}\n  files:  {_summed(verdict.files)}\n  log:    {out / 'flow.log'}")
+        return
+    print(f"The Parquet files agree with the tables, in every row of {sum(n for _, n, _ in verdict.tables):,} orders:")
+    print(f"  {'status':<10}{'orders':>10}{'amount':>18}")
+    for status, count, amount in verdict.tables:
+        print(f"  {status:<10}{count:>10,}{amount:>18,}")
+    files = sorted(orders.glob("*.parquet"))
+    size = sum(file.stat().st_size for file in files)
+    print(f"They hold {verdict.changes:,} changes in {len(files)} files, {size / 1e6:.1f} MB. The last of them:")
+    columns = ("_op", "_commit_ts", "id", "customer_id", "status", "amount")
+    # As text, so that no library for time zones is needed.
+    texts = ", ".join(f"{name}::varchar" for name in columns)
+    last = duck.execute(f"SELECT {texts} FROM changes ORDER BY _commit_lsn DESC, _seq DESC LIMIT 5").fetchall()
+    for row in (columns, *last):
+        print("  {:<5}{:<31}{:<9}{:<13}{:<10}{:>10}".format(*row))
+    print(f"Look at them:  duckdb.sql(\"FROM '{orders}/*.parquet'\")  or  polars.read_parquet('{orders}/*.parquet')")
+    print(f"It took {seconds:.0f} s. The log of the flow is {out / 'flow.log'}")
+
+
+def _summed(rows: list[tuple[Any, ...]]) -> str:
+    return ", ".join(f"{count} {status} of {amount}" for status, count, amount in rows) or "nothing"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON lines that somebody may be writing."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.startswith("{") and line.endswith("\n")]
+
+
+def _one(connection: psycopg.Connection[Any], query: str) -> Any:
+    row = connection.execute(query.encode()).fetchone()
+    return row[0] if row else None
+
+
+def _fresh(folder: Path) -> Path:
+    """A new folder of this run: its changes come from a database system of its own and mix with no other's."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+        out = folder / f"{name}{suffix}"
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigurationError(f"{out} can't be made: {error}", hint="name another with --folder") from error
+        return out
+    raise ConfigurationError(f"{folder} has no room for another run", hint="name another with --folder")
+
+
+def _duckdb() -> Any:
+    try:
+        import duckdb
+    except ImportError as error:
+        raise ConfigurationError(
+            "the demonstration checks the files with DuckDB, which is not installed",
+            hint="pip install 'pgoutput-source[demo]'",
+        ) from error
+    return duckdb.connect()

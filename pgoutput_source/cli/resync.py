@@ -1,0 +1,285 @@
+"""`python -m pgoutput_source resync`: what a lost slot took with it, and how a flow goes on behind the gap.
+
+A slot that was dropped, invalidated, made anew or moved by somebody else leaves a gap: what was committed between the
+flow's state and the slot's position is gone from the slot, and no restart brings it back. A flow refuses to go on then.
+This command says what the gap is. Only with ``--yes`` it makes the slot anew, if that is what is missing, and moves the
+flow's state in the recovery folder to the slot's position: files, windows and aggregates stay as they are, and the
+flow goes on from there. It is safe to repeat, and after an interruption it does what is left to do.
+
+What happened in the gap has to be repaired by comparing the tables with what the flow wrote.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from pgoutput_source.dataflow.recovery import TABLES, Tables, opened, parts, progress, resume_epoch
+from pgoutput_source.errors import PublicationError, SlotInUse, SlotLost, StateError
+from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.connection import Connection, connect, missing_publication_hint, server_error
+from pgoutput_source.protocol.wire import PG_EPOCH_US, Lsn, pg_datetime
+from pgoutput_source.settings import SourceSettings
+from pgoutput_source.stream import start
+from pgoutput_source.stream.start import State
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What a flow has missed, or will have.
+
+    Attributes:
+        reason: Why there is a gap.
+        anew: Whether the slot must be made anew; otherwise the slot is as it should be.
+        start: The last position that the flow, or the slot, is known to have seen; None if nothing is known.
+        end: From here on the slot holds everything.
+        last_commit: When the last change was committed that the flow has seen.
+        saved: When the flow's state was written last.
+        commit_times: Whether the server knows when each row was written last (track_commit_timestamp).
+        tables: What the publications hold now.
+    """
+
+    reason: str
+    anew: bool
+    start: Lsn | None
+    end: Lsn
+    last_commit: datetime | None
+    saved: datetime | None
+    commit_times: bool
+    tables: tuple[str, ...]
+
+
+def run(settings: SourceSettings, folders: Sequence[Path], *, yes: bool) -> int:
+    """Say what is missing on standard output, and with `yes` go on behind it; the exit status.
+
+    Args:
+        settings: Which slot, and where.
+        folders: The flow's recovery folder; several if the processes of a cluster have one each.
+        yes: Whether to change anything.
+
+    Returns:
+        0 if nothing is missing, or the flow can go on now; 1 if there is a gap and nothing was changed.
+
+    Raises:
+        StateError: A recovery folder that can't be used, or a server that never had what the flow has seen.
+        PublicationError: A publication is missing: it must be older than the slot.
+        SlotMismatch, SlotInUse: The slot is somebody else's, or a flow reads from it.
+    """
+    store = RecoveryFolder(folders, settings.slot) if folders else None
+    dsn = catalog.connection_string(settings)
+    with connect(dsn) as conn:
+        gap = find(conn, dsn, settings, store)
+        if gap is None:
+            print(f"slot {settings.slot}: nothing is missing")
+            if store is None:
+                print("with --recovery the flow's state is compared with it, too")
+            return 0
+        print("\n".join(described(settings, gap)))
+        if not yes:
+            print(f"\nNothing was changed. With --yes {' and '.join(_steps(settings, gap, store))}")
+            return 1
+        end = reanchor(conn, settings, gap, store)
+    print(f"\nslot {settings.slot}: the flow goes on from {end}; the gap ends there")
+    return 0
+
+
+def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFolder | None) -> Gap | None:
+    """The gap between state and slot, None if there is none. Changes nothing.
+
+    Raises:
+        StateError, PublicationError, SlotMismatch, SlotInUse: See `run`.
+    """
+    catalog.check_server(conn)
+    missing = [name for name in settings.publication if name not in catalog.publications(conn, settings.publication)]
+    if missing:
+        raise PublicationError(
+            f"there is no publication {', '.join(map(repr, missing))}, and it must be older than the slot",
+            hint=missing_publication_hint(settings.slot, missing),
+        )
+    system = catalog.identify(conn)
+    seen = None if store is None else _seen(dsn, store.state, system)
+    slot = catalog.slot_state(conn, settings.slot)
+    if slot is None:
+        reason, known, end = "is not there", None, None
+    else:
+        if slot.active:
+            raise SlotInUse(
+                f"slot {slot.name!r} is in use by process {slot.active_pid}", hint="end the flow that reads from it"
+            )
+        known, end = slot.confirmed_flush_lsn, slot.confirmed_flush_lsn
+        try:
+            catalog.check_slot(conn, slot)
+            reason = "was moved past the flow's state, or made anew"
+            if seen is None or known is None or known <= seen:
+                return None
+        except SlotLost:
+            reason, end = f"was invalidated by the server ({slot.invalidation})", None
+    state = {} if store is None else store.state
+    return Gap(
+        reason=reason,
+        anew=end is None,
+        start=known if seen is None else seen,
+        end=catalog.current_lsn(conn) if end is None else end,
+        last_commit=pg_datetime(state["commit_ts"] - PG_EPOCH_US) if state.get("commit_ts") is not None else None,
+        saved=None if store is None else store.saved,
+        commit_times=catalog.setting(conn, "track_commit_timestamp") == "on",
+        tables=catalog.published_tables(conn, settings.publication),
+    )
+
+
+def _seen(dsn: str, state: State, system: catalog.System) -> Lsn:
+    """Up to where the flow has seen everything, on this server's timeline."""
+    position, lsn = start.positions(state, system)
+    lsn = start.on_timeline(dsn, state["timeline"], system.timeline, position, lsn)
+    if lsn > system.lsn:
+        raise StateError(
+            f"the recovery folder ends at {lsn}, and the server's WAL at {system.lsn}: it lost some, or was restored "
+            "from a backup",
+            hint=start.START_AFRESH,
+        )
+    return lsn
+
+
+def described(settings: SourceSettings, gap: Gap) -> Iterator[str]:
+    """The gap in words, line by line."""
+    start = "an unknown position" if gap.start is None else str(gap.start)
+    size = "" if gap.start is None else f": {max(0, gap.end - gap.start):,d} bytes of WAL"
+    yield f"slot {settings.slot} on {settings.server} {gap.reason}"
+    growing = ", and growing" if gap.anew else ""
+    yield f"  missing      what was committed from {start} to {gap.end}{growing}{size}"
+    if gap.last_commit is not None:
+        yield f"  since        {gap.last_commit:%Y-%m-%d %H:%M:%S.%f} UTC, the commit of the last change seen"
+    if gap.saved is not None:
+        yield f"  flow ran     until {gap.saved:%Y-%m-%d %H:%M:%S} UTC, when its state was written last"
+    yield f"  tables       {', '.join(gap.tables) or 'none'}, of publication {', '.join(settings.publication)}"
+    yield "  to repair    compare each table, read when the slot is there, with what the flow wrote, as current() of"
+    yield "               pgoutput_source gives it: rows that differ or are only in the table changed in the gap, and"
+    yield "               rows that are only in the files were deleted. An initial copy that does this is not built yet"
+    if gap.last_commit is not None and gap.commit_times:
+        yield f"               inserted or updated since: pg_xact_commit_timestamp(xmin) > '{gap.last_commit}'"
+
+
+def _steps(settings: SourceSettings, gap: Gap, store: RecoveryFolder | None) -> Iterator[str]:
+    if gap.anew:
+        yield f"slot {settings.slot} is made anew"
+    if store is not None:
+        yield "the flow's state goes on from the slot's position; files, windows and aggregates are kept"
+    else:
+        yield "a flow without recovery goes on from there. For one with it name its folder: --recovery …"
+
+
+def reanchor(conn: Connection, settings: SourceSettings, gap: Gap, store: RecoveryFolder | None) -> Lsn:
+    """Make the slot anew if the gap asks for it, and move the flow's state to its position, which is returned.
+
+    Raises:
+        SlotInUse, NotConfigured: The slot can't be dropped or made.
+        StateError: The recovery folder is in use, or can't be written.
+    """
+    if gap.anew:
+        old = catalog.slot_state(conn, settings.slot)
+        if old is not None:
+            try:
+                conn.execute("SELECT pg_drop_replication_slot(%s)", [settings.slot])
+            except psycopg.Error as e:
+                raise server_error(e, slot=settings.slot) from e
+        catalog.create_slot(conn, settings.slot, failover=bool(old and old.failover))
+    slot = catalog.slot_state(conn, settings.slot)
+    if slot is None or slot.confirmed_flush_lsn is None:
+        raise SlotLost(f"slot {settings.slot!r} is gone again", hint="somebody else dropped it: run resync again")
+    if store is not None:
+        timeline = catalog.identify(conn).timeline
+        store.write(
+            store.state | {"timeline": timeline, "lsn": int(slot.confirmed_flush_lsn), "commit_lsn": None, "seq": None}
+        )
+    return slot.confirmed_flush_lsn
+
+
+class RecoveryFolder:
+    """The state of a slot's source in the recovery store of a flow that does not run now.
+
+    Bytewax keeps one SQLite file per recovery partition, and in each the snapshots of some keys by epoch. The source's
+    key is its slot's name. Nothing but builtins is unpickled.
+
+    Args:
+        folders: Where the files are.
+        slot: The slot's name.
+
+    Attributes:
+        state: What the next run would resume from.
+        saved: When it was written.
+
+    Raises:
+        StateError: There is no such state, or no store that is understood.
+    """
+
+    def __init__(self, folders: Sequence[Path], slot: str) -> None:
+        self.slot = slot
+        self.files = [file for folder in folders for file in parts(folder)]
+        if not self.files:
+            raise StateError(
+                f"there is no recovery store in {', '.join(map(str, folders))}",
+                hint="name the folder that the flow is given with -r",
+            )
+        rows: list[tuple[str, int, str, State]] = []
+        tables: Tables = {table: [] for table in TABLES}
+        for file in self.files:
+            # Only reading, SQLite would still leave files of its own beside one that has no write-ahead log.
+            log = file.with_name(f"{file.name}-wal")
+            quiet = not log.exists() or not log.stat().st_size
+            with opened(file, "ro&immutable=1" if quiet else "ro") as part:
+                for table, found in progress([part]).items():
+                    tables[table] += found
+                for step, epoch, created, data in part.execute(
+                    "SELECT step_id, snap_epoch, created_at, ser_change FROM snaps"
+                    " WHERE state_key = ? AND ser_change IS NOT NULL",
+                    [slot],
+                ):
+                    state = _unpickled(file, data)
+                    if isinstance(state, dict) and state.get("slot") == slot and "lsn" in state:
+                        rows.append((step, epoch, created, state))
+        bound = resume_epoch(tables)
+        loaded = [row for row in rows if row[1] < bound]
+        if not loaded:
+            raise StateError(
+                f"there is no state of slot {slot!r} in {', '.join(map(str, folders))}",
+                hint="check the slot's name and the folder; in a cluster name the folder of each process. A flow that "
+                "never ran with this folder needs no resync",
+            )
+        self.steps = {row[0] for row in rows}
+        _, _, created, self.state = max(loaded, key=lambda row: row[1])
+        self.saved = datetime.fromisoformat(created).replace(tzinfo=UTC)
+
+    def write(self, state: State) -> None:
+        """Have the next run resume from `state`.
+
+        Raises:
+            StateError: The store is in use, or can't be written.
+        """
+        data = pickle.dumps(state, protocol=4)
+        for file in self.files:
+            with opened(file, "rw") as part, part:
+                for step in sorted(self.steps):
+                    part.execute(
+                        "UPDATE snaps SET ser_change = ?"
+                        " WHERE step_id = ? AND state_key = ? AND ser_change IS NOT NULL",
+                        [data, step, self.slot],
+                    )
+
+
+class _Builtins(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} is no builtin value")
+
+
+def _unpickled(file: Path, data: bytes) -> object:
+    try:
+        return _Builtins(io.BytesIO(data)).load()
+    except Exception as e:  # bytes that are no pickle raise whatever they like
+        raise StateError(f"{file} holds a state that can't be read: {e}", hint="is it the flow's folder?") from e

@@ -1,0 +1,446 @@
+"""GROUP BY in two steps: each batch gives partial results, and partial results add up, in any order.
+
+This is what windows and aggregates have in common: what a user may ask for (`Grouping`), which types can be grouped,
+summed and compared, and the two steps themselves, which are Arrow's. All results mean what SQL's mean: NULLs are a
+group of their own, a sum of only NULLs is NULL, NaN is greater than every number and text compares as with
+``COLLATE "C"``. Nothing overflows silently: a sum is exact, or an error.
+
+https://www.postgresql.org/docs/current/functions-aggregate.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pgoutput_source.changes.schema import METADATA_COLUMNS
+from pgoutput_source.errors import ConfigurationError, DecodeError, StateError
+
+Columns: TypeAlias = str | Sequence[str]
+"""One column's name, or several."""
+
+PARTS: Final = {"count": ("count",), "sum": ("sum",), "min": ("min",), "max": ("max",), "mean": ("sum", "count")}
+"""What a function is made of: partial results that can be added up."""
+
+ROWS: Final = "rows"
+_ADD_UP: Final = {"rows": "sum", "count": "sum", "sum": "sum", "min": "min", "max": "max", "nan": "max"}
+_FIRST: Final = {"nan": "max"}
+_TEXT_NUMERIC: Final = pa.decimal128(38, 18)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One result column: ``sum`` of ``amount`` as ``amount_sum``. A `column` of None counts rows."""
+
+    function: str
+    column: str | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """What is grouped by, and what is measured of each group."""
+
+    by: tuple[str, ...]
+    measures: tuple[Measure, ...]
+
+    @classmethod
+    def of(
+        cls,
+        by: Columns,
+        *,
+        count: bool | Columns = False,
+        sum: Columns = (),
+        min: Columns = (),
+        max: Columns = (),
+        mean: Columns = (),
+        reserved: Iterable[str] = (),
+    ) -> Grouping:
+        """What the arguments of an operator ask for; `reserved` are the names of its other result columns.
+
+        >>> [m.name for m in Grouping.of("status", count=True, sum="amount").measures]
+        ['count', 'amount_sum']
+        >>> Grouping.of("status")
+        Traceback (most recent call last):
+        pgoutput_source.errors.ConfigurationError: nothing to measure
+        hint: pass count=True, or sum=, min=, max=, mean= or count= with a column's name
+
+        Raises:
+            ConfigurationError: Nothing is measured, or two result columns would have the same name.
+        """
+        measures = [Measure("count", None, "count")] if count is True else []
+        asked = {"count": () if isinstance(count, bool) else count, "sum": sum, "min": min, "max": max, "mean": mean}
+        for function, columns in asked.items():
+            measures += [Measure(function, column, f"{column}_{function}") for column in _names(columns)]
+        if not measures:
+            raise ConfigurationError(
+                "nothing to measure", hint="pass count=True, or sum=, min=, max=, mean= or count= with a column's name"
+            )
+        names = [*reserved, *_names(by), *(m.name for m in measures)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigurationError(
+                f"two result columns would be called {twice[0]!r}",
+                column=twice[0],
+                hint="name each column once; a column of this name must be renamed first, with cdc.rename",
+            )
+        return cls(_names(by), tuple(measures))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The table's columns that are needed, each once."""
+        measured = (m.column for m in self.measures if m.column is not None)
+        return tuple(dict.fromkeys([*self.by, *measured]))
+
+    def partial(self, data: pa.RecordBatch, extra: dict[str, pa.Array]) -> pa.Table:
+        """Partial results of each group of `data`; `extra` columns are grouped by as well, before the others.
+
+        Raises:
+            ConfigurationError: A column is missing, or of a type that can't be grouped, summed or compared.
+            DecodeError: A value that its column's Arrow type can't hold (`_raw`), or a sum beyond its type.
+        """
+        refuse_misfits(data, self.columns)
+        keys = dict(extra)
+        for i, name in enumerate(self.by):
+            keys[f"by{i}"] = group_key(column_of(data, name), data.schema.field(name))
+        if not keys:
+            keys["all"] = pa.nulls(data.num_rows)
+        operands: dict[str, pa.Array] = {}
+        came_as: dict[str, pa.DataType] = {}
+        for m in self.measures:
+            if m.column is None:
+                continue
+            values, kind = column_of(data, m.column), data.schema.field(m.column)
+            for part in PARTS[m.function]:
+                if f"{part} {m.column}" not in operands:
+                    operands[f"{part} {m.column}"] = operand(part, values, kind)
+                    came_as[f"{part} {m.column}"] = values.type
+            if m.function == "max" and pa.types.is_floating(values.type):
+                operands[f"nan {m.column}"] = pc.is_nan(values)
+        table = pa.table([*keys.values(), *operands.values()], names=[*keys, *operands])
+        functions = {name: _FIRST.get(name.partition(" ")[0], name.partition(" ")[0]) for name in operands}
+        return _aggregate(table, list(keys), functions | {ROWS: "count_all"}, came_as)
+
+    def add_up(self, partials: Sequence[pa.Table], extra: Sequence[str] = ()) -> pa.Table:
+        """The partial results of all these together.
+
+        Raises:
+            DecodeError: A sum beyond its type.
+            StateError: A column has changed its type between them so that they can't be added.
+        """
+        if len(partials) == 1:
+            return partials[0]
+        try:
+            table = pa.concat_tables(partials, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
+            raise StateError(
+                f"a column has changed its type, and what is kept can't be added to what comes: {e}",
+                hint="start afresh with a new recovery folder, or another step name",
+            ) from e
+        keys = [*extra, *(f"by{i}" for i in range(len(self.by)))] or ["all"]
+        functions = {n: _ADD_UP[n.partition(" ")[0]] for n in table.column_names if n not in keys}
+        return _aggregate(table, keys, functions)
+
+    def results(self, partial: pa.Table) -> dict[str, pa.ChunkedArray]:
+        """The result columns, by name: the group's columns and what is measured."""
+        columns = {name: partial.column(f"by{i}") for i, name in enumerate(self.by)}
+        for m in self.measures:
+            columns[m.name] = _result(partial, m)
+        return columns
+
+
+def _names(columns: Columns) -> tuple[str, ...]:
+    return (columns,) if isinstance(columns, str) else tuple(columns)
+
+
+def _result(partial: pa.Table, m: Measure) -> pa.ChunkedArray:
+    if m.column is None:
+        return partial.column(ROWS)
+    if m.function == "mean":
+        count = partial.column(f"count {m.column}")
+        # Without a value the sum is NULL, and so is the mean: no division by zero.
+        total = partial.column(f"sum {m.column}").cast(pa.float64(), safe=False)
+        return pc.divide(total, count.cast(pa.float64(), safe=False))
+    values = partial.column(f"{m.function} {m.column}")
+    if m.function == "max" and f"nan {m.column}" in partial.column_names:
+        is_nan = pc.fill_null(partial.column(f"nan {m.column}"), False)
+        return pc.if_else(is_nan, pa.scalar(float("nan"), values.type), values)
+    return values
+
+
+def _aggregate(
+    table: pa.Table, keys: list[str], functions: dict[str, str], came_as: Mapping[str, pa.DataType] | None = None
+) -> pa.Table:
+    """Arrow's group_by, whose sums wrap around on overflow: columns that might are summed in a wider type.
+
+    `came_as` has the types that columns had before they were widened, which often tell that none can overflow.
+    """
+    narrow: dict[str, pa.DataType] = {}
+    for name, function in functions.items():
+        if function == "sum" and _may_overflow(table.column(name), (came_as or {}).get(name)):
+            kind = table.schema.field(name).type
+            wide = pa.decimal256(76, kind.scale) if pa.types.is_decimal(kind) else pa.decimal128(38, 0)
+            narrow[name] = kind
+            table = table.set_column(table.schema.get_field_index(name), name, table.column(name).cast(wide))
+    # One thread: batches are small, and the other cores have other steps to do.
+    asked = [([] if f == "count_all" else name, f) for name, f in functions.items()]
+    done = table.group_by(keys, use_threads=False).aggregate(asked).rename_columns([*keys, *functions])
+    for name, kind in narrow.items():
+        try:
+            fits = done.column(name).cast(kind)
+        except pa.ArrowInvalid as e:
+            raise DecodeError(
+                f"the sum of {name.partition(' ')[2]} is beyond {kind}",
+                column=name.partition(" ")[2],
+                hint="sum in smaller groups or windows, or sum a scaled column that cdc.map_batches adds",
+            ) from e
+        done = done.set_column(done.schema.get_field_index(name), name, fits)
+    return done
+
+
+def _may_overflow(column: pa.ChunkedArray, came_as: pa.DataType | None) -> bool:
+    kind = column.type
+    if pa.types.is_integer(kind):
+        limit = 2**63 - 1
+    elif pa.types.is_decimal(kind):
+        limit = 10**kind.precision - 1
+    else:
+        return False
+    if came_as is not None and (most := _most(came_as)) is not None and most * len(column) <= limit:
+        return False
+    edges = pc.min_max(column).as_py()
+    if edges["min"] is None:
+        return False
+    scale = 10**kind.scale if pa.types.is_decimal(kind) else 1
+    return bool(max(abs(edges["min"]), abs(edges["max"])) * scale * len(column) > limit)
+
+
+def _most(kind: pa.DataType) -> int | None:
+    """The greatest magnitude of an integer, or of a decimal as a multiple of 10**-scale."""
+    if pa.types.is_integer(kind):
+        return int(2**kind.bit_width)
+    return int(10**kind.precision) if pa.types.is_decimal(kind) else None
+
+
+# ------------------------------------------------------------------------------------------------ columns and types
+
+
+def column_of(data: pa.RecordBatch, name: str) -> pa.Array:
+    """A column by its name.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    index = data.schema.get_field_index(name)
+    if index < 0:
+        own = [n for n in data.schema.names if n not in METADATA_COLUMNS]
+        raise ConfigurationError(
+            f"there is no column {name!r}",
+            table=_metadata(data.schema, b"pg.table"),
+            column=name,
+            hint=f"the table has {', '.join(own)}",
+        )
+    return data.column(index)
+
+
+def operand(part: str, values: pa.Array, field: pa.Field) -> pa.Array:
+    """A column as what `part` of a function works on: sums in the widest type, numerics that came as text as numbers.
+
+    Raises:
+        ConfigurationError: Values of this type can't be summed or compared.
+        DecodeError: A numeric without bounds that doesn't fit decimal128(38, 18).
+    """
+    if part == "count":
+        return values
+    values = numbers(values, field)
+    kind = values.type
+    if part == "sum":
+        if pa.types.is_integer(kind):
+            return values.cast(pa.int64())
+        if pa.types.is_floating(kind):
+            return values.cast(pa.float64())
+        if pa.types.is_decimal128(kind):
+            return values.cast(pa.decimal128(38, kind.scale))
+        if pa.types.is_decimal256(kind):
+            return values.cast(pa.decimal256(76, kind.scale))
+    elif is_plain(kind):
+        return values
+    raise ConfigurationError(
+        f"no {part} of values of type {_metadata(field, b'pg.type') or kind}",
+        column=field.name,
+        hint="cdc.map_batches can add a column of another type",
+    )
+
+
+def group_key(values: pa.Array, field: pa.Field) -> pa.Array:
+    """A column as what is grouped by: values that PostgreSQL takes for equal are equal.
+
+    Raises:
+        ConfigurationError: Values of this type can't be grouped.
+    """
+    values = numbers(values, field)
+    if pa.types.is_floating(values.type) and len(values):
+        valid = None if not values.null_count else pc.is_null(values).to_numpy(zero_copy_only=False)
+        plain = pc.fill_null(values, 0).to_numpy() + 0.0  # -0.0 becomes 0.0
+        plain[np.isnan(plain)] = np.nan
+        return pa.array(plain, values.type, mask=valid, from_pandas=False)
+    if is_plain(values.type):
+        return values
+    raise ConfigurationError(
+        f"no grouping by values of type {_metadata(field, b'pg.type') or values.type}",
+        column=field.name,
+        hint="cdc.map_batches can add a column of another type",
+    )
+
+
+def numbers(values: pa.Array, field: pa.Field) -> pa.Array:
+    """A `numeric` without declared precision comes as text: as decimal128(38, 18). Other columns as they are.
+
+    Raises:
+        DecodeError: A value that has more digits, or is NaN or infinite.
+    """
+    if not pa.types.is_string(values.type) or _metadata(field, b"pg.type") != "numeric":
+        return values
+    try:
+        return values.cast(_TEXT_NUMERIC)
+    except pa.ArrowInvalid as e:
+        raise DecodeError(
+            "a numeric beyond 20 digits before and 18 behind the point, NaN or infinity can't be computed with",
+            column=field.name,
+            type_name="numeric",
+            hint="declare the column numeric(p,s), or leave such rows out with where=",
+        ) from e
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether values of this type are equal or ordered in Arrow as in PostgreSQL."""
+    t = pa.types
+    return bool(
+        t.is_primitive(kind) or t.is_decimal(kind) or t.is_string(kind) or t.is_binary(kind) or t.is_null(kind)
+    ) and not t.is_interval(kind)
+
+
+def referenced(where: pc.Expression | None, schema: pa.Schema) -> tuple[str, ...]:
+    """The columns that an expression is about.
+
+    Raises:
+        ConfigurationError: It is about a column that there is not.
+    """
+    if where is None:
+        return ()
+    try:
+        schema.empty_table().filter(where)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        raise _does_not_fit(e, schema) from e
+    names = []
+    for name in schema.names:
+        # An expression does not tell, but without a column that it needs it fails.
+        try:
+            schema.empty_table().drop_columns([name]).filter(where)
+        except pa.ArrowInvalid:
+            names.append(name)
+    return tuple(names)
+
+
+def filtered(data: pa.RecordBatch, where: pc.Expression) -> pa.RecordBatch:
+    """The rows for which an expression is true.
+
+    Raises:
+        ConfigurationError: It does not fit the columns.
+    """
+    try:
+        return data.filter(where)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        raise _does_not_fit(e, data.schema) from e
+
+
+def _does_not_fit(error: Exception, schema: pa.Schema) -> ConfigurationError:
+    return ConfigurationError(
+        f"the condition does not fit the table: {error}",
+        table=_metadata(schema, b"pg.table"),
+        hint="compare each column that there is with a value of its own type, a numeric with a Decimal",
+    )
+
+
+def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], prefix: str = "") -> None:
+    """Raise for a value that its column's Arrow type can't hold: its cell is null, but it is not NULL.
+
+    Raises:
+        DecodeError: There is one in one of these columns.
+    """
+    index = data.schema.get_field_index("_raw")
+    if index < 0 or data.column(index).null_count == data.num_rows:
+        return
+    wanted = {prefix + name for name in columns}
+    for row, texts in enumerate(data.column(index).to_pylist()):
+        for name, _ in texts or ():
+            if name in wanted:
+                kind = data.schema.field(name.removeprefix(prefix)).type
+                raise DecodeError(
+                    f"a value that {kind} can't hold can't be computed with",
+                    table=_metadata(data.schema, b"pg.table"),
+                    column=name.removeprefix(prefix),
+                    lsn=data.column("_lsn")[row].as_py() if "_lsn" in data.schema.names else None,
+                    hint='map_batches can give it a value; windows can leave it out: where=pc.field("_raw").is_null()',
+                )
+
+
+def _metadata(of: Any, name: bytes) -> str | None:
+    value = (of.metadata or {}).get(name)
+    return None if value is None else value.decode()
+
+
+def sorted_batch(columns: dict[str, Any], order: Sequence[str]) -> pa.RecordBatch:
+    """Result columns as one record batch, sorted, NULLs last as in PostgreSQL."""
+    table = pa.table(columns)
+    if order:
+        table = table.sort_by([(name, "ascending") for name in order])
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema)
+
+
+# --------------------------------------------------------------------------------------------------- kept in a state
+
+
+def pack(table: pa.Table | None) -> bytes | None:
+    """A table as an Arrow IPC stream, for a state: immutable, and no larger than its rows."""
+    if table is None or not table.num_rows:
+        return None
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def unpack(packed: bytes | None) -> pa.Table | None:
+    """The table that `pack` wrote.
+
+    Raises:
+        StateError: These bytes are none.
+    """
+    if packed is None:
+        return None
+    try:
+        return pa.ipc.open_stream(packed).read_all()
+    except (pa.ArrowException, OSError) as e:
+        raise StateError(
+            f"what is kept can't be read: {e}", hint="the recovery folder is damaged: start afresh with a new one"
+        ) from e
+
+
+def check_version(state: Any, version: int, step_id: str) -> None:
+    """Raise unless a resume state is of this version.
+
+    Raises:
+        StateError: It is not.
+    """
+    if not isinstance(state, dict) or state.get("v") != version:
+        raise StateError(
+            f"the state of step {step_id!r} is of another version",
+            hint="run the version that wrote it, or start afresh with a new recovery folder",
+        )

@@ -1,0 +1,462 @@
+"""`cdc.aggregate`: a GROUP BY that stays right while rows are updated and deleted.
+
+What a change takes away comes from `_before` where the replica identity is FULL, and else from rows that are kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from bytewax import operators as op
+from bytewax.dataflow import Stream, operator
+from bytewax.operators import StatefulBatchLogic
+
+from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.schema import METADATA_COLUMNS, OP_CODE, OPS
+from pgoutput_source.compute.accumulators import (
+    MOST_ROWS,
+    Accumulator,
+    Count,
+    FloatSum,
+    Ints,
+    Sum,
+    Values,
+    counted,
+    goes_with,
+    grown,
+)
+from pgoutput_source.compute.grouping import (
+    Columns,
+    Grouping,
+    check_version,
+    column_of,
+    group_key,
+    operand,
+    referenced,
+    refuse_misfits,
+    sorted_batch,
+)
+from pgoutput_source.compute.keyed_rows import (
+    KeptRows,
+    Segment,
+    arrow,
+    encode,
+    joined,
+    keys_of,
+    operations,
+    segments,
+    unsent,
+)
+from pgoutput_source.errors import ConfigurationError, StateError
+
+STATE_VERSION: Final = 1
+
+POSITION: Final = ("_op", "_commit_lsn", "_seq", "_commit_ts")
+"""Columns that stand behind an aggregate's own: what happened to the group, and as of which change."""
+
+_OPS: Final = pa.array(OPS, pa.utf8())
+_INSERT, _UPDATE, _DELETE, _TRUNCATE = (OP_CODE[name] for name in "IUDT")
+_FULL = "f"
+
+
+@operator
+def aggregate(
+    step_id: str,
+    up: Stream[ChangeBatch],
+    *,
+    by: Columns = (),
+    count: bool | Columns = False,
+    sum: Columns = (),
+    min: Columns = (),
+    max: Columns = (),
+    mean: Columns = (),
+    where: pc.Expression | None = None,
+) -> Stream[pa.RecordBatch]:
+    """The results of a GROUP BY over a table as it is now: each batch of changes gives the groups that it touched.
+
+    After the last change of each transaction the results equal ``SELECT by, … FROM table WHERE … GROUP BY by`` on the
+    source at this moment, provided that the flow has seen the table from its beginning: empty, or with a snapshot
+    (`R` rows). A flow that begins in the middle knows nothing of rows before: with identity FULL it measures what has
+    changed since, and counts may be below zero; with others it measures the rows that it has seen.
+
+    Rows go to the columns of `by`, ``count`` and ``<column>_<function>``, then ``_op`` (`I` a new group, `U` new
+    values, `D` the group's last row is gone: its count is 0 and its measures are NULL), and ``_commit_lsn``, ``_seq``
+    and ``_commit_ts`` of the batch's last change, up to which everything is in these results. So the last row of each
+    group is its present state. Without `by` there is one group, of all rows.
+
+    Sums are exact, of floats as well (the true sum, rounded once; PostgreSQL's own depends on the order). Types, NULLs
+    and means are as with `cdc.window`.
+
+    It must not stand behind `cdc.filter`: the update that makes a row fail a condition would be lost, and the row
+    stay for ever. Conditions belong into `where`.
+
+    Args:
+        step_id: Unique name of the step; the state is kept under it.
+        up: All changes of one table, none filtered out.
+        by: Columns to group by.
+        count: True counts rows, as ``count``; a column's name counts its values that are not NULL.
+        sum: Columns to sum up; NULLs are passed over here and below.
+        min: Columns whose least value is wanted. This and `max` keep how often each value of a group occurs.
+        max: Columns whose greatest value is wanted.
+        mean: Columns whose mean is wanted.
+        where: Only rows for which this Arrow expression of the table's own columns is true count.
+
+    Guarantees:
+        With recovery every change counts exactly once.
+
+    State:
+        Per group its key and some numbers, about 500 bytes; per distinct value of a group under `min` and `max` about
+        150 bytes. If the identity is not FULL, also one row per key with the columns that are named here, about 200
+        bytes. All of it is in memory on one worker, and is written into the recovery store in each epoch in which
+        something changes: for more than some million rows set ``REPLICA IDENTITY FULL``.
+
+    Example:
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> from pgoutput_source.testing import batch
+        >>> ups = [batch("public.orders", [("I", {"id": 1, "status": "new"}), ("I", {"id": 2, "status": "new"})])]
+        >>> ups += [batch("public.orders", [("U", {"id": 1, "status": "paid"}), ("D", {"id": 2})])]
+        >>> flow, out = Dataflow("shop"), []
+        >>> orders = op.input("orders", flow, TestingSource(ups))
+        >>> op.output("out", aggregate("by_status", orders, by="status", count=True), TestingSink(out))
+        >>> run_main(flow)
+        >>> [(row["_op"], row["status"], row["count"]) for batch in out for row in batch.to_pylist()]
+        [('I', 'new', 2), ('D', 'new', 0), ('I', 'paid', 1)]
+
+    Raises:
+        ConfigurationError: The arguments have no meaning together; once batches come: a column is missing or its type
+            can't be grouped, summed or compared, or batches are of several tables.
+        DecodeError: A sum is beyond its type, or a value that can't be computed with (see `_raw`).
+        StateError: An old row is needed that was never sent, or a column's type changed to one that can't be added.
+    """
+    grouping = Grouping.of(by, count=count, sum=sum, min=min, max=max, mean=mean, reserved=POSITION)
+
+    def build(state: Any | None) -> _Aggregate:
+        return _Aggregate(step_id, grouping, where, state)
+
+    keyed = op.key_on("key", up, lambda _: "0")
+    return op.key_rm("unkey", op.stateful_batch("groups", keyed, build))
+
+
+class _Groups:
+    """The groups: a slot for each, and at each slot what is measured."""
+
+    def __init__(self, grouping: Grouping) -> None:
+        self.grouping = grouping
+        self.fields: dict[str, pa.Field] = {}
+        self.slots: dict[Hashable, int] = {}
+        self.keys: list[Hashable] = []
+        self.free: list[int] = []
+        self.rows = np.zeros(0, np.int64)
+        self.shown = np.zeros(0, np.bool_)  # whether the group was given out and is there
+        self.measured: dict[str, Accumulator] = {}
+
+    def know(self, schema: pa.Schema) -> None:
+        """Take note of the columns' types, which may have changed."""
+        for name in self.grouping.columns:
+            column_of(pa.RecordBatch.from_pylist([], schema), name)
+            field = schema.field(name)
+            known = self.fields.get(name)
+            if known is not None and known.equals(field, check_metadata=True):
+                continue
+            if known is not None and not goes_with(known.type, field.type):
+                raise StateError(
+                    f"a column has changed its type from {known.type} to {field.type}",
+                    column=name,
+                    hint="start afresh with a new recovery folder, or another step name",
+                )
+            self.fields[name] = field
+            for key, accumulator in self._accumulators(field):
+                if key in self.measured:
+                    self.measured[key].changed(field)
+                else:
+                    accumulator.grow(len(self.keys))
+                    self.measured[key] = accumulator
+
+    def _accumulators(self, field: pa.Field) -> Iterator[tuple[str, Accumulator]]:
+        for m in self.grouping.measures:
+            if m.column != field.name:
+                continue
+            empty = pa.array([], field.type)
+            if m.function in ("min", "max"):
+                operand(m.function, empty, field)
+                yield f"values {field.name}", Values(field)
+            else:
+                yield f"count {field.name}", Count(field)
+            if m.function in ("sum", "mean"):
+                floating = pa.types.is_floating(operand("sum", empty, field).type)
+                yield f"sum {field.name}", FloatSum(field) if floating else Sum(field)
+
+    def add(self, rows: pa.Table, sign: Ints) -> Ints:
+        """Add rows (1), or take them back (-1); the slots that this touches."""
+        keys = [group_key(_array(rows, name), self.fields[name]) for name in self.grouping.by]
+        if keys:
+            group, some = encode(keys)
+            names = keys_of(keys, some)
+        else:
+            group, names = np.zeros(rows.num_rows, np.int64), [()]
+        slots = self._slots(names)
+        self.rows[slots] += counted(group, sign, len(slots))
+        for key, accumulator in self.measured.items():
+            accumulator.add(slots, group, _array(rows, key.partition(" ")[2]), sign)
+        return slots
+
+    def _slots(self, names: Sequence[Hashable]) -> Ints:
+        slots = np.fromiter(map(self.slots.get, names, itertools.repeat(-1)), np.int64, len(names))
+        for i in np.flatnonzero(slots < 0).tolist():
+            if self.free:
+                slot = self.free.pop()
+                self.keys[slot] = names[i]
+            else:
+                slot = len(self.keys)
+                self.keys.append(names[i])
+            slots[i] = self.slots[names[i]] = slot
+        self.rows, self.shown = grown(self.rows, len(self.keys)), grown(self.shown, len(self.keys))
+        for accumulator in self.measured.values():
+            accumulator.grow(len(self.keys))
+        return slots
+
+    def reset(self) -> Ints:
+        """Every group becomes empty; their slots."""
+        slots = np.fromiter(self.slots.values(), np.int64, len(self.slots))
+        self.rows[slots] = 0
+        for accumulator in self.measured.values():
+            accumulator.clear(slots)
+        return slots
+
+    def forget_empty(self, touched: Sequence[Ints]) -> None:
+        """Give up the slots of those of these groups that are empty."""
+        slots = np.unique(np.concatenate([np.zeros(0, np.int64), *touched]))
+        slots = slots[self.rows[slots] == 0]
+        for accumulator in self.measured.values():
+            accumulator.clear(slots)
+        for slot in slots.tolist():
+            del self.slots[self.keys[slot]]
+            self.keys[slot] = None
+            self.free.append(slot)
+
+    def results(self, slots: Ints) -> dict[str, pa.Array]:
+        """The result columns of these slots."""
+        columns = self._key_columns(slots)
+        for m in self.grouping.measures:
+            kept = {part: self.measured.get(f"{part} {m.column}") for part in ("count", "sum", "values")}
+            match kept["count"], kept["sum"], kept["values"]:
+                case _ if m.column is None:
+                    columns[m.name] = pa.array(self.rows[slots])
+                case _, _, Values() as values if m.function in ("min", "max"):
+                    columns[m.name] = values.least(slots) if m.function == "min" else values.greatest(slots)
+                case Count() as count, (Sum() | FloatSum()) as total, _ if m.function in ("sum", "mean"):
+                    counts = count.counts[slots]
+                    columns[m.name] = total.of(slots, counts) if m.function == "sum" else total.means(slots, counts)
+                case Count() as count, _, _:
+                    columns[m.name] = count.of(slots)
+        return columns
+
+    def _key_columns(self, slots: Ints) -> dict[str, pa.Array]:
+        by = self.grouping.by
+        keys = [self.keys[slot] for slot in slots.tolist()]
+        lists: list[Any] = [keys] if len(by) == 1 else [[key[i] for key in keys] for i in range(len(by))]
+        return {name: arrow(values, self._key_type(name)) for name, values in zip(by, lists, strict=True)}
+
+    def _key_type(self, name: str) -> pa.DataType:
+        field = self.fields[name]
+        return group_key(pa.array([], field.type), field).type
+
+    def state(self) -> dict[str, Any]:
+        slots = np.fromiter(self.slots.values(), np.int64, len(self.slots))
+        return {
+            "columns": pa.schema(list(self.fields.values())).serialize().to_pybytes(),
+            "keys": list(self.slots),
+            "rows": self.rows[slots].tobytes(),
+            "measured": {name: accumulator.state(slots) for name, accumulator in self.measured.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.know(pa.ipc.read_schema(pa.py_buffer(state["columns"])))
+        self.keys = list(state["keys"])
+        self.slots = {key: slot for slot, key in enumerate(self.keys)}
+        self.rows = np.frombuffer(state["rows"], np.int64).copy()
+        self.shown = np.ones(len(self.rows), np.bool_)
+        if set(state["measured"]) != set(self.measured):
+            raise StateError(
+                "the state measures other things than the step does",
+                hint="give the step another name, or start afresh with a new recovery folder",
+            )
+        for name, kept in state["measured"].items():
+            self.measured[name].restore(kept)
+
+
+def _array(rows: pa.Table, name: str) -> pa.Array:
+    return rows.column(name).combine_chunks()
+
+
+class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]):
+    """Keeps the groups, and the rows where the identity makes it necessary."""
+
+    def __init__(
+        self, step_id: str, grouping: Grouping, where: pc.Expression | None, state: dict[str, Any] | None
+    ) -> None:
+        self.step_id, self.where = step_id, where
+        self.groups = _Groups(grouping)
+        self.table: str | None = None
+        self.kept: KeptRows | None = None
+        self.kept_all = True  # as long as every row that was seen is kept
+        self._schema: pa.Schema | None = None
+        self._columns: tuple[str, ...] = ()
+        if state is not None:
+            check_version(state, STATE_VERSION, step_id)
+            self.table, self.kept_all = state["table"], state["kept_all"]
+            self.groups.restore(state["groups"])
+            self.kept = None if state["kept"] is None else KeptRows.restore(state["kept"])
+
+    def on_batch(self, values: list[ChangeBatch]) -> tuple[Iterable[pa.RecordBatch], bool]:
+        results = [self._changed(batch) for batch in values if len(batch)]
+        return [batch for batch in results if batch is not None], self.RETAIN
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            "v": STATE_VERSION,
+            "table": self.table,
+            "kept_all": self.kept_all,
+            "groups": self.groups.state(),
+            "kept": None if self.kept is None else self.kept.snapshot(),
+        }
+
+    def _changed(self, batch: ChangeBatch) -> pa.RecordBatch | None:
+        self._know(batch)
+        groups = self.groups
+        touched = []
+        for truncated, parts in self._parts(batch):
+            if truncated:
+                touched.append(groups.reset())
+            counting = [rows if self.where is None else rows.filter(self.where) for rows in parts]
+            rows = joined(counting)
+            sign = np.repeat([1, -1][: len(parts)], [part.num_rows for part in counting])
+            for low in range(0, len(sign), MOST_ROWS):
+                touched.append(groups.add(rows.slice(low, MOST_ROWS), sign[low : low + MOST_ROWS]))
+        slots = np.unique(np.concatenate(touched)) if touched else np.zeros(0, np.int64)
+        there, shown = groups.rows[slots] != 0, groups.shown[slots]
+        slots, there, shown = (array[there | shown] for array in (slots, there, shown))
+        code = np.where(there, np.where(shown, _UPDATE, _INSERT), _DELETE).astype(np.int8)
+        results = None
+        if len(slots):
+            last = batch.data.slice(len(batch) - 1)
+            columns: dict[str, Any] = groups.results(slots)
+            columns["_op"] = pa.DictionaryArray.from_arrays(pa.array(code), _OPS)
+            for name in POSITION[1:]:
+                columns[name] = last.column(name).take(pa.array(np.zeros(len(slots), np.int64)))
+            results = sorted_batch(columns, groups.grouping.by)
+        groups.shown[slots] = there
+        groups.forget_empty(touched)
+        return results
+
+    def _know(self, batch: ChangeBatch) -> None:
+        """Take note of a batch's table, identity and columns.
+
+        Raises:
+            ConfigurationError: It is of another table than those before, or its columns don't fit.
+            StateError: Old rows are needed that were not kept.
+        """
+        schema = batch.schema
+        if self.table not in (None, schema.table):
+            raise ConfigurationError(
+                f"step {self.step_id!r} has aggregated {self.table} and now gets changes of {schema.table}",
+                hint="one step for each table; partitions: publish_via_partition_root makes them one table",
+            )
+        self.table = schema.table
+        if batch.data.schema is not self._schema:
+            own = pa.schema(
+                [
+                    batch.data.schema.field(name)
+                    for name in batch.data.schema.names
+                    if name[:1] != "_" or name not in METADATA_COLUMNS
+                ]
+            )
+            self._columns = tuple(dict.fromkeys([*self.groups.grouping.columns, *referenced(self.where, own)]))
+            self.groups.know(batch.data.schema)
+            self._schema = batch.data.schema
+        if schema.replica_identity == _FULL or not schema.key:
+            self.kept, self.kept_all = None, False
+            return
+        if not self.kept_all and np.isin(operations(batch.data), (_UPDATE, _DELETE)).any():
+            raise StateError(
+                "the replica identity was FULL and is not any more: old rows are not sent, and were not kept",
+                table=schema.table,
+                hint=f"ALTER TABLE {schema.table} REPLICA IDENTITY FULL, or start afresh with a new recovery folder",
+            )
+        if self.kept is None:
+            self.kept = KeptRows(schema.key)
+        elif self.kept.key != schema.key:
+            self.kept.rekey(schema.key)
+
+    def _parts(self, batch: ChangeBatch) -> Iterator[tuple[bool, list[pa.Table]]]:
+        """Whether a truncate comes first; then the rows that are there now, and those that are no more if there are."""
+        refuse_misfits(batch.data, self._columns)
+        if self.kept is None:
+            yield from self._from_before(batch)
+            return
+        kept_columns = tuple(dict.fromkeys([*self.kept.key, *self._columns]))
+        for segment in segments(batch.data, self.kept.key):
+            if segment.truncated:
+                self.kept.clear()
+            old, found = segment.found(self.kept)
+            new = self._filled(batch, segment, kept_columns, old, found)
+            self.kept.drop(segment.dropped)
+            self.kept.put(segment.there, new)
+            yield segment.truncated, [new] if old is None else [new, old.select(new.column_names)]
+
+    def _filled(
+        self, batch: ChangeBatch, segment: Segment, columns: tuple[str, ...], old: pa.Table | None, found: Ints
+    ) -> pa.Table:
+        filled = segment.filled(columns, old, found)
+        for name, (_, unknown) in filled.items():
+            if unknown is not None:
+                raise _not_sent(batch, name)
+        return pa.table({name: values for name, (values, _) in filled.items()})
+
+    def _from_before(self, batch: ChangeBatch) -> Iterator[tuple[bool, list[pa.Table]]]:
+        refuse_misfits(batch.data, self._columns, "_before.")
+        data, ops = batch.data, operations(batch.data)
+        has_before = pc.is_valid(data.column("_before")).to_numpy(zero_copy_only=False)
+        if (np.isin(ops, (_UPDATE, _DELETE)) & ~has_before).any():
+            raise StateError(
+                "an update or delete came without its old row",
+                table=batch.table,
+                hint=f"ALTER TABLE {batch.table} REPLICA IDENTITY FULL, and don't drop _before on the way here",
+            )
+        missing = {*self._columns} - {field.name for field in data.schema.field("_before").type}
+        if missing:
+            raise ConfigurationError(
+                f"_before has no column {', '.join(sorted(missing))}",
+                table=batch.table,
+                hint="what is aggregated must be in the old rows as well: a column that map_batches adds is not",
+            )
+        for name in unsent(data, self._columns):
+            raise _not_sent(batch, name)
+        truncates = np.flatnonzero(ops == _TRUNCATE).tolist()
+        start = 0
+        for end in [*truncates, len(data)]:
+            piece, before, op = data.slice(start, end - start), has_before[start:end], ops[start:end]
+            new = piece.select(self._columns) if self._columns else piece.select(["_op"])
+            is_new = pa.array(op != _DELETE)
+            parts = [pa.Table.from_batches([new.filter(is_new)])]
+            if before.any():
+                olds = piece.column("_before").filter(pa.array(before))
+                columns = {name: pc.struct_field(olds, name) for name in self._columns}
+                parts.append(pa.table(columns or {"_op": piece.column("_op").filter(pa.array(before))}))
+            yield start > 0, parts
+            start = end + 1
+
+
+def _not_sent(batch: ChangeBatch, name: str) -> StateError:
+    return StateError(
+        "an unchanged TOASTed value was not sent, and the flow has never seen it",
+        table=batch.table,
+        column=name,
+        hint=f"ALTER TABLE {batch.table} REPLICA IDENTITY FULL, or begin with a snapshot",
+    )

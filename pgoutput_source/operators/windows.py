@@ -1,0 +1,477 @@
+"""`cdc.window`: sums, counts and extremes of changes per span of commit time, over whole batches.
+
+A batch becomes one small table of partial results, grouped by window, in Arrow; only these partial results go to the
+state, and over the wire in a cluster. So the cost is per batch, not per change.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from bytewax import operators as op
+from bytewax.dataflow import Stream, operator
+from bytewax.operators import StatefulBatchLogic
+from bytewax.operators.windowing import UTC_MAX, UTC_MIN, Clock, ClockLogic
+
+from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.compute.grouping import (
+    ROWS,
+    Columns,
+    Grouping,
+    check_version,
+    filtered,
+    pack,
+    sorted_batch,
+    unpack,
+)
+from pgoutput_source.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION: Final = 1
+
+_ORIGIN: Final = (
+    946_857_600_000_000  # Monday 2000-01-03 00:00 UTC, in µs since 1970: windows of a week begin on Mondays
+)
+_TICKS: Final = 5  # an idle span is waited for in as many steps, each of which this process must have lived through
+_AFTER_START: Final = timedelta(minutes=1)  # a server may need as long to find its way to a slot's first change
+_NOTICE: Final = timedelta(seconds=1)
+_COMPACT_ROWS: Final = 131_072
+_TIMESTAMP: Final = pa.timestamp("us", "UTC")
+
+
+@dataclass(frozen=True)
+class WindowStream(Stream[pa.RecordBatch]):
+    """The results of `window`: a stream like any other, and beside it what came too late, as `late`.
+
+    Example:
+        >>> from bytewax import operators as op
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSource
+        >>> from pgoutput_source.testing import batch
+        >>> orders = op.input("in", Dataflow("shop"), TestingSource([batch("public.orders", [("I", {"id": 1})])]))
+        >>> per_minute = window("per_minute", orders, every=timedelta(minutes=1), count=True)
+        >>> isinstance(per_minute, WindowStream), isinstance(per_minute.late, Stream)
+        (True, True)
+    """
+
+    late: Stream[pa.RecordBatch]
+
+
+@dataclass(frozen=True)
+class WindowOut:
+    """What the operator gives: results of closed windows, and of changes that came after their window was closed."""
+
+    down: Stream[pa.RecordBatch]
+    late: Stream[pa.RecordBatch]
+
+
+def window(
+    step_id: str,
+    up: Stream[ChangeBatch],
+    *,
+    every: timedelta,
+    hop: timedelta | None = None,
+    by: Columns = (),
+    count: bool | Columns = False,
+    sum: Columns = (),
+    min: Columns = (),
+    max: Columns = (),
+    mean: Columns = (),
+    where: pc.Expression | None = None,
+    ops: Sequence[str] = ("I", "U"),
+    wait: timedelta = timedelta(0),
+    idle: timedelta | None = timedelta(seconds=5),
+    shards: int = 1,
+) -> WindowStream:
+    """Measure the *changes* of each span of commit time, once, when the span is over.
+
+    A change counts in the windows that hold its transaction's commit time. Inserts and the new rows of updates count,
+    each as a change: an order that is inserted and updated twice counts three times, unless `where` or `ops` say
+    otherwise. Deletes and truncates take nothing back: for what a table holds *now* use `cdc.aggregate`.
+
+    Results come in record batches with `window_start` and `window_end` (timestamp[us, UTC], the end is not part of
+    the window), the columns of `by`, ``count`` and ``<column>_<function>``, sorted in this order. Windows and groups
+    without changes give no row. Sums of integers are int64, of decimals decimal128(38, s), and exact: beyond that
+    they raise an error and never wrap around; a `numeric` without declared precision counts as decimal128(38, 18).
+    Means are float64. NULL is a group; a sum of only NULLs is NULL.
+
+    **When a window closes.** Time is told by the commits: once a commit at or after the window's end plus `wait` was
+    seen in `up`. PostgreSQL sends transactions in commit order, so that clocks that are set back, or several slots in
+    one stream, are the only reasons to wait. When nothing comes for `idle`, the wall clock takes over: windows whose
+    end plus `wait` lies behind it close. This is counted in moments that this process was alive and idle, and for
+    a minute at first, so that a backlog after an outage is never late. At the end of the input all windows close.
+
+    **What comes too late** (its window is closed already) never opens a window again: it is measured by itself, in
+    rows of the same columns on `.late`, and logged as a warning. Counts and sums of both add up.
+
+    Args:
+        step_id: Unique name of the step; the state is kept under it.
+        up: Batches.
+        every: Length of a window. They are aligned to Monday 2000-01-03 00:00 UTC: minutes, hours, days and weeks
+            start where one expects it.
+        hop: Time from the start of a window to the next one's; by default windows don't overlap. At most `every`.
+        by: Columns to group by.
+        count: True counts changes, as ``count``; a column's name counts its values that are not NULL.
+        sum: Columns to sum up; NULLs are passed over here and below.
+        min: Columns whose least value is wanted.
+        max: Columns whose greatest value is wanted.
+        mean: Columns whose mean is wanted.
+        where: Only changes for which this Arrow expression is true count.
+        ops: The operations that count, of `I`, `U`, `D` and `R`. A delete's row is what the replica identity sends.
+        wait: How much older than the newest commit a change may be.
+        idle: Time without any batch after which the wall clock closes windows; None: only commits do.
+        shards: Parts of the state, by `by`, which the workers of a cluster share.
+
+    Guarantees:
+        With recovery every change counts exactly once. The result does not depend on how batches are cut, but that
+        changes which came in one batch are never late to each other.
+
+    State:
+        One row per group of each open window, about 30 bytes and its values.
+
+    Example:
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> from pgoutput_source.testing import batch
+        >>> orders = [("I", {"id": 1, "customer": "ann", "amount": 10})]  # at 12:00:00, 12:00:30 and 12:01:00
+        >>> orders += [("I", {"id": 2, "customer": "bob", "amount": 5})]
+        >>> orders += [("U", {"id": 1, "customer": "ann", "amount": 12})]
+        >>> flow, out = Dataflow("shop"), []
+        >>> up = op.input("orders", flow, TestingSource([batch("public.orders", orders)]))
+        >>> revenue = window("revenue", up, every=timedelta(minutes=1), by="customer", count=True, sum="amount")
+        >>> op.output("out", revenue, TestingSink(out))
+        >>> run_main(flow)
+        >>> for row in pa.Table.from_batches(out).to_pylist():
+        ...     print(f"{row['window_start']:%H:%M}", row["customer"], row["count"], row["amount_sum"])
+        12:00 ann 1 10
+        12:00 bob 1 5
+        12:01 ann 1 12
+
+    Raises:
+        ConfigurationError: The arguments have no meaning together; once batches come: a column is missing or its type
+            can't be grouped, summed or compared.
+        DecodeError: A sum is beyond its type, or a value that can't be computed with (see `_raw`).
+    """
+    spans = Spans.of(every, every if hop is None else hop)
+    grouping = Grouping.of(
+        by, count=count, sum=sum, min=min, max=max, mean=mean, reserved=("window_start", "window_end")
+    )
+    if not set(ops) <= set("IUDR") or not ops:
+        raise ConfigurationError(f"ops={tuple(ops)!r}: not of 'I', 'U', 'D' and 'R'", hint="leave it out for I and U")
+    if wait < timedelta(0) or (idle is not None and idle <= timedelta(0)):
+        raise ConfigurationError("wait is negative, or idle is not positive", hint="idle=None: only commits close")
+    if shards < 1:
+        raise ConfigurationError(f"shards={shards}", hint="1 or more")
+    out = windows(step_id, up, spans, grouping, where, frozenset(ops), wait, idle, shards)
+    return WindowStream(out.down.stream_id, out.down._scope, out.late)
+
+
+class CommitClock(Clock[Any, datetime]):
+    """Event time for Bytewax's own windows, told by commits alone: an outage makes nothing late.
+
+    Bytewax's `EventClock` lets time pass by the system's clock, also while the flow is down, and takes what then comes
+    for late. Here a key's watermark is the newest commit time that came for it, less `wait`; once a second it catches
+    up with the newest that came for any key in this process, so that keys that fall silent close their windows, too.
+
+    Args:
+        of: Gives the commit time of an item; by default that of a `ChangeEvent`.
+        wait: How much older than the newest commit of its key an item may be.
+
+    Example:
+        >>> import bytewax.operators.windowing as win
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> minutes = win.TumblingWindower(length=timedelta(minutes=1), align_to=datetime(2024, 1, 1, tzinfo=UTC))
+        >>> commits = [("ann", datetime(2024, 1, 1, 12, 0, second, tzinfo=UTC)) for second in (0, 20, 59)]
+        >>> flow, out = Dataflow("shop"), []
+        >>> ups = op.input("commits", flow, TestingSource(commits))
+        >>> clock = CommitClock(of=lambda commit: commit)
+        >>> counts = win.fold_window("count", ups, clock, minutes, lambda: 0, lambda n, _: n + 1, lambda a, b: a + b)
+        >>> op.output("out", counts.down, TestingSink(out))
+        >>> run_main(flow)
+        >>> [n for _, (_, n) in out]
+        [3]
+    """
+
+    def __init__(
+        self, of: Callable[[Any], datetime] = lambda event: event.transaction.commit_ts, wait: timedelta = timedelta(0)
+    ) -> None:
+        self.of, self.wait = of, wait
+        self.newest = UTC_MIN
+
+    def build(self, resume_state: datetime | None) -> _CommitTime:
+        """The clock of one key."""
+        return _CommitTime(self, UTC_MIN if resume_state is None else resume_state)
+
+
+class _CommitTime(ClockLogic[Any, datetime]):
+    def __init__(self, clock: CommitClock, watermark: datetime) -> None:
+        self.clock, self.watermark = clock, watermark
+
+    def before_batch(self) -> None:
+        pass
+
+    def on_item(self, value: Any) -> tuple[datetime, datetime]:
+        time = self.clock.of(value)
+        self.clock.newest = max(self.clock.newest, time)
+        self._advance(time)
+        return time, self.watermark
+
+    def on_notify(self) -> datetime:
+        self._advance(self.clock.newest)
+        return self.watermark
+
+    def on_eof(self) -> datetime:
+        return UTC_MAX
+
+    def to_system_utc(self, timestamp: datetime) -> datetime | None:
+        return datetime.now(UTC) + _NOTICE
+
+    def snapshot(self) -> datetime:
+        return self.watermark
+
+    def _advance(self, time: datetime) -> None:
+        if time > UTC_MIN + self.clock.wait:
+            self.watermark = max(self.watermark, time - self.clock.wait)
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Which windows there are: their length and the time from one's start to the next one's, in µs."""
+
+    every: int
+    hop: int
+
+    @classmethod
+    def of(cls, every: timedelta, hop: timedelta) -> Spans:
+        """Checked.
+
+        Raises:
+            ConfigurationError: A window of no length, or gaps between windows.
+        """
+        if not timedelta(0) < hop <= every:
+            raise ConfigurationError(
+                f"every={every}, hop={hop}: not 0 < hop <= every", hint="leave hop out for windows without overlap"
+            )
+        return cls(every // timedelta(microseconds=1), hop // timedelta(microseconds=1))
+
+    def panes(self, times: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Start of each time's pane, the largest span that every window holds wholly or not at all."""
+        pane = math.gcd(self.every, self.hop)
+        starts: np.ndarray[Any, Any] = (times - _ORIGIN) // pane * pane + _ORIGIN
+        return starts
+
+    def spread(self, panes: pa.Table) -> pa.Table:
+        """Rows by pane (`window`) as rows by window: each pane's once for each window that holds it."""
+        if self.hop == self.every:
+            return panes
+        starts = panes.column("window").to_numpy()
+        first = (starts - _ORIGIN) // self.hop * self.hop + _ORIGIN
+        copies = []
+        for back in range(0, self.every, self.hop):
+            holds = starts - (first - back) < self.every
+            copy = panes.set_column(panes.schema.get_field_index("window"), "window", pa.array(first - back))
+            copies.append(copy.filter(pa.array(holds)))
+        return pa.concat_tables(copies)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a step of batches comes to: the newest commit time in it (µs since 1970), and its partial results."""
+
+    newest: int
+    partial: pa.Table
+
+
+@operator
+def windows(
+    step_id: str,
+    up: Stream[ChangeBatch],
+    spans: Spans,
+    grouping: Grouping,
+    where: pc.Expression | None,
+    ops: frozenset[str],
+    wait: timedelta,
+    idle: timedelta | None,
+    shards: int,
+) -> WindowOut:
+    """The steps behind `window`: partial results of each batch, kept by window, given out when it closes."""
+
+    def parts(batches: list[ChangeBatch]) -> list[tuple[str, Part]]:
+        return [keyed for batch in batches if len(batch) for keyed in _split(part(batch.data), grouping, shards)]
+
+    def part(data: pa.RecordBatch) -> Part:
+        times = data.column("_commit_ts").cast(pa.int64()).to_numpy()
+        newest = int(times.max())
+        data = _of_ops(data.append_column("_window", pa.array(spans.panes(times))), ops)
+        if where is not None:
+            data = filtered(data, where)
+        return Part(newest, spans.spread(grouping.partial(data, {"window": data.column("_window")})))
+
+    keyed = op.flat_map_batch("parts", up, parts)
+
+    def build(state: Any | None) -> _Windows:
+        return _Windows(step_id, spans, grouping, wait, idle, state)
+
+    closed = op.key_rm("unkey", op.stateful_batch("windows", keyed, build))
+    split = op.branch("is_late", closed, lambda item: item[0])
+    return WindowOut(
+        op.map("down", split.falses, lambda item: item[1]), op.map("late", split.trues, lambda item: item[1])
+    )
+
+
+def _of_ops(data: pa.RecordBatch, ops: frozenset[str]) -> pa.RecordBatch:
+    column = data.column("_op")
+    wanted = np.array([op in ops for op in column.dictionary.to_pylist()])[column.indices.to_numpy()]
+    return data if wanted.all() else data.filter(pa.array(wanted))
+
+
+def _split(part: Part, grouping: Grouping, shards: int) -> list[tuple[str, Part]]:
+    """By the shard that keeps them; every shard hears the time."""
+    if shards == 1:
+        return [("0", part)]
+    names = [f"by{i}" for i in range(len(grouping.by))]
+    groups = zip(*(part.partial.column(name).to_pylist() for name in names), strict=True) if names else ()
+    # Workers must agree, in every process and version: Python's own hash() does not.
+    shard = np.array([zlib.crc32(repr(group).encode()) % shards for group in groups], np.int64)
+    if not names:
+        shard = np.zeros(part.partial.num_rows, np.int64)
+    return [(str(i), Part(part.newest, part.partial.filter(pa.array(shard == i)))) for i in range(shards)]
+
+
+class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, Any]]):
+    """The open windows of one shard. Gives out (too late, results)."""
+
+    def __init__(
+        self,
+        step_id: str,
+        spans: Spans,
+        grouping: Grouping,
+        wait: timedelta,
+        idle: timedelta | None,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.step_id, self.spans, self.grouping = step_id, spans, grouping
+        self.wait = wait // timedelta(microseconds=1)
+        self.idle = idle
+        self.newest: int | None = None  # commit time that was seen
+        self.closed: int | None = None  # windows that end here or earlier are closed for ever
+        self.open: list[pa.Table] = []
+        if state is not None:
+            check_version(state, STATE_VERSION, step_id)
+            self.newest, self.closed = state["newest"], state["closed"]
+            kept = unpack(state["open"])
+            self.open = [] if kept is None else [kept]
+        self._compacted = sum(t.num_rows for t in self.open)
+        self._first = _first(self.open)  # start of the first open window
+        self._quiet = 0
+        self._tick = timedelta(0)
+        self._next: datetime | None = None
+        if idle is not None:
+            self._wait_for_quiet(max(idle, _AFTER_START))
+
+    def on_batch(self, values: list[Part]) -> tuple[Iterable[tuple[bool, pa.RecordBatch]], bool]:
+        out = []
+        for part in values:
+            out += self._take(part)
+            watermark = part.newest - self.wait
+            if self.closed is None or watermark > self.closed:
+                out += self._close(watermark)
+                self.closed = watermark if self.closed is None else max(self.closed, watermark)
+            self.newest = part.newest if self.newest is None else max(self.newest, part.newest)
+        if self.idle is not None:
+            self._wait_for_quiet(self.idle)
+        return out, self.RETAIN
+
+    def on_notify(self) -> tuple[Iterable[tuple[bool, pa.RecordBatch]], bool]:
+        # A worker that was held up for long must not take that for silence: only time in which it came here counts.
+        self._quiet += 1
+        self._next = datetime.now(UTC) + self._tick
+        if self._quiet < _TICKS:
+            return (), self.RETAIN
+        now = (datetime.now(UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+        return self._close(now - self.wait), self.RETAIN
+
+    def on_eof(self) -> tuple[Iterable[tuple[bool, pa.RecordBatch]], bool]:
+        return self._close(None), self.RETAIN
+
+    def notify_at(self) -> datetime | None:
+        return self._next if self.open else None
+
+    def snapshot(self) -> dict[str, Any]:
+        self._compact()
+        kept = pack(self.open[0]) if self.open else None
+        return {"v": STATE_VERSION, "newest": self.newest, "closed": self.closed, "open": kept}
+
+    def _wait_for_quiet(self, span: timedelta) -> None:
+        self._quiet = 0
+        self._tick = span / _TICKS
+        self._next = datetime.now(UTC) + self._tick
+
+    def _take(self, part: Part) -> list[tuple[bool, pa.RecordBatch]]:
+        """Keep what belongs to open windows; the results of what comes too late."""
+        partial = part.partial
+        if not partial.num_rows:
+            return []
+        late = []
+        if self.closed is not None:
+            is_late = partial.column("window").to_numpy() + self.spans.every <= self.closed
+            if is_late.any():
+                rest = partial.filter(pa.array(is_late))
+                rows = pc.sum(rest.column(ROWS)).as_py()
+                logger.warning("step %s: %d changes came after their window was closed", self.step_id, rows)
+                late = [(True, self._results(rest))]
+                partial = partial.filter(pa.array(~is_late))
+        if partial.num_rows:
+            self.open.append(partial)
+            self._first = min(self._first, _first([partial]))
+            # Merging costs as much as there is, so it waits for as much again: each row is merged a few times.
+            if sum(t.num_rows for t in self.open) > max(2 * self._compacted, _COMPACT_ROWS) or len(self.open) > 256:
+                self._compact()
+        return late
+
+    def _compact(self) -> None:
+        if len(self.open) > 1:
+            self.open = [self.grouping.add_up(self.open, ["window"])]
+        self._compacted = self.open[0].num_rows if self.open else 0
+
+    def _close(self, watermark: int | None) -> list[tuple[bool, pa.RecordBatch]]:
+        """The results of windows that end at or before the watermark; of all, if there is none."""
+        if not self.open:
+            return []
+        if watermark is not None and self._first + self.spans.every > watermark:
+            return []
+        self._compact()
+        [table] = self.open
+        ends = table.column("window").to_numpy() + self.spans.every
+        over = np.ones(len(ends), np.bool_) if watermark is None else ends <= watermark
+        done, rest = table.filter(pa.array(over)), table.filter(pa.array(~over))
+        self.open = [rest] if rest.num_rows else []
+        self._compacted, self._first = rest.num_rows, _first(self.open)
+        last = int(ends[over].max())
+        self.closed = last if self.closed is None else max(self.closed, last)
+        return [(False, self._results(done))]
+
+    def _results(self, partial: pa.Table) -> pa.RecordBatch:
+        start = partial.column("window")
+        columns = {
+            "window_start": start.cast(_TIMESTAMP),
+            "window_end": pc.add(start, self.spans.every).cast(_TIMESTAMP),
+            **self.grouping.results(partial),
+        }
+        return sorted_batch(columns, ["window_start", *self.grouping.by])
+
+
+def _first(tables: Sequence[pa.Table]) -> float:
+    """The first window's start in these partial results; infinity if there is none."""
+    return min((int(t.column("window").to_numpy().min()) for t in tables if t.num_rows), default=math.inf)

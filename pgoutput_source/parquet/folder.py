@@ -1,0 +1,373 @@
+"""A folder of published Parquet files, and beside them the parts that are staged for it: names, moves and the index.
+
+    out/orders/0000000001C9C380-00000000-5f1c09ab-00000007.parquet    published: whole, committed, never changed again
+    out/orders/_index.jsonl                                           one line per published file
+    out/orders/_staging/5f1c09ab-00000009.writing                     a part that is being written
+    out/orders/_staging/5f1c09ab-00000008.staged                      whole and synced; its epoch may still be lost
+    out/orders/_staging/5f1c09ab-00000008.unproven                    the same, written by a process without a gate
+    out/orders/_staging/5f1c09ab-00000007.committed                   its epoch is durable: it will be published
+    out/orders/_staging/void                                          names of parts that no epoch stands behind
+
+A *part* is one Parquet file that one epoch, or a piece of it, staged. A published file holds one part (which was only
+renamed) or several (which were merged); its footer lists them under ``pgoutput_source``, so after a crash at any moment
+the files themselves say which parts are published. The index repeats what the footers say and is repaired from them.
+Every change of a name is an atomic rename, followed by an fsync of its directory before anything builds on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pgoutput_source.changes.batches import Position
+from pgoutput_source.errors import SinkError
+from pgoutput_source.protocol.wire import Lsn
+
+logger = logging.getLogger(__name__)
+
+FOOTER: Final = "pgoutput_source"
+"""Key of our entry in the footer of each file."""
+
+STAGING: Final = "_staging"
+INDEX: Final = "_index.jsonl"
+
+WRITING: Final = ".writing"
+STAGED: Final = ".staged"
+UNPROVEN: Final = ".unproven"
+COMMITTED: Final = ".committed"
+MERGING: Final = ".merging"
+VOID: Final = "void"
+
+MAX_VOID: Final = 4096
+"""Names that are remembered at most: a crash leaves a few."""
+
+_ORIGIN = ("pg.system", "pg.database", "pg.slot")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One complete Parquet file, staged or published; `names` are the parts that it holds, mostly one.
+
+    `first` and `last` are positions as (commit_lsn, seq), None for data that has none. `schema` is a digest of the
+    Arrow schema with its metadata, `origin` the system, database and slot that its metadata names. `arrived` is when
+    the first row came, in seconds of Unix time.
+    """
+
+    names: tuple[str, ...]
+    rows: int
+    size: int
+    table: str
+    schema: str
+    origin: tuple[str, ...] | None
+    first: tuple[int, int] | None
+    last: tuple[int, int] | None
+    arrived: float
+
+    @property
+    def name(self) -> str:
+        """Lineage and number of the first part in it."""
+        return self.names[0]
+
+    @property
+    def file(self) -> str:
+        """The name under which it is published: files sort by the position of their first change."""
+        place = "{:016X}-{:08X}".format(*self.first) if self.first else f"{int(self.arrived * 1e6):020d}"
+        return f"{place}-{self.name}.parquet"
+
+    def state(self) -> dict[str, Any]:
+        """Builtins only."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Part:
+        """From `state`, or from the same after JSON."""
+        pairs = {key: tuple(state[key]) if state[key] else None for key in ("origin", "first", "last")}
+        return cls(**{**state, **pairs, "names": tuple(state["names"])})
+
+    @classmethod
+    def merged(cls, parts: list[Part]) -> Part:
+        """What one file of all `parts` holds."""
+        return replace(
+            parts[0],
+            names=tuple(name for part in parts for name in part.names),
+            rows=sum(part.rows for part in parts),
+            size=sum(part.size for part in parts),
+            first=min((part.first for part in parts if part.first), default=None),
+            last=max((part.last for part in parts if part.last), default=None),
+            arrived=min(part.arrived for part in parts),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Part | None:
+        """What the footer of a file says; None if another program wrote it.
+
+        Raises:
+            SinkError: It is no Parquet file.
+        """
+        try:
+            metadata = pq.read_metadata(path).metadata or {}
+        except pa.ArrowInvalid as e:
+            raise SinkError(f"{path} is damaged: {e}", hint="move it away; its changes have to be read again") from e
+        entry = metadata.get(FOOTER.encode())
+        return None if entry is None else replace(cls.from_state(json.loads(entry)), size=path.stat().st_size)
+
+
+def schema_digest(schema: pa.Schema) -> str:
+    """The same for equal schemas, metadata included."""
+    return hashlib.sha1(schema.serialize().to_pybytes(), usedforsecurity=False).hexdigest()[:16]
+
+
+def origin_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
+    """System, database and slot from a schema's or a footer's metadata; None where they don't say."""
+    values = tuple((metadata or {}).get(key.encode(), b"").decode() for key in _ORIGIN)
+    return values if any(values) else None
+
+
+def table_of(schema: pa.Schema) -> str:
+    """The table that a schema's metadata names, empty where they don't say."""
+    return str((schema.metadata or {}).get(b"pg.table", b"").decode())
+
+
+@contextlib.contextmanager
+def explained(what: str, path: Path) -> Iterator[None]:
+    """Turns the operating system's errors into ours."""
+    try:
+        yield
+    except OSError as e:
+        raise SinkError(
+            f"{what} {path}: {e.strerror or e}",
+            hint="nothing of it was published or acknowledged: make room, or repair the folder's permissions or disk, "
+            "and start again",
+        ) from e
+
+
+class FolderInUse(SinkError):
+    """Another process or sink owns the folder."""
+
+
+class Folder:
+    """The folder while a sink part owns it: opening it locks it against other processes and parts, and repairs it.
+
+    Raises:
+        SinkError: It can't be created or written, is in use, or holds Parquet files of another program.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.staging = path / STAGING
+        with explained("can't write to", path):
+            new = not self.staging.exists()
+            self.staging.mkdir(parents=True, exist_ok=True)
+            if new:
+                _sync(path.parent)
+                _sync(path)
+            self._lock = os.open(self.staging / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._own()
+            self.entries = self._read_index()
+            self._adopt_files()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.void = self._read_void()
+        self.done = {name for entry in self.entries.values() for name in entry["parts"]}
+        self.staged = {
+            file.stem: file for file in self.staging.iterdir() if file.suffix in (STAGED, UNPROVEN, COMMITTED)
+        }
+
+    def close(self) -> None:
+        """Let others have it."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    @property
+    def origins(self) -> set[tuple[str, ...]]:
+        """System, database and slot that the published changes come from."""
+        return {tuple(entry["origin"]) for entry in self.entries.values() if entry["origin"]}
+
+    def __str__(self) -> str:
+        rows = sum(entry["rows"] for entry in self.entries.values())
+        last = max((_position(entry["last"]) for entry in self.entries.values() if entry["last"]), default=None)
+        upto = f" up to {last}" if last else ""
+        return f"{self.path} holds {len(self.entries)} files, {rows} rows{upto}"
+
+    # -- staging ------------------------------------------------------------------------------------------------
+
+    def writing(self, name: str) -> Path:
+        """Where a part is written."""
+        return self.staging / f"{name}{WRITING}"
+
+    def stage(self, name: str, suffix: str) -> None:
+        """A part is complete. It is safe after `sync`."""
+        with explained("can't stage", self.writing(name)):
+            _sync(self.writing(name))
+            self._move(name, self.writing(name), suffix)
+
+    def commit(self, parts: list[Part]) -> None:
+        """The epochs of these parts are durable. They say so from now on, whatever happens."""
+        todo = [part for part in parts if self.staged[part.name].suffix != COMMITTED]
+        if todo:
+            with explained("can't commit in", self.staging):
+                for part in todo:
+                    self._move(part.name, self.staged[part.name], COMMITTED)
+                self.sync()
+
+    def sync(self, path: Path | None = None) -> None:
+        """Make the names in the staging folder durable, or the bytes of one file."""
+        with explained("can't sync", path or self.staging):
+            _sync(path or self.staging)
+
+    def discard(self, names: Iterable[str]) -> None:
+        """Delete staged parts whose rows come again or are published, and what was left half-written."""
+        with explained("can't clean", self.staging):
+            for name in names:
+                os.unlink(self.staged.pop(name))
+
+    def annul(self, names: Iterable[str], still: Iterable[str]) -> None:
+        """Delete staged parts of epochs that never became durable, and remember that there were such.
+
+        Bytewax keeps the state of such an epoch, and may give it to a later start as the last before its own: the
+        state lists parts whose rows have come again. Of the names remembered so far those in `still` are kept.
+        """
+        todo = list(names)
+        if todo:
+            self.void = dict.fromkeys([*still, *todo][-MAX_VOID:])
+            fresh = self.staging / f"{VOID}{WRITING}"
+            with explained("can't clean", self.staging):
+                fresh.write_text("".join(f"{name}\n" for name in self.void))
+                _sync(fresh)
+                os.rename(fresh, self.staging / VOID)
+                _sync(self.staging)
+        self.discard(todo)
+
+    def sweep(self) -> None:
+        """Delete what a crash left half-written."""
+        with explained("can't clean", self.staging):
+            for file in self.staging.iterdir():
+                if file.suffix in (WRITING, MERGING):
+                    os.unlink(file)
+
+    def _move(self, name: str, source: Path, suffix: str) -> None:
+        target = self.staging / f"{name}{suffix}"
+        os.rename(source, target)
+        self.staged[name] = target
+
+    # -- publishing ---------------------------------------------------------------------------------------------
+
+    def publish(self, part: Part, source: Path) -> None:
+        """Make a complete, synced file visible: from now on its parts are done. `source` is moved."""
+        target = self.path / part.file
+        with explained("can't publish", target):
+            os.rename(source, target)
+            _sync(self.path)
+            self.done.update(part.names)
+            self._append(part)
+            if source == self.staged.get(part.name):
+                del self.staged[part.name]
+            else:
+                self.discard(part.names)
+
+    def _append(self, part: Part) -> None:
+        entry = self.entries[part.file] = _entry(part)
+        line = json.dumps(entry).encode() + b"\n"
+        index = os.open(self.path / INDEX, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(index, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(index)
+        finally:
+            os.close(index)
+
+    # -- opening ------------------------------------------------------------------------------------------------
+
+    def _own(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
+            raise FolderInUse(
+                f"{self.path} is in use by process {owner or 'unknown'}",
+                hint="give each sink a folder of its own, and wait until an earlier run has ended",
+            ) from None
+        with explained("can't write to", self.staging):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+            os.fsync(self._lock)
+
+    def _read_index(self) -> dict[str, dict[str, Any]]:
+        """The index without lines that a crash tore; what they should have said is taken from the files."""
+        index = self.path / INDEX
+        if not index.exists():
+            return {}
+        with explained("can't read", index):
+            data = index.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(index, whole)
+        entries = {}
+        for line in data[:whole].splitlines():
+            try:
+                entry = json.loads(line)
+                entries[entry["file"]] = entry
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s: a damaged line was skipped; the files tell what it said", index)
+        return entries
+
+    def _read_void(self) -> dict[str, None]:
+        names = self.staging / VOID
+        with explained("can't read", names):
+            return dict.fromkeys(names.read_text().split() if names.exists() else ())
+
+    def _adopt_files(self) -> None:
+        for file in sorted(self.path.glob("*.parquet")):
+            if file.name not in self.entries:
+                with explained("can't index", file):
+                    part = Part.read(file)
+                    if part is None or part.file != file.name:
+                        raise SinkError(
+                            f"{file} was not written by this sink, or was renamed",
+                            hint="give the sink a folder of its own, or move the file away",
+                        )
+                    self._append(part)
+
+
+def _entry(part: Part) -> dict[str, Any]:
+    return {
+        "file": part.file,
+        "rows": part.rows,
+        "bytes": part.size,
+        "first": str(Position(Lsn(part.first[0]), part.first[1])) if part.first else None,
+        "last": str(Position(Lsn(part.last[0]), part.last[1])) if part.last else None,
+        "table": part.table,
+        "schema": part.schema,
+        "origin": part.origin,
+        "parts": part.names,
+        "published_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+
+
+def _position(text: str) -> Position:
+    lsn, _, seq = text.partition("#")
+    return Position(Lsn(lsn), int(seq))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,242 @@
+"""Writing one Parquet file: row groups, encodings that suit changes, and what the footer says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.parquet.folder import FOOTER, Part, explained, origin_of, schema_digest, table_of
+
+ROW_GROUP_ROWS: Final = 128 * 1024
+ROW_GROUP_BYTES: Final = 32 * 1024 * 1024
+"""Arrow data that is collected before it is compressed: this much memory, whatever comes."""
+
+_SAMPLE: Final = 1024
+_POSITION: Final = ("_commit_lsn", "_seq")
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How column chunks are compressed."""
+
+    name: str
+    level: int | None
+
+    @classmethod
+    def of(cls, name: str, level: int | None) -> Codec:
+        """The codec that Parquet and Arrow call `name`, without the level if it has none."""
+        known = name in ("zstd", "snappy", "lz4", "gzip", "brotli") and pa.Codec.is_available(name)
+        if not known and name != "none":
+            raise ConfigurationError(
+                f"compression {name!r} is not one that Parquet and this Arrow know", hint="zstd is fast and small"
+            )
+        return cls(name, level if known and pa.Codec.supports_compression_level(name) else None)
+
+    def writer(self, path: Path, sample: pa.Table, heavy: Set[str] = frozenset()) -> pq.ParquetWriter:
+        """A writer for files like `sample`, whose values decide about dictionaries.
+
+        The columns `heavy` get no statistics: Arrow holds each value half a dozen times to know the least and the
+        greatest, and leaves those out that are longer than 4 KB.
+        """
+        dictionaries, encodings = _encodings(sample)
+        return pq.ParquetWriter(
+            path,
+            sample.schema,
+            compression=self.name,
+            compression_level=self.level,
+            use_dictionary=dictionaries,
+            column_encoding=encodings,
+            write_statistics=[*_leaves(sample.schema, heavy)] if heavy else True,
+        )
+
+
+class PartWriter:
+    """A part that is being written: rows wait in memory until they make a row group."""
+
+    def __init__(self, codec: Codec, name: str, path: Path, schema: pa.Schema) -> None:
+        self.codec = codec
+        self.path = path
+        self.schema = schema
+        self.part = Part(
+            names=(name,),
+            rows=0,
+            size=0,
+            table=table_of(schema),
+            schema=schema_digest(schema),
+            origin=origin_of(schema.metadata),
+            first=None,
+            last=None,
+            arrived=time.time(),
+        )
+        self.waiting: list[pa.RecordBatch] = []
+        self.waiting_rows = 0
+        self.waiting_bytes = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Take a batch, which waits in memory for `flush`."""
+        self.waiting.append(batch)
+        self.waiting_rows += batch.num_rows
+        self.waiting_bytes += batch.nbytes
+
+    def flush(self) -> None:
+        """Write what waits as one row group."""
+        if not self.waiting:
+            return
+        table = pa.Table.from_batches(self.waiting, self.schema)
+        heavy = {name for name in table.schema.names if table.column(name).nbytes > ROW_GROUP_BYTES}
+        if not heavy and table.num_rows < 1024 * len(self.waiting):
+            # The writer's work for each chunk would outweigh that for the rows.
+            table = table.combine_chunks()
+        self.waiting, self.waiting_rows, self.waiting_bytes = [], 0, 0
+        first, last = _positions(table)
+        self.part = replace(
+            self.part,
+            rows=self.part.rows + table.num_rows,
+            first=min((p for p in (self.part.first, first) if p), default=None),
+            last=max((p for p in (self.part.last, last) if p), default=None),
+        )
+        with explained("can't write", self.path):
+            if self._writer is None:
+                self._writer = self.codec.writer(self.path, table, heavy)
+            self._writer.write_table(table, row_group_size=table.num_rows)
+            self.part = replace(self.part, size=self.path.stat().st_size)
+
+    def close(self) -> Part:
+        """Complete the file."""
+        self.flush()
+        assert self._writer is not None, "a part has rows"
+        with explained("can't write", self.path):
+            self._writer.add_key_value_metadata({FOOTER: json.dumps(self.part.state())})
+            self._writer.close()
+            return replace(self.part, size=self.path.stat().st_size)
+
+    def abandon(self) -> None:
+        """Its rows come again."""
+        # The file is swept by the next start if it can't be removed now, and there may be an error on its way already.
+        with contextlib.suppress(OSError):
+            if self._writer is not None:
+                self._writer.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def merge(codec: Codec, parts: list[Part], files: list[Path], target: Path) -> Part:
+    """Write one file with the rows of several of the same schema. No more than a row group of them is in memory."""
+    part = Part.merged(parts)
+    writer: pq.ParquetWriter | None = None
+    with explained("can't write", target):
+        try:
+            for table in _row_groups(files):
+                writer = writer or codec.writer(target, table, _heavy(files))
+                writer.write_table(table, row_group_size=table.num_rows)
+            assert writer is not None, "a part has rows"
+            writer.add_key_value_metadata({FOOTER: json.dumps(part.state())})
+            writer.close()
+        except BaseException:
+            # Room on the disk is what may be wanting. Otherwise the next start sweeps it.
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
+            raise
+        return replace(part, size=target.stat().st_size)
+
+
+def _positions(table: pa.Table) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """The first and the last position in `table`, wherever they stand; None if it has none."""
+    if not all(name in table.schema.names and pa.types.is_integer(table.schema.field(name).type) for name in _POSITION):
+        return None, None
+    commits, seqs = (table.column(name) for name in _POSITION)
+    ends = []
+    for function in (pc.min, pc.max):
+        commit = function(commits)
+        if not commit.is_valid:
+            return None, None
+        ends.append((commit.as_py(), function(seqs.filter(pc.equal(commits, commit))).as_py() or 0))
+    return ends[0], ends[1]
+
+
+def _encodings(sample: pa.Table) -> tuple[list[str], dict[str, str]]:
+    """Columns that are worth a dictionary, and encodings for those of the others that gain by one.
+
+    Arrow's default, a dictionary for everything until it overflows, takes three times the CPU and half as much space
+    again: positions, ids and times hardly repeat, and their differences are small.
+    """
+    dictionaries: list[str] = []
+    encodings: dict[str, str] = {}
+
+    def leaf(path: str, kind: pa.DataType) -> None:
+        if pa.types.is_struct(kind):
+            for child in kind:
+                leaf(f"{path}.{child.name}", child.type)
+        elif pa.types.is_dictionary(kind):
+            dictionaries.append(path)
+        elif pa.types.is_integer(kind) or pa.types.is_temporal(kind):
+            encodings[path] = "DELTA_BINARY_PACKED"
+
+    for name, column in zip(sample.schema.names, sample.columns, strict=True):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            if len(column) >= _SAMPLE and pc.count_distinct(column.slice(0, _SAMPLE)).as_py() * 16 <= _SAMPLE:
+                dictionaries.append(name)
+        else:
+            leaf(name, column.type)
+    return dictionaries, encodings
+
+
+def _heavy(files: list[Path]) -> set[str]:
+    """The columns of which a row group of these files holds more than a row group should."""
+    chunks = (
+        metadata.row_group(group).column(column)
+        for metadata in map(pq.read_metadata, files)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    )
+    return {c.path_in_schema.split(".")[0] for c in chunks if c.total_uncompressed_size > ROW_GROUP_BYTES}
+
+
+def _leaves(schema: pa.Schema, heavy: Set[str]) -> Iterator[str]:
+    """The paths of plain values, alone and in structs, but for those in the columns `heavy`."""
+
+    def leaves(path: str, kind: pa.DataType) -> Iterator[str]:
+        if pa.types.is_struct(kind):
+            for child in kind:
+                yield from leaves(f"{path}.{child.name}", child.type)
+        elif not pa.types.is_nested(kind):
+            yield path
+
+    for field in schema:
+        if field.name not in heavy:
+            yield from leaves(field.name, field.type)
+
+
+def _row_groups(files: list[Path]) -> Iterator[pa.Table]:
+    """The rows of several files of one schema, gathered to row groups of a good size."""
+
+    def gathered() -> pa.Table:
+        # Arrow reads a footer's other entries into the schema; ours speaks of the one part that it was written for.
+        table = pa.concat_tables(waiting)
+        metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != FOOTER.encode()}
+        return table.replace_schema_metadata(metadata)
+
+    waiting: list[pa.Table] = []
+    for file in files:
+        with pq.ParquetFile(file) as parquet:
+            for index in range(parquet.num_row_groups):
+                waiting.append(parquet.read_row_group(index, use_threads=False))
+                if (
+                    sum(table.num_rows for table in waiting) >= ROW_GROUP_ROWS
+                    or sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES
+                ):
+                    yield gathered()
+                    waiting = []
+    if waiting:
+        yield gathered()

@@ -1,0 +1,1 @@
+"""PostgreSQL over ordinary connections: slots, publications, checks, definitions and facts of tables."""
