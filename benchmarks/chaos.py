@@ -5,7 +5,7 @@
     python -m benchmarks.chaos --break "acknowledge early"
 
 A workload writes all the time, now and then a transaction of a million rows. Each kill is a SIGKILL at a random moment
-or at a named place (tests/faults): of a process with one worker or two, or of one or both of two processes that have
+or at a named place (tests/harness/faults): of a process with one worker or two, or of one or both of two processes with
 recovery folders of their own; with epochs of 0, 1 or 10 seconds, with transactions streamed while they are in progress
 or not, with values as text or binary, with fsyncs that take up to a second. Around it the walsender is terminated, the
 server is stopped at once and started again, the connection is cut or falls silent, the disk is full, the sink raises or
@@ -50,9 +50,9 @@ from pgoutput_source.stream.replication import ReplicationStream
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from faults import LARGE, PLACES, STREAMED, slow_fsyncs  # noqa: E402
-from proxy import Proxy  # noqa: E402
-from workload import Workload, differences, replayed, tables  # noqa: E402
+from harness.faults import LARGE, PLACES, STREAMED, slow_fsyncs  # noqa: E402
+from harness.proxy import Proxy  # noqa: E402
+from harness.workload import Workload, differences, replayed, tables  # noqa: E402
 
 KILLS_A_ROUND = 50
 LARGE_ROWS = 30_000
@@ -220,7 +220,7 @@ class Chaos:
             addresses = ";".join(f"127.0.0.1:{each.getsockname()[1]}" for each in held)
         started = []
         for number in range(processes):
-            command = [sys.executable, "-m", "bytewax.run", "tests.all_tables", *arguments]
+            command = [sys.executable, "-m", "bytewax.run", "harness.all_tables", *arguments]
             if processes > 1:
                 command += ["-i", str(number), "-a", addresses]
             if self.report.recovery:
@@ -503,7 +503,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--major", type=int, default=18)
     parser.add_argument("--no-recovery", dest="recovery", action="store_false", help="run the flow without -r")
-    parser.add_argument("--break", dest="mistake", default="", help="a mistake of tests/faults.py, which must be seen")
+    parser.add_argument("--break", dest="mistake", default="", help="a mistake of harness.faults, which must be seen")
     options = parser.parse_args()
     begun = time.monotonic()
     report = run(

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Database
+from harness.database import Database
+from harness.flow import Flow, confirmed, failure, following, publish, wait_for
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from test_flow import Flow, confirmed, following, publish, wait_for
 
 from pgoutput_source.embedded import Server
 
@@ -105,13 +105,6 @@ def test_one_clear_error(db: Database, tmp_path: Path, spoil: Spoil, error: str,
     assert "Traceback" not in said
     assert confirmed(db) == before
     assert not [file for file in tmp_path.glob("out/*.parquet") if file.name != "foreign.parquet"]
-
-
-def failure(flow: Flow, *arguments: str) -> tuple[str, int]:
-    """What a run says that must fail, and its exit code."""
-    process = flow.start("-s", "0", *arguments, PGOUTPUT_UNTIL="current", PGOUTPUT_SLOT_WAIT_SECONDS="1")
-    _, said = process.communicate(timeout=60)
-    return said, process.returncode
 
 
 def test_a_slot_in_use(db: Database, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from test_conformance import CASES
+from harness.conformance_cases import CASES
 
 HERE = Path(__file__).parent
 
@@ -212,7 +212,7 @@ BEHAVIOURS: dict[str, str] = {
 def numbered() -> dict[int, set[str]]:
     """The tests that carry each number in their name, and the lines of the table."""
     found: dict[int, set[str]] = {}
-    for file in sorted(HERE.glob("test_*.py")):
+    for file in sorted(HERE.rglob("test_*.py")):
         for name in functions(file.stem):
             if span := re.match(r"test_cases_(\d+)_to_(\d+)_", name):
                 numbers = [*range(int(span[1]), int(span[2]) + 1)]
@@ -230,7 +230,7 @@ def numbered() -> dict[int, set[str]]:
 
 @cache
 def functions(module: str) -> set[str]:
-    tree = ast.parse((HERE / f"{module}.py").read_text())
+    tree = ast.parse(next(HERE.rglob(f"{module}.py")).read_text())
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import Database
-from one_table import ordered
+from harness.database import Database
+from harness.one_table import ordered
 
 from pgoutput_source.embedded import shop
 from pgoutput_source.parquet.read import read

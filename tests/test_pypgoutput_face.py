@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from conftest import Database
+from harness.database import Database
 from psycopg.conninfo import conninfo_to_dict
 
 from pgoutput_source.errors import PublicationError, SlotInUse

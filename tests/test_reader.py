@@ -17,7 +17,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Database
+from harness.database import Database
 
 from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.errors import (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from bytewax.testing import run_main
-from conftest import Database
+from harness.database import Database
 
 from pgoutput_source import types
 from pgoutput_source.changes.schema import METADATA_COLUMNS

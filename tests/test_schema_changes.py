@@ -18,8 +18,8 @@ import pytest
 from bytewax.dataflow import Dataflow
 from bytewax.recovery import RecoveryConfig, init_db_dir
 from bytewax.testing import run_main
-from conftest import Database
-from notation import peeked, rendered
+from harness.database import Database
+from harness.notation import peeked, rendered
 
 import pgoutput_source.operators as cdc
 from pgoutput_source import ParquetSink, PgOutputSource, read

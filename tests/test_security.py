@@ -13,11 +13,10 @@ from pathlib import Path
 import psycopg
 import pyarrow.parquet as pq
 import pytest
-from conftest import Database
+from harness.database import Database
+from harness.flow import ROOT, Flow, failure, publish
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from test_bad_input import failure
-from test_flow import ROOT, Flow, publish
 
 from pgoutput_source import PgOutputReader, cli, peek
 from pgoutput_source.embedded import Server, find_binaries

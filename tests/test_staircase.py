@@ -135,3 +135,18 @@ def test_public_names_say_what_they_are(name: str) -> None:
 def test_examples_in_docstrings_run(name: str) -> None:
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert failed == 0
+
+
+def test_a_test_never_imports_from_another_test() -> None:
+    tests = Path(__file__).parent
+    for file in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith(("test_", "conftest"))], file
+
+
+def test_the_tests_mirror_the_package() -> None:
+    rooms = {folder.name for folder in Path(__file__).parent.iterdir() if any(folder.glob("test_*.py"))}
+
+    assert rooms <= {name for name in STAIRCASE if (ROOT / name).is_dir()}

@@ -1,0 +1,172 @@
+"""`current` against the tables themselves: the rows that a folder's changes leave are those that PostgreSQL has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import bytewax.operators as op
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from bytewax.dataflow import Dataflow
+from bytewax.testing import run_main
+from harness.database import Database
+from harness.workload import Row, Workload, differences, tables
+
+import pgoutput_source.operators as cdc
+from pgoutput_source import ChangeBatch, ParquetSink, PgOutputSource, current, read
+from pgoutput_source.dataflow import gate
+from pgoutput_source.embedded import shop
+from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.testing import batch
+
+
+def captured(database: Database, out: Path, **options: Any) -> None:
+    """All changes of all tables in a folder."""
+    flow = Dataflow("all_tables")
+    source = PgOutputSource(database.dsn, slot="cdc", publication="cdc", until="current")
+    batches = op.flat_map("batches", op.input("in", flow, source), list)
+    cdc.output("out", batches, ParquetSink(out, **options))
+    run_main(flow, epoch_interval=timedelta(seconds=1))  # type: ignore[no-untyped-call]
+    gate.finish()
+
+
+def mirrored(folder: Path, name: str) -> Counter[Row]:
+    table = current(folder, key="id", table=name)
+    assert table["_unchanged"].null_count == len(table)
+    own = [column for column in table.column_names if not column.startswith("_")]
+    rows = table.select(own).to_pylist()
+    return Counter(tuple((k, v) for k, v in row.items() if v is not None) for row in rows)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_current_rows_are_those_of_the_tables(db: Database, tmp_path: Path, seed: int) -> None:
+    with Workload(db.dsn, seed=seed, tables=9, largest=300) as workload:
+        with db.connect() as connection:
+            connection.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
+            connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+        workload.run(6_000)
+        captured(db, tmp_path, max_rows=300)
+        expected = tables(workload)
+        changed = {pq.read_schema(file).metadata[b"pg.table"].decode() for file in tmp_path.glob("*.parquet")}
+        history = read(tmp_path, table="public.t1").to_table()
+
+        found = {name: mirrored(tmp_path, name) for name in changed}
+
+        assert differences({name: rows for name, rows in found.items() if rows}, expected) == []
+        assert history["_unchanged"].null_count < len(history)
+        assert {"I", "U", "D"} <= set(history["_op"].to_pylist())
+
+
+def test_current_rows_of_latest_and_of_aggregate_are_what_postgresql_says(db: Database, tmp_path: Path) -> None:
+    shop.create(db.dsn)
+    connection = db.connect()
+    connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+    work = shop.Workload(db.dsn, seed=3)
+    work.run(lambda _: work.totals.changes > 8_000)
+    flow = Dataflow("orders")
+    source = PgOutputSource(db.dsn, slot="cdc", publication="shop", until="current", max_frames=1000)
+    orders = cdc.table("orders", op.input("in", flow, source), "public.orders")
+    cdc.output("history", orders, ParquetSink(tmp_path / "history"))
+    cdc.output("mirror", cdc.latest("latest", orders), ParquetSink(tmp_path / "mirror"))
+    sales = cdc.aggregate("group", orders, by="status", count=True, sum="amount")
+    cdc.output("sales", sales, ParquetSink(tmp_path / "sales"))
+    run_main(flow, epoch_interval=timedelta(seconds=1))  # type: ignore[no-untyped-call]
+    gate.finish()
+
+    own = ["id", "customer_id", "status", "amount", "note", "placed_at", "updated_at"]
+    expected = connection.execute(f"SELECT {', '.join(own)} FROM orders ORDER BY id".encode()).fetchall()
+    for folder in ("history", "mirror"):
+        rows = current(tmp_path / folder, key="id").select(own).sort_by("id").to_pylist()
+        assert [tuple(row.values()) for row in rows] == expected
+    groups = current(tmp_path / "sales", key="status").select(["status", "count", "amount_sum"]).sort_by("status")
+    query = "SELECT status, count(*), sum(amount) FROM orders GROUP BY status ORDER BY status"
+    assert [tuple(row.values()) for row in groups.to_pylist()] == connection.execute(query).fetchall()
+    assert read(tmp_path / "history").count_rows() > read(tmp_path / "mirror").count_rows() > len(expected)
+
+
+TYPES = {"id": pa.int64(), "n": pa.int64(), "note": pa.utf8()}
+
+
+def write(folder: Path, *batches: ChangeBatch) -> Path:
+    for number, each in enumerate(batches):
+        pq.write_table(pa.table(each), folder / f"{number}.parquet")
+    return folder
+
+
+def change(*changes: Any, **kind: Any) -> ChangeBatch:
+    return batch("public.t", list(changes), **{"types": TYPES, **kind})
+
+
+def rows(folder: Path, key: Any = "id") -> list[tuple[Any, ...]]:
+    table = current(folder, key=key)
+    return [tuple(row.values()) for row in table.select(["id", "n", "note", "_unchanged"]).to_pylist()]
+
+
+def test_a_value_follows_its_row_through_changes_of_its_key_even_when_files_hold_them_twice(tmp_path: Path) -> None:
+    changes = [
+        ("I", {"id": 1, "n": 1, "note": "one"}),
+        ("I", {"id": 2, "n": 1, "note": "two"}),
+        ("U", {"id": 3, "n": 1}, {"id": 1}),
+        ("U", {"id": 1, "n": 2}, {"id": 2}),
+        ("U", {"id": 2, "n": 3}, {"id": 3}),
+        ("U", {"id": 4, "n": 3}, {"id": 2}),
+        ("I", {"id": 2, "n": 9, "note": "new"}),
+        ("D", {"id": 2}, {"id": 2}),
+    ]
+    twice = change(*changes, unchanged={i: ["note"] for i in range(2, 6)})
+    assert rows(write(tmp_path, twice, twice)) == [(1, 2, "two", None), (4, 3, "one", None)]
+
+
+def test_what_the_files_never_had_is_not_known_and_no_null(tmp_path: Path) -> None:
+    few = {"id": pa.int64(), "n": pa.int64()}
+    folder = write(
+        tmp_path,
+        change(("U", {"id": 1, "n": 1}), ("I", {"id": 2, "n": 1}), types=few),
+        change(
+            ("U", {"id": 1, "n": 2}),
+            ("U", {"id": 2, "n": 2}),
+            ("I", {"id": 3, "n": 3}),
+            ("U", {"id": 3, "n": 4}),
+            unchanged={0: ["note"], 1: ["note"], 3: ["note"]},
+            lsn=2000,
+        ),
+    )
+    assert rows(folder) == [(1, 2, None, ["note"]), (2, 2, None, ["note"]), (3, 4, None, None)]
+
+
+def test_a_text_that_its_type_can_not_hold_is_filled_in_as_that_text(tmp_path: Path) -> None:
+    made = change(("I", {"id": 1, "n": 1}), ("U", {"id": 1, "n": 2}), unchanged={1: ["note"]})
+    index = made.data.schema.get_field_index("_raw")
+    field = made.data.schema.field(index)
+    raw = pa.array([[("note", "{{1}}")], None], field.type)
+    folder = write(tmp_path, made.replace(made.data.set_column(index, field, raw)))
+    assert current(folder, key="id")["_raw"].to_pylist() == [[("note", "{{1}}")]]
+
+
+def test_a_truncate_forgets_and_what_comes_after_it_stays(tmp_path: Path) -> None:
+    made = change(("I", {"id": 1, "n": 1}), ("T", None), ("I", {"id": 2, "n": 1}))
+    assert rows(write(tmp_path, made)) == [(2, 1, None, None)]
+    assert rows(write(tmp_path, change(("I", {"id": 1}), ("T", None)))) == []
+
+
+def test_a_key_of_several_columns_with_nulls(tmp_path: Path) -> None:
+    made = change(("I", {"id": 1}), ("I", {"id": 1, "n": 1}), ("U", {"id": 1, "note": "x"}), identity="f")
+    assert rows(write(tmp_path, made), key=["id", "n"]) == [(1, 1, None, None), (1, None, "x", None)]
+
+
+def test_what_can_not_be_answered_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no changes of any table"):
+        current(tmp_path, key="id")
+    write(
+        tmp_path, change(("I", {"id": 1, "n": 1}), ("D", {"id": 1}, {"id": 1})), batch("public.u", [("I", {"id": 1})])
+    )
+    with pytest.raises(ConfigurationError, match=r"several tables\n.*public.t, public.u"):
+        current(tmp_path, key="id")
+    with pytest.raises(ConfigurationError, match="no column 'nr'"):
+        current(tmp_path, key="nr", table="public.t")
+    with pytest.raises(ConfigurationError, match="deletes come without n"):
+        current(tmp_path, key="n", table="public.t")
