@@ -44,7 +44,9 @@ from psycopg.conninfo import make_conninfo
 
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.embedded import Server
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.definitions import Definitions
+from pgoutput_source.postgres.slots import slot_state
+from pgoutput_source.postgres.system import current_lsn
 from pgoutput_source.stream.replication import ReplicationStream
 
 ROOT = Path(__file__).parent.parent
@@ -430,11 +432,11 @@ class Chaos:
         """Every change since the slots were made, read by one undisturbed stream."""
         made: dict[str, list[pa.Table]] = defaultdict(list)
         with self.sql() as connection:
-            end = catalog.current_lsn(connection)
-            state = catalog.slot_state(connection, self.slots[1])
+            end = current_lsn(connection)
+            state = slot_state(connection, self.slots[1])
         assert state is not None
         assert state.confirmed_flush_lsn is not None
-        assembler = Assembler((), look_up=catalog.defined_types(self.dsn))
+        assembler = Assembler((), look_up=Definitions(self.dsn))
         with ReplicationStream(self.dsn, slot=self.slots[1], publications=["cdc"]) as stream:
             stream.start(state.confirmed_flush_lsn)
             while assembler.in_transaction or max(assembler.end_lsn, stream.keepalive_lsn) < end:

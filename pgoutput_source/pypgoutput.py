@@ -7,8 +7,8 @@ from psycopg.conninfo import make_conninfo
 
 from pgoutput_source.changes.events import ChangeEvent
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.postgres import catalog
 from pgoutput_source.postgres.connection import Connection
+from pgoutput_source.postgres.creation import create_publication_and_slot
 from pgoutput_source.reader import PgOutputReader
 
 
@@ -53,7 +53,7 @@ class LogicalReplicationReader(PgOutputReader):
         self.open()
 
     def _prepare(self, connection: Connection) -> None:
-        catalog.create_publication_and_slot(connection, slot=self.settings.slot, publications=())
+        create_publication_and_slot(connection, slot=self.settings.slot, publications=())
 
     def __next__(self) -> ChangeEvent:
         if isinstance(self._given, ChangeEvent):

@@ -27,14 +27,20 @@ from pgoutput_source.changes.schema import TableSchema
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.decode.in_progress import streamed
 from pgoutput_source.decode.relations import Relations
+from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import ConfigurationError, PgOutputError
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres import checks
 from pgoutput_source.postgres.connection import Connection, connect, quote_name, server_error
+from pgoutput_source.postgres.creation import create
+from pgoutput_source.postgres.definitions import Definitions
+from pgoutput_source.postgres.publications import binary_option
+from pgoutput_source.postgres.system import identify
 from pgoutput_source.postgres.table_facts import table_facts, table_schema
 from pgoutput_source.protocol.wire import Lsn, XLogData
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream import start
 from pgoutput_source.stream.heartbeat import Heartbeat
+from pgoutput_source.stream.history import History
 from pgoutput_source.stream.replication import ReplicationStream
 from pgoutput_source.stream.timeline import Timeline
 from pgoutput_source.types import types_of
@@ -125,14 +131,14 @@ class PgOutputReader:
         if self._stream is not None or self._closed:
             return
         settings = self.settings
-        self._dsn = catalog.connection_string(settings)
+        self._dsn = connection_string(settings.dsn)
         with start.connect(self._dsn, settings) as connection:
             self._prepare(connection)
-            catalog.check(connection, settings)
-            system = catalog.identify(connection)
-            self._until = catalog.target(connection, settings)
+            checks.check(connection, settings)
+            system = identify(connection)
+            self._until = start.stop_at(connection, settings)
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", settings.slot))
-        look_up = catalog.defined_types(self._dsn)
+        look_up = Definitions(self._dsn)
         self._assembler = Assembler(
             origin,
             on_misfit=settings.on_misfit,
@@ -145,14 +151,14 @@ class PgOutputReader:
         self._stream.start(Lsn(0))
         self._confirmed = self._fetched = self._stream.acknowledged
         self._timeline = Timeline(self._dsn, self._stream)
-        self._history = start.History(settings)
+        self._history = History(settings)
         self._generation = self._stream.generation
         self._heartbeat = Heartbeat(self._dsn, settings.slot, settings.heartbeat_seconds)
         logger.info("slot %s: streaming from %s", settings.slot, self._confirmed)
 
     def _prepare(self, connection: Connection) -> None:
         if self.settings.create:
-            catalog.create(connection, self.settings)
+            create(connection, self.settings)
 
     def stop(self) -> None:
         """End the iteration before the next change; from another thread or a signal handler. Nothing is lost by it."""
@@ -384,8 +390,8 @@ class PgOutputReader:
         Raises:
             ConfigurationError: There is no such table.
         """
-        with connect(catalog.connection_string(self.settings)) as connection:
-            schema = table_schema(connection, table, Relations((), catalog.defined_types(self._dsn)))
+        with connect(connection_string(self.settings.dsn)) as connection:
+            schema = table_schema(connection, table, Relations((), Definitions(self._dsn)))
             return row_model(schema, table_facts(connection, schema))
 
     def _facts_of(self, schema: TableSchema) -> TableFacts | None:
@@ -458,17 +464,17 @@ def peek(
         ()
     """
     settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication, binary=binary)
-    where = catalog.connection_string(settings)
+    where = connection_string(settings.dsn)
     with connect(where) as connection:
-        catalog.check(connection, settings)
-        system = catalog.identify(connection)
+        checks.check(connection, settings)
+        system = identify(connection)
         origin = (("system", str(system.system_id)), ("database", system.database), ("slot", slot))
         types = types_of(system.server_version)
-        assembler = Assembler(origin, look_up=catalog.defined_types(where), types=types)
+        assembler = Assembler(origin, look_up=Definitions(where), types=types)
         sets = []
         names = ",".join(map(quote_name, settings.publication))
         options = {"proto_version": "1", "publication_names": names, "messages": "true"}
-        options |= catalog.binary_option(connection, binary, settings.publication)
+        options |= binary_option(connection, binary, settings.publication)
         if connection.info.parameter_status("server_encoding") == "SQL_ASCII":
             connection.execute("SET client_encoding = 'SQL_ASCII'")  # as in `walsender`
         try:

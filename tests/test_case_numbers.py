@@ -43,13 +43,13 @@ ELSEWHERE: dict[int, str] = {
     128: "test_replication::test_a_terminated_walsender_is_replaced_and_nothing_is_lost",
     129: "test_replication::test_a_slot_that_stays_in_use_names_its_holder",
     130: "test_replication::test_a_slot_that_is_lost_meanwhile_is_not_tried_again",
-    131: "test_catalog::test_a_slot_that_can_not_be_used_is_refused_with_its_remedy",
+    131: "test_checks::test_a_slot_that_can_not_be_used_is_refused_with_its_remedy",
     132: "test_replication::test_a_walsender_streams_from_a_slot_once_and_then_ends",
     133: "test_reader::test_a_cancelled_task_loses_nothing",
-    137: "test_catalog::test_a_role_without_rights_is_told_what_it_lacks",
+    137: "test_checks::test_a_role_without_rights_is_told_what_it_lacks",
     138: "test_reconcile::test_a_promoted_standby_goes_on_where_the_primary_was_killed",
     139: "test_reconcile::test_a_state_of_another_server",
-    142: "test_catalog::test_the_creation_of_a_slot_says_what_it_waits_for",
+    142: "test_checks::test_the_creation_of_a_slot_says_what_it_waits_for",
     180: "test_types_stream::test_copy_decoded_by_the_same_table_equals_the_stream",
 }
 
@@ -113,7 +113,7 @@ BEHAVIOURS: dict[str, str] = {
     ),
     "a value that its Arrow type can't hold is never NULL": "test_types::test_a_decoded_value_is_the_servers_value",
     "settings of role and database do not shape values": (
-        "test_catalog::test_settings_of_role_and_database_do_not_shape_values"
+        "test_checks::test_settings_of_role_and_database_do_not_shape_values"
     ),
     "enums, domains, composites and extensions": (
         "test_defined_types::test_enums_domains_composites_ranges_and_extensions_are_typed"
@@ -149,7 +149,7 @@ BEHAVIOURS: dict[str, str] = {
     "partitions that are attached and detached": "test_conformance 95",
     "inheritance": "test_conformance 96",
     "a publication that is missing where a change stands": "test_conformance 77",
-    "a publication and a slot are made where that is asked for": "test_catalog::test_what_is_created_passes_the_check",
+    "a publication and a slot are made where that is asked for": "test_checks::test_what_is_created_passes_the_check",
     "tables that are not published move the slot all the same": (
         "test_flow::test_an_idle_publication_lets_the_wal_of_other_tables_go"
     ),
@@ -165,7 +165,7 @@ BEHAVIOURS: dict[str, str] = {
     "a signal publishes and acknowledges": "test_flow::test_a_signal_drains_publishes_and_acknowledges",
     "what is replayed is the source": "test_flow::test_files_replayed_equal_the_tables",
     "a slot that is gone, moved or another's": "test_reconcile::test_a_slot_that_does_not_fit",
-    "a slot that was invalidated": "test_catalog::test_a_slot_whose_wal_is_gone_is_lost",
+    "a slot that was invalidated": "test_checks::test_a_slot_whose_wal_is_gone_is_lost",
     "a resume state that is corrupt": "test_bad_input::test_a_recovery_folder_that_is_corrupt",
     "a standby as source, and its promotion": "test_standby::test_a_standby_is_read_while_it_is_promoted",
     "servers that stop, crash and stay away": "test_replication::test_a_server_that_crashes_is_waited_for",
@@ -191,7 +191,7 @@ BEHAVIOURS: dict[str, str] = {
     "a sink that fails loses nothing": "test_failing_sinks::test_a_sink_that_fails",
     # Operation
     "what is missing at the server is told with its remedy": (
-        "test_catalog::test_a_slot_that_can_not_be_used_is_refused_with_its_remedy"
+        "test_checks::test_a_slot_that_can_not_be_used_is_refused_with_its_remedy"
     ),
     "TLS as libpq does it": "test_security::test_tls_modes",
     "passwords and values are in no text": "test_security::test_passwords_and_row_values_are_nowhere_but_in_the_files",

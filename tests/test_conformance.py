@@ -29,7 +29,8 @@ from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import PublicationError, SchemaChanged, SlotMismatch
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres import checks
+from pgoutput_source.postgres.slots import slot_state
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
 
@@ -259,7 +260,7 @@ def test_case_105_a_two_phase_slot_is_refused(bare: Database) -> None:
     settings = SourceSettings.of(dsn=bare.dsn, slot="two", publication="p")
 
     with pytest.raises(SlotMismatch, match="two-phase") as caught:
-        catalog.check(slot.connection, settings)
+        checks.check(slot.connection, settings)
     assert "slot without" in (caught.value.hint or "")
     for streaming in ("off", "on"):
         with pytest.raises(SlotMismatch, match="two-phase"):
@@ -292,7 +293,7 @@ def test_case_103_104_105_what_was_prepared_comes_when_it_is_committed_whoever_r
     assert [seq for _, seq in positions(found)] == [*range(3000), 0]
     assert acknowledged(bare, streaming=streaming) == []
     # Asking for it once would turn the slot into one that brings rows before they are committed, for ever.
-    state = catalog.slot_state(slot.connection, "s")
+    state = slot_state(slot.connection, "s")
     assert state is not None
     assert state.two_phase is False
 

@@ -27,7 +27,7 @@ from pgoutput_source.changes import ChangeSet
 from pgoutput_source.dataflow import gate
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.errors import SchemaChanged, SinkError
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.definitions import Definitions
 
 
 def captured(db: Database, *statements: str) -> psycopg.Connection[Any]:
@@ -72,7 +72,7 @@ def test_case_60_a_name_that_another_table_has_now_is_nobody_elses(any_db: Datab
     frames = peeked(c)
     second = "s2.x" if any_db.server.major >= 16 else "s1.x"
 
-    found = list(fed(Assembler(look_up=catalog.defined_types(any_db.dsn)), frames, step))
+    found = list(fed(Assembler(look_up=Definitions(any_db.dsn)), frames, step))
     assert rendered(found) == f"+s1.x{{1}} | +{second}{{2}} | +s1.x{{10}} | +s2.x{{3}} | T(s2.x) | +s1.x{{11}}"
 
     # Without the catalogue the two would be one table, and the third row of the first a row of the second.
@@ -84,7 +84,7 @@ def test_case_60_a_new_connection_is_told_the_new_name(any_db: Database) -> None
     c = captured(any_db, "CREATE SCHEMA s1", "CREATE TABLE s1.x (id int)")
     for statement in RENAMED[:3]:
         c.execute(statement.encode())
-    assembler = Assembler(look_up=catalog.defined_types(any_db.dsn))
+    assembler = Assembler(look_up=Definitions(any_db.dsn))
     assembler.feed(peeked(c))
     c.execute("SELECT pg_replication_slot_advance('s', pg_current_wal_lsn())")
     c.execute("INSERT INTO s2.x VALUES (4)")
@@ -98,7 +98,7 @@ def test_case_60_a_row_of_a_table_whose_name_nobody_knows_is_refused(any_db: Dat
     c = captured(any_db, "CREATE SCHEMA s1", "CREATE TABLE s1.x (id int)")
     for statement in (*RENAMED, "DROP SCHEMA s2 CASCADE"):
         c.execute(statement.encode())
-    sets = fed(Assembler(look_up=catalog.defined_types(any_db.dsn)), peeked(c), step)
+    sets = fed(Assembler(look_up=Definitions(any_db.dsn)), peeked(c), step)
 
     if any_db.server.major >= 16:
         assert "+s2.x{3} | T(s2.x) | +s1.x{11}" in rendered(list(sets))
@@ -119,7 +119,7 @@ def test_a_table_that_is_dropped_and_made_again_is_two_versions_of_one_name(any_
     c.execute(
         "ALTER TABLE t RENAME TO old; CREATE TABLE t (id int); INSERT INTO t VALUES (2); INSERT INTO old VALUES (3)"
     )
-    sets = list(fed(Assembler(look_up=catalog.defined_types(any_db.dsn)), peeked(c), step))
+    sets = list(fed(Assembler(look_up=Definitions(any_db.dsn)), peeked(c), step))
 
     assert rendered(sets) == "+t{1,a} | ~t{1,b} | +t{new} | +t{2} +old{3}"
     assert len({b.schema.relation_id for s in sets for b in s.batches}) == 3

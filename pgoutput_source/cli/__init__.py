@@ -10,8 +10,11 @@ from pathlib import Path
 
 from pgoutput_source import __version__
 from pgoutput_source.cli import demo, resync
+from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import PgOutputError
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres import checks
+from pgoutput_source.postgres.connection import connect
+from pgoutput_source.postgres.system import current_lsn
 from pgoutput_source.settings import SourceSettings
 
 
@@ -94,9 +97,9 @@ def _settings(arguments: argparse.Namespace) -> SourceSettings:
 
 def _check(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
-    with catalog.connect(catalog.connection_string(settings)) as conn:
-        slot = catalog.check(conn, settings)
-        now = catalog.current_lsn(conn)
+    with connect(connection_string(settings.dsn)) as conn:
+        slot = checks.check(conn, settings)
+        now = current_lsn(conn)
     lag = now - (slot.confirmed_flush_lsn or now)
     print(f"slot {slot.name}: ready, acknowledged up to {slot.confirmed_flush_lsn}, {lag:,d} bytes of WAL to read")
     return 0

@@ -22,9 +22,13 @@ from typing import Any
 import psycopg
 
 from pgoutput_source.dataflow.recovery import TABLES, Tables, opened, parts, progress, resume_epoch
+from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import PublicationError, SlotInUse, SlotLost, StateError
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres import checks
 from pgoutput_source.postgres.connection import Connection, connect, missing_publication_hint, server_error
+from pgoutput_source.postgres.publications import find_publications, published_tables
+from pgoutput_source.postgres.slots import create_slot, slot_state
+from pgoutput_source.postgres.system import System, current_lsn, identify, setting
 from pgoutput_source.protocol.wire import PG_EPOCH_US, Lsn, pg_datetime
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream import start
@@ -73,7 +77,7 @@ def run(settings: SourceSettings, folders: Sequence[Path], *, yes: bool) -> int:
         SlotMismatch, SlotInUse: The slot is somebody else's, or a flow reads from it.
     """
     store = RecoveryFolder(folders, settings.slot) if folders else None
-    dsn = catalog.connection_string(settings)
+    dsn = connection_string(settings.dsn)
     with connect(dsn) as conn:
         gap = find(conn, dsn, settings, store)
         if gap is None:
@@ -96,16 +100,16 @@ def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFo
     Raises:
         StateError, PublicationError, SlotMismatch, SlotInUse: See `run`.
     """
-    catalog.check_server(conn)
-    missing = [name for name in settings.publication if name not in catalog.publications(conn, settings.publication)]
+    checks.check_server(conn)
+    missing = [name for name in settings.publication if name not in find_publications(conn, settings.publication)]
     if missing:
         raise PublicationError(
             f"there is no publication {', '.join(map(repr, missing))}, and it must be older than the slot",
             hint=missing_publication_hint(settings.slot, missing),
         )
-    system = catalog.identify(conn)
+    system = identify(conn)
     seen = None if store is None else _seen(dsn, store.state, system)
-    slot = catalog.slot_state(conn, settings.slot)
+    slot = slot_state(conn, settings.slot)
     if slot is None:
         reason, known, end = "is not there", None, None
     else:
@@ -115,7 +119,7 @@ def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFo
             )
         known, end = slot.confirmed_flush_lsn, slot.confirmed_flush_lsn
         try:
-            catalog.check_slot(conn, slot)
+            checks.check_slot(conn, slot)
             reason = "was moved past the flow's state, or made anew"
             if seen is None or known is None or known <= seen:
                 return None
@@ -126,15 +130,15 @@ def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFo
         reason=reason,
         anew=end is None,
         start=known if seen is None else seen,
-        end=catalog.current_lsn(conn) if end is None else end,
+        end=current_lsn(conn) if end is None else end,
         last_commit=pg_datetime(state["commit_ts"] - PG_EPOCH_US) if state.get("commit_ts") is not None else None,
         saved=None if store is None else store.saved,
-        commit_times=catalog.setting(conn, "track_commit_timestamp") == "on",
-        tables=catalog.published_tables(conn, settings.publication),
+        commit_times=setting(conn, "track_commit_timestamp") == "on",
+        tables=published_tables(conn, settings.publication),
     )
 
 
-def _seen(dsn: str, state: State, system: catalog.System) -> Lsn:
+def _seen(dsn: str, state: State, system: System) -> Lsn:
     """Up to where the flow has seen everything, on this server's timeline."""
     position, lsn = start.positions(state, system)
     lsn = start.on_timeline(dsn, state["timeline"], system.timeline, position, lsn)
@@ -183,18 +187,18 @@ def reanchor(conn: Connection, settings: SourceSettings, gap: Gap, store: Recove
         StateError: The recovery folder is in use, or can't be written.
     """
     if gap.anew:
-        old = catalog.slot_state(conn, settings.slot)
+        old = slot_state(conn, settings.slot)
         if old is not None:
             try:
                 conn.execute("SELECT pg_drop_replication_slot(%s)", [settings.slot])
             except psycopg.Error as e:
                 raise server_error(e, slot=settings.slot) from e
-        catalog.create_slot(conn, settings.slot, failover=bool(old and old.failover))
-    slot = catalog.slot_state(conn, settings.slot)
+        create_slot(conn, settings.slot, failover=bool(old and old.failover))
+    slot = slot_state(conn, settings.slot)
     if slot is None or slot.confirmed_flush_lsn is None:
         raise SlotLost(f"slot {settings.slot!r} is gone again", hint="somebody else dropped it: run resync again")
     if store is not None:
-        timeline = catalog.identify(conn).timeline
+        timeline = identify(conn).timeline
         store.write(
             store.state | {"timeline": timeline, "lsn": int(slot.confirmed_flush_lsn), "commit_lsn": None, "seq": None}
         )

@@ -14,8 +14,6 @@ Bytewax also calls on errors, and at the end of a run before the last commit).
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -29,12 +27,16 @@ from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.dataflow import gate, recovery, shutdown
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.decode.in_progress import streamed
-from pgoutput_source.embedded import shop
-from pgoutput_source.postgres import catalog
+from pgoutput_source.embedded import connection_string
+from pgoutput_source.postgres.connection import connect
+from pgoutput_source.postgres.creation import create
+from pgoutput_source.postgres.definitions import Definitions
+from pgoutput_source.postgres.system import identify
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream import start
 from pgoutput_source.stream.heartbeat import Heartbeat
+from pgoutput_source.stream.history import History
 from pgoutput_source.stream.replication import ReplicationStream
 from pgoutput_source.stream.start import STATE_VERSION, State
 from pgoutput_source.stream.timeline import Timeline
@@ -135,16 +137,13 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         shutdown.show_log()
         self.settings = settings
         self.slot = settings.slot
-        dsn = catalog.connection_string(settings)
-        self.dsn = dsn
-        if settings.dsn is None:
-            _open_shop(dsn)
+        dsn = self.dsn = connection_string(settings.dsn, shop=True)
         with start.connect(dsn, settings) as conn:
             if settings.create and state is None:
-                catalog.create(conn, settings)
+                create(conn, settings)
             slot = start.check(conn, dsn, settings, state)
-            system = catalog.identify(conn)
-            self.until = catalog.target(conn, settings)
+            system = identify(conn)
+            self.until = start.stop_at(conn, settings)
         position, acknowledged = start.reconcile(state, settings, slot, system)
         if state is not None:
             acknowledged = start.on_timeline(dsn, state["timeline"], system.timeline, position, acknowledged)
@@ -154,7 +153,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             origin,
             skip_until=position,
             on_misfit=settings.on_misfit,
-            look_up=catalog.defined_types(dsn),
+            look_up=Definitions(dsn),
             streamed=streamed(settings),
             types=types_of(system.server_version),
             known_tables=None if settings.on_schema_change == "evolve" else (state or {}).get("tables", {}),
@@ -162,7 +161,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.stream = ReplicationStream.of(dsn, settings)
         self.stream.start(Lsn(0) if state is None else acknowledged)
         acknowledged = max(acknowledged, self.stream.acknowledged)
-        self.history = start.History(settings, state)
+        self.history = History(settings, state)
         self.history.connected(self.stream.confirmed)
         self.timeline = Timeline(dsn, self.stream)
         self.acknowledged = acknowledged
@@ -299,8 +298,8 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         raise AbortExecution if self.in_main_thread else shutdown.Drained
 
     def _behind(self) -> bool:
-        with catalog.connect(self.dsn) as conn:
-            return catalog.identify(conn).lsn > self.acknowledged
+        with connect(self.dsn) as conn:
+            return identify(conn).lsn > self.acknowledged
 
     def _count(self, changes: ChangeSet) -> None:
         size = sum(b.data.nbytes for b in changes.batches) if not self.in_main_thread else 0
@@ -314,19 +313,3 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         if self.assembler.skipped:
             metrics.SKIPPED.labels(self.slot).inc(self.assembler.skipped)
             self.assembler.skipped = 0
-
-
-def _open_shop(dsn: str) -> None:
-    """The embedded server would have nothing to say: it gets a shop, which takes orders for as long as this runs."""
-    if _shops:
-        return
-    shop.create(dsn)
-    command = [sys.executable, "-m", "pgoutput_source.embedded.shop", "--rate", "500"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stdin is not None
-    process.stdin.write(dsn + "\n")  # not an argument: it holds the password
-    process.stdin.flush()
-    _shops.append(process)  # and its standard input stays open: when we are gone, it closes
-
-
-_shops: list[subprocess.Popen[str]] = []

@@ -6,7 +6,7 @@ no connection is configured: a cluster kept under `.pgoutput/` in the current fo
 """
 
 from pgoutput_source.embedded.binaries import MAJORS, Binaries, find_binaries
-from pgoutput_source.embedded.default import default_dsn
+from pgoutput_source.embedded.default import connection_string, default_dsn
 from pgoutput_source.embedded.server import Server
 
-__all__ = ["MAJORS", "Binaries", "Server", "default_dsn", "find_binaries"]
+__all__ = ["MAJORS", "Binaries", "Server", "connection_string", "default_dsn", "find_binaries"]

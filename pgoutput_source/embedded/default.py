@@ -24,6 +24,27 @@ _mutex = threading.Lock()
 _started: dict[Path, Server] = {}
 
 
+def connection_string(dsn: str | None, *, shop: bool = False) -> str:
+    """The configured connection string, or where there is none that of the embedded server, started when needed.
+
+    Args:
+        dsn: What is configured; None for nothing.
+        shop: Whether the embedded server gets a shop that takes orders for as long as this process runs.
+
+    Raises:
+        EmbeddedError: There is no DSN, and the embedded server can't be had.
+    """
+    if dsn is not None:
+        return dsn
+    dsn = default_dsn()
+    if shop:
+        # Imported with the package, `python -m pgoutput_source.embedded.shop` would find it loaded before it runs.
+        from pgoutput_source.embedded.shop import open_shop
+
+        open_shop(dsn)
+    return dsn
+
+
 def default_dsn(folder: Path | str | None = None) -> str:
     """The connection string of the embedded server that belongs to a folder; made and started when needed.
 

@@ -19,6 +19,7 @@ import json
 import random
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -101,6 +102,30 @@ def create(dsn: str) -> None:
                 connection.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLE {', '.join(TABLES)}")
     except psycopg.Error as error:
         raise ServerError(f"the shop could not be created: {error}") from error
+
+
+def open_shop(dsn: str, *, rate: float = 500) -> None:
+    """Create the shop, and have it take orders in a process that ends with this one. Once it is open, nothing happens.
+
+    Args:
+        dsn: libpq connection string or URL of a role that may create tables and publications.
+        rate: Changed rows per second.
+
+    Raises:
+        ServerError: PostgreSQL refused.
+    """
+    if _open:
+        return
+    create(dsn)
+    command = [sys.executable, "-m", __name__, "--rate", str(rate)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stdin is not None
+    process.stdin.write(dsn + "\n")  # not an argument: it holds the password
+    process.stdin.flush()
+    _open.append(process)  # its standard input stays open, and closes when this process is gone
+
+
+_open: list[subprocess.Popen[str]] = []
 
 
 @dataclasses.dataclass(slots=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import psycopg
@@ -105,6 +106,27 @@ def _conninfo(dsn: str, replication: bool) -> str:
     if replication:
         added["replication"] = "database"
     return make_conninfo(dsn, client_encoding="UTF8", **added)
+
+
+@contextmanager
+def explained(slot: str | None = None) -> Iterator[None]:
+    """What psycopg raises in here is raised as an error of ours.
+
+    Args:
+        slot: The slot that the commands are about, for the message.
+    """
+    try:
+        yield
+    except psycopg.Error as e:
+        raise server_error(e, slot=slot) from e
+
+
+def one_row(conn: Connection, query: str) -> tuple[Any, ...]:
+    """The one row that a query has."""
+    with explained():
+        row = conn.execute(query.encode()).fetchone()
+    assert row is not None, "a query of one row"
+    return tuple(row)
 
 
 class _Refusal(NamedTuple):

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from typing import Any, Final
 
-from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres import checks
+from pgoutput_source.postgres import connection as postgres
 from pgoutput_source.postgres.connection import Connection, resync_hint
-from pgoutput_source.protocol import messages
-from pgoutput_source.protocol.wire import PG_EPOCH_US, XLOG_DATA_HEADER, Lsn
+from pgoutput_source.postgres.slots import SlotState
+from pgoutput_source.postgres.system import System, current_lsn, identify
+from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream.walsender import Walsender, timeline_end
 
@@ -52,7 +52,7 @@ def connect(dsn: str, settings: SourceSettings) -> Connection:
     deadline = time.monotonic() + min(_STARTING, settings.reconnect_seconds)
     while True:
         try:
-            return catalog.connect(dsn)
+            return postgres.connect(dsn)
         except ConnectionFailed as e:
             if e.sqlstate != "57P03" or time.monotonic() > deadline:
                 raise
@@ -60,19 +60,19 @@ def connect(dsn: str, settings: SourceSettings) -> Connection:
             time.sleep(0.5)
 
 
-def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | None) -> catalog.SlotState:
-    """`catalog.check`; for a flow that has a state the absence of its slot means more than for a new one.
+def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | None) -> SlotState:
+    """`checks.check`; for a flow that has a state the absence of its slot means more than for a new one.
 
     Raises:
         SlotNotFound, SlotLost: With what is lost.
-        ServerError: Whatever else `catalog.check` finds.
+        ServerError: Whatever else `checks.check` finds.
     """
     try:
-        return catalog.check(conn, settings)
+        return checks.check(conn, settings)
     except (SlotNotFound, SlotLost) as e:
         if not isinstance(state, dict) or "lsn" not in state:
             raise
-        system = catalog.identify(conn)
+        system = identify(conn)
         message = (
             f"{e.message}, and the recovery folder ends at {Lsn(state['lsn'])}: what was committed after that is lost "
             "to this flow"
@@ -93,7 +93,7 @@ def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | N
 
 
 def reconcile(
-    state: State | None, settings: SourceSettings, slot: catalog.SlotState, system: catalog.System
+    state: State | None, settings: SourceSettings, slot: SlotState, system: System
 ) -> tuple[Position | None, Lsn]:
     """The position to go on behind, and the position that is acknowledged already.
 
@@ -114,7 +114,14 @@ def reconcile(
     return position, lsn
 
 
-def positions(state: State, system: catalog.System) -> tuple[Position | None, Lsn]:
+def stop_at(conn: Connection, settings: SourceSettings) -> Lsn | None:
+    """Where a bounded run ends, as `settings.until` says it; None if it has no end."""
+    if settings.until is None:
+        return None
+    return current_lsn(conn) if settings.until == "current" else Lsn(settings.until)
+
+
+def positions(state: State, system: System) -> tuple[Position | None, Lsn]:
     """The last change that a state has seen, and up to where all was.
 
     Raises:
@@ -160,81 +167,6 @@ def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable
     logger.warning("the server is on timeline %d now, which left timeline %d at %s", now, was, end)
     # Only WAL that was looked through, and had nothing for us, may have been beyond the end.
     return min(durable, end)
-
-
-class History:
-    """Whether the server's history is the one that was given out, as far as the server shows it again.
-
-    It sends again what the slot does not know to be done. If that goes back to before the transaction that was given
-    out last, this one must be among it. A server that was restored from a backup, or a standby that was promoted and
-    never had it, sends others instead, at positions that were used before: they would be dropped as if they came again.
-
-    Args:
-        settings: What is streamed: other publications need not have the same transactions.
-        state: The resume state, None if there is none.
-    """
-
-    def __init__(self, settings: SourceSettings, state: State | None = None) -> None:
-        self._streamed = [*sorted(settings.publication), settings.origin]
-        self._last: tuple[int, int, int] | None = None
-        self._wanted: tuple[int, int, int] | None = None
-        if state is not None and state["commit_lsn"] is not None and state.get("streamed") == self._streamed:
-            self._last = state["commit_lsn"], state["xid"], state["commit_ts"]
-
-    @property
-    def pending(self) -> bool:
-        """Whether the transaction is still to come."""
-        return self._wanted is not None
-
-    @property
-    def commit_ts(self) -> int | None:
-        """When the last transaction was committed, in microseconds of Unix time."""
-        return self._last and self._last[2]
-
-    def state(self) -> State:
-        """What a resume state keeps of it, besides its position."""
-        if self._last is None:
-            return {}
-        return {"xid": self._last[1], "commit_ts": self._last[2], "streamed": self._streamed}
-
-    def given(self, changes: ChangeSet) -> None:
-        """These changes are given out."""
-        if changes.batches:
-            last = max(changes.batches, key=lambda batch: batch.last).data
-            lsn, xid, moment = (last.column(name)[-1] for name in ("_commit_lsn", "_xid", "_commit_ts"))
-            self._last = lsn.as_py(), xid.as_py(), moment.value
-
-    def connected(self, confirmed: Lsn) -> None:
-        """A connection begins to stream from a slot that stands at `confirmed`."""
-        # The server sends a transaction if its commit record begins at the slot's position or after it.
-        self._wanted = self._last if self._last is not None and confirmed <= self._last[0] else None
-
-    def look(self, frames: Iterable[bytes | memoryview], sent: Lsn) -> None:
-        """Look for the transaction in what came; everything up to `sent` has come on this connection.
-
-        Raises:
-            StateError: It did not come.
-        """
-        wanted = self._wanted
-        if wanted is None:
-            return
-        for frame in frames:
-            if frame[XLOG_DATA_HEADER] not in b"Bc":
-                continue
-            match messages.decode(bytes(frame[XLOG_DATA_HEADER:])):
-                case messages.Begin(lsn, commit_ts, xid) | messages.StreamCommit(xid, lsn, _, commit_ts):
-                    if (lsn, xid, commit_ts + PG_EPOCH_US) == wanted:
-                        self._wanted = None
-                        return
-                    if lsn >= wanted[0]:
-                        sent = max(sent, Lsn(wanted[0] + 1))
-                        break
-        if sent > wanted[0]:
-            raise StateError(
-                f"transaction {wanted[1]} at {Lsn(wanted[0])} was given out, and this server never made it: it was "
-                "restored from a backup, or is a standby or another copy that never had it",
-                hint=START_AFRESH,
-            )
 
 
 def admit(walsender: Walsender, system_id: str, seen: Lsn) -> None:

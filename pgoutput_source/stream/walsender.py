@@ -20,8 +20,10 @@ import psycopg
 from psycopg import pq, sql
 
 from pgoutput_source.errors import ConnectionFailed, PgOutputError, PublicationError, ServerError, SlotError, SlotInUse
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres import checks
 from pgoutput_source.postgres.connection import ONE_PROCESS, Connection, connect, quote_name, server_error
+from pgoutput_source.postgres.publications import binary_option
+from pgoutput_source.postgres.slots import slot_state
 from pgoutput_source.protocol.wire import Lsn, StandbyStatus, pg_now
 
 logger = logging.getLogger(__name__)
@@ -112,7 +114,7 @@ class Walsender:
             conn.execute(f"SELECT repeat(' ', {_READ_BUFFER})".encode())
             conn.add_notice_handler(self._note_notice)
             listed = {"publication_names": ",".join(map(quote_name, publications))}
-            self._start(conn, listed | catalog.binary_option(conn, binary, publications) | dict(options))
+            self._start(conn, listed | binary_option(conn, binary, publications) | dict(options))
         except psycopg.Error as e:
             conn.close()
             raise server_error(e, slot=slot) from e
@@ -163,10 +165,10 @@ class Walsender:
             return self._held(conn) or result
         if isinstance(result, SlotError):
             try:
-                catalog.check_server(conn)
-                state = catalog.slot_state(conn, self.slot)
+                checks.check_server(conn)
+                state = slot_state(conn, self.slot)
                 if state is not None:
-                    catalog.check_slot(conn, state)
+                    checks.check_slot(conn, state)
             except ServerError as e:
                 return e
         return result

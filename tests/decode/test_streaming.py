@@ -33,7 +33,7 @@ from pgoutput_source.changes import ChangeSet, Message, Truncate
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.decode.in_progress import StreamedTransactions
 from pgoutput_source.errors import ConfigurationError, DecodeError, PgOutputError, ProtocolError, SpillError
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres import checks
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
 
@@ -523,10 +523,10 @@ def test_options_that_a_server_is_too_old_for_are_refused(any_db: Database) -> N
     for option in ({"streaming": "parallel"}, {"origin": "none"}):
         settings = SourceSettings.of(dsn=any_db.dsn, slot="s", publication="p", **option)
         if any_db.server.major >= 16:
-            catalog.check(c, settings)
+            checks.check(c, settings)
         else:
             with pytest.raises(ConfigurationError, match=rf"needs PostgreSQL 16, and .* runs {any_db.server.major}"):
-                catalog.check(c, settings)
+                checks.check(c, settings)
 
 
 def test_a_file_that_can_not_be_written_is_an_error_that_names_the_folder(

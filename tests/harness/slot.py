@@ -11,7 +11,7 @@ from harness.database import Database
 from harness.notation import peeked
 from pgoutput_source.changes import ChangeSet
 from pgoutput_source.decode.assembler import Assembler
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.definitions import Definitions
 
 T = "CREATE TABLE t (id int PRIMARY KEY, v text)\n"
 
@@ -41,7 +41,7 @@ class Slot:
         self.assembler = self.fresh()
 
     def fresh(self) -> Assembler:
-        return Assembler(look_up=catalog.defined_types(self.database.dsn))
+        return Assembler(look_up=Definitions(self.database.dsn))
 
     def run(self, script: str) -> None:
         run(self.connection, script)

@@ -18,7 +18,7 @@ from pgoutput_source.embedded import Server
 from pgoutput_source.errors import StateError
 from pgoutput_source.protocol.wire import PG_EPOCH_US, Lsn
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.stream import start
+from pgoutput_source.stream.history import History
 
 
 @pytest.fixture
@@ -96,21 +96,21 @@ def test_the_last_transaction_must_come_again_if_the_slot_is_before_it() -> None
     for kind in (begin, commit):
         before = [kind(lsn, rng.randrange(100)) for lsn in range(100, 1000, 100)]
         for others, sent in (([kind(1000, 8)], 900), ([kind(1000, 7, 6)], 900), ([kind(1001, 7)], 900), ([], 1001)):
-            history = start.History(settings, state)
+            history = History(settings, state)
             history.connected(Lsn(1000))
             history.look(before, Lsn(900))
             assert history.pending
             with pytest.raises(StateError, match="transaction 7 at 0/3E8"):
                 history.look(others, Lsn(sent))
-        history = start.History(settings, state)
+        history = History(settings, state)
         history.connected(Lsn(100))
         history.look([*before, kind(1000, 7), kind(2000, 9)], Lsn(3000))
         assert not history.pending
     for other in (None, state | {"streamed": ["a", "any"]}, state | {"commit_lsn": None}, {"commit_lsn": 1000}):
-        history = start.History(settings, other)
+        history = History(settings, other)
         history.connected(Lsn(100))
         assert not history.pending
-    history = start.History(settings, state)
+    history = History(settings, state)
     history.connected(Lsn(1001))
     assert not history.pending
     assert history.state() == {"xid": 7, "commit_ts": 5 + PG_EPOCH_US, "streamed": ["a", "b", "any"]}

@@ -32,8 +32,10 @@ from pgoutput_source.errors import (
     SlotNotFound,
     StateError,
 )
-from pgoutput_source.postgres import catalog
 from pgoutput_source.postgres.connection import connect
+from pgoutput_source.postgres.creation import create_publication_and_slot
+from pgoutput_source.postgres.slots import SlotState, slot_state
+from pgoutput_source.postgres.system import current_lsn
 from pgoutput_source.protocol.wire import XLOG_DATA_HEADER, Lsn
 from pgoutput_source.stream.replication import ReplicationStream
 from pgoutput_source.stream.walsender import Walsender
@@ -52,9 +54,7 @@ class Source:
         self.streams: list[ReplicationStream] = []
 
     def create(self) -> Source:
-        catalog.create_publication_and_slot(
-            self.conn, slot=self.slot, publications=["p", 'We,"Ird'], tables=["public.t"]
-        )
+        create_publication_and_slot(self.conn, slot=self.slot, publications=["p", 'We,"Ird'], tables=["public.t"])
         return self
 
     def stream(self, dsn: str | None = None, *, start: bool = True, **options: Any) -> ReplicationStream:
@@ -65,8 +65,8 @@ class Source:
             stream.start(Lsn(0))
         return stream
 
-    def state(self) -> catalog.SlotState:
-        state = catalog.slot_state(self.conn, self.slot)
+    def state(self) -> SlotState:
+        state = slot_state(self.conn, self.slot)
         assert state is not None
         return state
 
@@ -114,7 +114,7 @@ def own_source(own: Server, request: pytest.FixtureRequest) -> Iterator[Source]:
     source.close()
     own.start()
     with connect(own.dsn()) as conn:
-        wait(lambda: not catalog.slot_state(conn, source.slot).active)  # type: ignore[union-attr]
+        wait(lambda: not slot_state(conn, source.slot).active)  # type: ignore[union-attr]
         conn.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
 
 
@@ -161,7 +161,7 @@ def test_frames_are_what_the_slot_holds(any_source: Source) -> None:
         " 'publication_names', 'p,\"We,\"\"Ird\"', 'messages', 'true')",
         [source.slot],
     ).fetchall()
-    until = catalog.current_lsn(source.conn)
+    until = current_lsn(source.conn)
 
     for limits in ({}, {"max_frames": 7}, {"max_bytes": 1}, {"timeout": 0.0}):
         stream = source.stream()
@@ -178,7 +178,7 @@ def test_a_poll_keeps_its_limits_and_the_rest_stays_with_the_server(source: Sour
     stalled = source.conn.execute(
         "SELECT wait_event FROM pg_stat_activity WHERE backend_type = 'walsender' AND datname = current_database()"
     ).fetchone()
-    rest = read(stream, catalog.current_lsn(source.conn))
+    rest = read(stream, current_lsn(source.conn))
 
     assert 0 < len(several) <= 1000
     assert 20_000 <= sum(map(len, bounded)) < 50_000
@@ -189,7 +189,7 @@ def test_a_poll_keeps_its_limits_and_the_rest_stays_with_the_server(source: Sour
 
 def test_a_poll_without_data_takes_its_timeout(source: Source) -> None:
     stream = source.stream()
-    read(stream, catalog.current_lsn(source.conn))
+    read(stream, current_lsn(source.conn))
     took = []
     for timeout in (0.0, 0.4):
         begun = time.monotonic()
@@ -209,7 +209,7 @@ def test_bytes_of_a_database_without_an_encoding_come_as_they_are(db: Database) 
             with connect(source.dsn) as ascii_conn:
                 ascii_conn.execute("SET client_encoding = 'SQL_ASCII'")
                 ascii_conn.execute(rb"INSERT INTO public.t VALUES (1, E'\xe4\xff')")
-            payloads = read(source.stream(), catalog.current_lsn(source.conn))
+            payloads = read(source.stream(), current_lsn(source.conn))
         finally:
             for stream in source.streams:
                 stream.close()
@@ -227,7 +227,7 @@ def test_bytes_of_a_database_without_an_encoding_come_as_they_are(db: Database) 
 def test_only_what_was_received_can_be_acknowledged(source: Source) -> None:
     source.insert(1, 10)
     stream = source.stream()
-    read(stream, catalog.current_lsn(source.conn))
+    read(stream, current_lsn(source.conn))
     received = stream.received
 
     with pytest.raises(ProtocolError, match="can't be acknowledged"):
@@ -255,14 +255,14 @@ def test_a_commit_is_received_once_its_frame_is_handed_out(source: Source) -> No
 def test_a_graceful_end_moved_the_slot(source: Source, proto_version: int) -> None:
     source.insert(1, 10)
     stream = source.stream(proto_version=proto_version)
-    payloads = read(stream, catalog.current_lsn(source.conn))
+    payloads = read(stream, current_lsn(source.conn))
     source.insert(11, 20_000, width=1000)  # a backlog that nobody reads
     stream.acknowledge(stream.received)
     stream.close(graceful=True)
 
     assert tags(payloads) == "BR" + "I" * 10 + "C"
     assert source.state().confirmed_flush_lsn == stream.acknowledged
-    assert read(source.stream(), catalog.current_lsn(source.conn))[:1] != payloads[:1]
+    assert read(source.stream(), current_lsn(source.conn))[:1] != payloads[:1]
 
 
 def test_an_acknowledgement_arrives_within_seconds_or_now(source: Source) -> None:
@@ -270,7 +270,7 @@ def test_an_acknowledgement_arrives_within_seconds_or_now(source: Source) -> Non
     for now in (True, False):
         source.conn.execute("DELETE FROM public.t")
         source.insert(1, 10)
-        read(stream, catalog.current_lsn(source.conn))
+        read(stream, current_lsn(source.conn))
         stream.acknowledge(stream.received, now=now)
         begun = time.monotonic()
         while source.state().confirmed_flush_lsn != stream.acknowledged:
@@ -285,12 +285,12 @@ def test_without_an_acknowledgement_the_slot_stays(source: Source) -> None:
     before = source.state().confirmed_flush_lsn
     source.insert(1, 10)
     stream = source.stream(status_interval=0.1)
-    first = read(stream, catalog.current_lsn(source.conn))
+    first = read(stream, current_lsn(source.conn))
     time.sleep(0.5)
     stream.close(graceful=True)
 
     assert source.state().confirmed_flush_lsn == before
-    assert read(source.stream(), catalog.current_lsn(source.conn)) == first
+    assert read(source.stream(), current_lsn(source.conn)) == first
 
 
 def test_the_current_position_is_reached_while_nothing_is_published(any_source: Source) -> None:
@@ -300,9 +300,9 @@ def test_the_current_position_is_reached_while_nothing_is_published(any_source: 
     stream = source.stream()
     for length in (0, 10, 1000, 7000):
         source.conn.execute("INSERT INTO public.unpublished VALUES (repeat('x', %s))", [length])
-        assert tags(read(stream, catalog.current_lsn(source.conn), seconds=5)).strip("BC") == ""
+        assert tags(read(stream, current_lsn(source.conn), seconds=5)).strip("BC") == ""
     source.conn.execute("SELECT pg_switch_wal()")
-    read(stream, catalog.current_lsn(source.conn), seconds=5)
+    read(stream, current_lsn(source.conn), seconds=5)
     stream.acknowledge(stream.keepalive_lsn, now=True)
 
     wait(lambda: source.state().confirmed_flush_lsn == stream.keepalive_lsn)
@@ -326,7 +326,7 @@ def test_a_position_behind_a_page_header_is_one_that_no_stream_reaches(source: S
         overhead = insert_lsn(1000) - now - 1000
     else:
         pytest.fail("no record ended with its page")
-    position = catalog.current_lsn(source.conn)
+    position = current_lsn(source.conn)
     read(stream, position, seconds=5)
 
     assert position == now - 24
@@ -345,7 +345,7 @@ def test_a_position_beyond_the_servers_wal_is_refused(source: Source) -> None:
 def test_a_slot_that_was_made_anew_while_nobody_was_connected_is_refused(source: Source) -> None:
     source.insert(1, 10)
     stream = source.stream()
-    read(stream, catalog.current_lsn(source.conn))
+    read(stream, current_lsn(source.conn))
     stream.acknowledge(stream.received, now=True)
     acknowledged = stream.acknowledged
     wait(lambda: source.state().confirmed_flush_lsn == acknowledged)
@@ -356,7 +356,7 @@ def test_a_slot_that_was_made_anew_while_nobody_was_connected_is_refused(source:
     made = source.state().confirmed_flush_lsn
 
     with pytest.raises(SlotAhead, match=f"was moved to {made}, past {acknowledged}") as caught:
-        read(stream, catalog.current_lsn(source.conn))
+        read(stream, current_lsn(source.conn))
     assert f"resync --slot {source.slot}" in (caught.value.hint or "")
     assert source.state().confirmed_flush_lsn == made
 
@@ -374,7 +374,7 @@ def test_a_stalled_consumer_keeps_its_connection_by_the_reporter(
     stream = source.stream(make_conninfo(source.dsn, options="-c wal_sender_timeout=1s"))
     payloads = [bytes(frame[XLOG_DATA_HEADER:]) for frame in stream.poll(max_frames=10, timeout=5)]
     time.sleep(3.5)
-    more = read(stream, catalog.current_lsn(source.conn))
+    more = read(stream, current_lsn(source.conn))
 
     assert stream.generation == (0 if reporter else 1)
     if reporter:
@@ -388,7 +388,7 @@ def test_an_idle_connection_lives_longer_than_the_servers_patience(source: Sourc
         stream.poll(timeout=0.5)
     source.insert(1, 1)
 
-    assert ids(read(stream, catalog.current_lsn(source.conn))) == [1]
+    assert ids(read(stream, current_lsn(source.conn))) == [1]
     assert stream.generation == 0
 
 
@@ -447,7 +447,7 @@ def test_a_terminated_walsender_is_replaced_and_nothing_is_lost(any_source: Sour
         stop.set()
         writer.join()
     # The commit of the rows that are still open comes with the rest.
-    seen |= dict.fromkeys(open_rows + ids(read(stream, catalog.current_lsn(source.conn))), 0)
+    seen |= dict.fromkeys(open_rows + ids(read(stream, current_lsn(source.conn))), 0)
 
     assert sorted(seen) == list(range(written))
     assert stream.reconnects >= 3
@@ -455,7 +455,7 @@ def test_a_terminated_walsender_is_replaced_and_nothing_is_lost(any_source: Sour
 
 def test_a_server_that_does_not_answer_is_left(source: Source) -> None:
     stream = source.stream(make_conninfo(source.dsn, options="-c wal_sender_timeout=1s"))
-    read(stream, catalog.current_lsn(source.conn))
+    read(stream, current_lsn(source.conn))
     pid = source.state().active_pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
@@ -470,7 +470,7 @@ def test_a_server_that_does_not_answer_is_left(source: Source) -> None:
     source.insert(1, 1)
 
     assert took > 0.5
-    assert ids(read(stream, catalog.current_lsn(source.conn))) == [1]
+    assert ids(read(stream, current_lsn(source.conn))) == [1]
     assert stream.generation == 1
 
 
@@ -489,7 +489,7 @@ def test_a_server_stops_at_once_with_a_reader_attached(
     source = own_source
     stream = source.stream()
     source.insert(1, 1000)
-    first = read(stream, catalog.current_lsn(source.conn))
+    first = read(stream, current_lsn(source.conn))
     keepalives = 0
     took: list[float] = []
 
@@ -506,7 +506,7 @@ def test_a_server_stops_at_once_with_a_reader_attached(
     stream.poll(timeout=0.1)
     own.start()
     with connect(own.dsn()) as conn:
-        again = read(stream, catalog.current_lsn(conn))
+        again = read(stream, current_lsn(conn))
 
     assert took[0] < 2.5
     assert keepalives < 50
@@ -519,7 +519,7 @@ def test_a_server_that_crashes_is_waited_for(own: Server, own_source: Source, ho
     source = own_source
     stream = source.stream()
     source.insert(1, 1000)
-    read(stream, catalog.current_lsn(source.conn))
+    read(stream, current_lsn(source.conn))
     stream.acknowledge(stream.received, now=True)
     own.halt(how)
     for _ in range(10):
@@ -527,7 +527,7 @@ def test_a_server_that_crashes_is_waited_for(own: Server, own_source: Source, ho
     own.start()
     with connect(own.dsn()) as conn:
         conn.execute("INSERT INTO public.t VALUES (5000)")
-        rows = ids(read(stream, catalog.current_lsn(conn)))
+        rows = ids(read(stream, current_lsn(conn)))
 
     assert rows[-1] == 5000
     assert stream.generation == 1
@@ -556,7 +556,7 @@ def test_a_server_that_stays_away_ends_the_stream(own: Server, own_source: Sourc
 def test_a_slot_that_is_lost_meanwhile_is_not_tried_again(own: Server, own_source: Source) -> None:
     source = own_source
     stream = source.stream()
-    read(stream, catalog.current_lsn(source.conn))
+    read(stream, current_lsn(source.conn))
 
     def fill_and_poll() -> None:
         for _ in range(200):
@@ -599,7 +599,7 @@ def test_a_missing_publication_ends_the_stream(any_db: Database) -> None:
     try:
         stream = source.stream(publications=("p",))
         with pytest.raises(PublicationError) as caught:
-            read(stream, catalog.current_lsn(source.conn))
+            read(stream, current_lsn(source.conn))
         with pytest.raises(PublicationError):
             stream.poll()
     finally:
@@ -712,7 +712,7 @@ def test_a_stream_is_open_between_start_and_close(source: Source) -> None:
 def test_a_walsender_streams_from_a_slot_once_and_then_ends(source: Source) -> None:
     walsender = Walsender(source.dsn, slot=source.slot, publications=("p",), options={"proto_version": "1"})
     source.insert(1, 1)
-    lsn = catalog.current_lsn(source.conn)
+    lsn = current_lsn(source.conn)
     walsender.send_status(lsn, lsn)
     assert walsender.finish(time.monotonic() + 5)
     walsender.close()

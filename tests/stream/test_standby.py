@@ -20,8 +20,8 @@ from pgoutput_source import PgOutputReader
 from pgoutput_source.cli.resync import RecoveryFolder
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import PgOutputError, StateError
-from pgoutput_source.postgres import catalog
 from pgoutput_source.postgres.connection import connect
+from pgoutput_source.postgres.slots import create_slot
 from pgoutput_source.protocol.wire import Lsn
 
 
@@ -48,7 +48,7 @@ def follow(primary: Database, standby: Server) -> None:
 def make_slot(primary: Database, standby: Server) -> None:
     """The slot `cdc` on the standby; an idle primary has to say which transactions run."""
     with connect(standby.dsn(primary.name)) as connection:
-        made = threading.Thread(target=catalog.create_slot, args=(connection, "cdc"))
+        made = threading.Thread(target=create_slot, args=(connection, "cdc"))
         made.start()
         while made.is_alive():
             ask(primary.dsn, "SELECT pg_log_standby_snapshot()")

@@ -28,8 +28,9 @@ from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.decode.in_progress import StreamedTransactions
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import ConfigurationError, DecodeError, PgOutputError
-from pgoutput_source.postgres import catalog
 from pgoutput_source.postgres.connection import Connection, connect
+from pgoutput_source.postgres.definitions import Definitions
+from pgoutput_source.postgres.publications import text_columns
 from pgoutput_source.protocol.wire import Lsn, XLogData, parse_frame
 from pgoutput_source.types import TYPES, PgType, types_of
 from pgoutput_source.types.base import Sent
@@ -264,7 +265,7 @@ def tables_of_every_type(connection: Connection) -> None:
 def fed(connection: Connection, dsn: str, frames: Sequence[bytes], **streamed: Any) -> list[ChangeSet]:
     """The frames of a server, assembled as a reader of it does."""
     assembler = Assembler(
-        look_up=catalog.defined_types(dsn),
+        look_up=Definitions(dsn),
         types=types_of(connection.info.server_version),
         streamed=StreamedTransactions(**streamed) if streamed else None,
     )
@@ -312,7 +313,7 @@ def test_a_column_of_every_type_is_the_same_in_binary_and_in_any_mixture(any_db:
         for seed in range(4):
             assert_same(expected, fed(c, any_db.dsn, mixture(text, binary, random.Random(seed))))
         assert_same(expected, [peek(any_db.dsn, slot="s", publication="p", binary="on")])
-        assert catalog.text_columns(c, ["p"]) == []
+        assert text_columns(c, ["p"]) == []
 
 
 def mixture(text: list[bytes], binary: list[bytes], rng: random.Random) -> list[bytes]:
@@ -397,10 +398,10 @@ def test_auto_is_binary_unless_a_published_column_is_better_read_as_text(
     db: Database, columns: str, publication: str, left_out: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with prepared(db, columns, publication) as c:
-        assert "; ".join(catalog.text_columns(c, ["p"], by_value=True)) == left_out
-        never = catalog.text_columns(c, ["p"])
+        assert "; ".join(text_columns(c, ["p"], by_value=True)) == left_out
+        never = text_columns(c, ["p"])
         c.execute("INSERT INTO t (id) VALUES (1)")
-    with caplog.at_level(logging.INFO, "pgoutput_source.postgres.catalog"):
+    with caplog.at_level(logging.INFO, "pgoutput_source.postgres.publications"):
         for binary in ("auto", "off"):
             assert read(db, binary).table("public.t")["id"].to_pylist() == [1]
     assert ("because some can't be read" in caplog.text) == bool(left_out)

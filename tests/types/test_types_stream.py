@@ -30,7 +30,8 @@ from pgoutput_source.changes import ChangeBatch
 from pgoutput_source.dataflow import gate
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.embedded import Server
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres.definitions import Definitions
+from pgoutput_source.postgres.publications import text_columns
 from pgoutput_source.sinks import ParquetSink
 from pgoutput_source.sinks import read as read_folder
 
@@ -90,7 +91,7 @@ class Everything:
 
     def relation(self) -> Relations:
         """The types of the batch, as the catalogue tells them."""
-        relations = Relations((), catalog.defined_types(self.db.dsn))
+        relations = Relations((), Definitions(self.db.dsn))
         relations._learn([column.type_oid for column in self.batch.schema.columns])
         return relations
 
@@ -131,7 +132,7 @@ def filled(db: Database) -> Everything:
             f"INSERT INTO t SELECT n, {casts} FROM json_array_elements(%s) WITH ORDINALITY AS u(v, n)".encode(),
             [json.dumps(rows)],
         )
-        as_text = {column.split()[0].split(".")[2] for column in catalog.text_columns(c, ["cdc"])}
+        as_text = {column.split()[0].split(".")[2] for column in text_columns(c, ["cdc"])}
         columns = ", ".join(name for name in ("id", *kinds) if name not in as_text)
         c.execute(
             f"CREATE TABLE b AS SELECT {columns} FROM t WITH NO DATA; CREATE PUBLICATION bin FOR TABLE b".encode()

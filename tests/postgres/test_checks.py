@@ -24,8 +24,10 @@ from pgoutput_source.errors import (
     SlotMismatch,
     SlotNotFound,
 )
-from pgoutput_source.postgres import catalog
+from pgoutput_source.postgres import checks, slots
 from pgoutput_source.postgres.connection import PINNED, connect
+from pgoutput_source.postgres.creation import create, create_publication_and_slot
+from pgoutput_source.postgres.system import current_lsn, identify
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
 
@@ -48,12 +50,12 @@ def test_what_is_created_passes_the_check(any_db: Database, caplog: pytest.LogCa
     caplog.set_level(logging.INFO)
     with connect(any_db.dsn) as conn:
         conn.execute("CREATE TABLE public.t (id int PRIMARY KEY)")
-        before = catalog.current_lsn(conn)
-        catalog.create(conn, settings(any_db, publication=("p", 'We,"Ird')))
-        slot = catalog.check(conn, settings(any_db, publication=("p", 'We,"Ird')))
+        before = current_lsn(conn)
+        create(conn, settings(any_db, publication=("p", 'We,"Ird')))
+        slot = checks.check(conn, settings(any_db, publication=("p", 'We,"Ird')))
         created = caplog.text
         caplog.clear()
-        catalog.create(conn, settings(any_db, publication=("p", 'We,"Ird')))
+        create(conn, settings(any_db, publication=("p", 'We,"Ird')))
 
     assert (slot.name, slot.slot_type, slot.plugin) == (slot_of(any_db), "logical", "pgoutput")
     assert (slot.database, slot.active, slot.temporary, slot.two_phase) == (any_db.name, False, False, False)
@@ -67,7 +69,7 @@ def test_what_is_created_passes_the_check(any_db: Database, caplog: pytest.LogCa
 
 def test_the_server_is_identified_as_a_walsender_does(any_db: Database) -> None:
     with connect(any_db.dsn) as conn, connect(any_db.dsn, replication=True) as walsender:
-        system = catalog.identify(conn)
+        system = identify(conn)
         row = walsender.execute("IDENTIFY_SYSTEM").fetchone()
 
     assert row is not None
@@ -156,7 +158,7 @@ def test_a_slot_that_can_not_be_used_is_refused_with_its_remedy(
         prepare(conn, any_db)
         try:
             with pytest.raises(kind) as caught:
-                catalog.check(conn, settings(any_db))
+                checks.check(conn, settings(any_db))
         finally:
             conn.execute(
                 "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
@@ -170,37 +172,37 @@ def test_a_slot_that_can_not_be_used_is_refused_with_its_remedy(
 def test_the_remedy_for_a_missing_slot_is_sql_that_works(db: Database, conn: psycopg.Connection[Any]) -> None:
     conn.execute("CREATE TABLE public.t (id int PRIMARY KEY)")
     with pytest.raises(SlotNotFound) as caught:
-        catalog.check(conn, settings(db))
+        checks.check(conn, settings(db))
     assert caught.value.hint is not None
     for line in caught.value.hint.splitlines()[1:]:
         conn.execute(line.encode())
 
-    assert catalog.check(conn, settings(db)).name == slot_of(db)
+    assert checks.check(conn, settings(db)).name == slot_of(db)
 
 
 def test_create_leaves_a_slot_alone_that_is_older_than_its_publication(
     db: Database, conn: psycopg.Connection[Any]
 ) -> None:
     _no_publication(conn, db)
-    catalog.create(conn, settings(db))
+    create(conn, settings(db))
 
     with pytest.raises(PublicationError):
-        catalog.check(conn, settings(db))
+        checks.check(conn, settings(db))
 
 
 def test_a_publication_without_tables_is_a_warning(
     db: Database, conn: psycopg.Connection[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     conn.execute("CREATE PUBLICATION p")
-    catalog.create(conn, settings(db))
-    catalog.check(conn, settings(db))
+    create(conn, settings(db))
+    checks.check(conn, settings(db))
 
     assert "publication 'p' has no table yet" in caplog.text
 
 
 def test_a_publication_of_some_tables(db: Database, conn: psycopg.Connection[Any]) -> None:
     conn.execute('CREATE TABLE public.a (id int PRIMARY KEY); CREATE TABLE public."B c" (id int, d int)')
-    catalog.create_publication_and_slot(
+    create_publication_and_slot(
         conn, slot=slot_of(db), publications=["p"], tables=["public.a", 'public."B c" (id) WHERE (id > 3)']
     )
     rows = conn.execute("SELECT tablename::text, rowfilter IS NULL FROM pg_publication_tables ORDER BY 1").fetchall()
@@ -216,15 +218,15 @@ def test_a_role_without_rights_is_told_what_it_lacks(db: Database, conn: psycopg
     try:
         with connect(theirs) as weak:
             with pytest.raises(NotConfigured, match=f'ALTER ROLE "{role}" REPLICATION'):
-                catalog.check(weak, settings(db))
+                checks.check(weak, settings(db))
             with pytest.raises(NotConfigured, match="may not replicate"):
-                catalog.create(weak, settings(db))
+                create(weak, settings(db))
             conn.execute(f"ALTER ROLE {role} REPLICATION".encode())
             with pytest.raises(NotConfigured, match="FOR ALL TABLES needs a superuser"):
-                catalog.create(weak, settings(db, publication="q"))
-            assert catalog.identify(weak).database == db.name
-            catalog.create(weak, settings(db))
-            assert catalog.check(weak, settings(db)).name == slot_of(db)
+                create(weak, settings(db, publication="q"))
+            assert identify(weak).database == db.name
+            create(weak, settings(db))
+            assert checks.check(weak, settings(db)).name == slot_of(db)
     finally:
         conn.execute(f"DROP ROLE {role}".encode())
 
@@ -235,18 +237,18 @@ def test_the_creation_of_a_slot_says_what_it_waits_for(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(catalog, "_LOG_EVERY", 0.1)
+    monkeypatch.setattr(slots, "_LOG_EVERY", 0.1)
     caplog.set_level(logging.INFO)
     conn.execute("CREATE TABLE public.t (id int PRIMARY KEY)")
     writer = db.connect(autocommit=False)
     writer.execute("INSERT INTO public.t VALUES (1)")
     release = threading.Timer(0.6, writer.commit)
     release.start()
-    catalog.create(conn, settings(db))
+    create(conn, settings(db))
     release.join()
 
     assert caplog.text.count("waits for the transactions") >= 2
-    assert catalog.check(conn, settings(db)).name == slot_of(db)
+    assert checks.check(conn, settings(db)).name == slot_of(db)
 
 
 # -- positions ------------------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def test_the_current_position_covers_what_was_committed_and_is_flushed(
         row = conn.execute(
             "INSERT INTO public.t VALUES (repeat('x', %s)) RETURNING pg_current_wal_insert_lsn()::text", [length]
         ).fetchone()
-        position = catalog.current_lsn(conn)
+        position = current_lsn(conn)
         flushed = conn.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
         assert row is not None
         assert flushed is not None
@@ -275,7 +277,7 @@ def test_the_current_position_does_not_wait_for_an_open_transaction(
     writer = db.connect(autocommit=False)
     writer.execute("INSERT INTO public.t VALUES ('x')")
     begun = time.monotonic()
-    catalog.current_lsn(conn)
+    current_lsn(conn)
 
     assert time.monotonic() - begun < 5
 
@@ -286,7 +288,7 @@ def test_the_current_position_does_not_wait_for_an_open_transaction(
 def test_a_server_that_does_not_decode_is_refused() -> None:
     with Server(settings={"wal_level": "replica"}) as server, connect(server.dsn()) as conn:
         wanted = SourceSettings.of(dsn=server.dsn(), slot="s", publication="p", create=True)
-        for action in (catalog.check, catalog.create):
+        for action in (checks.check, create):
             with pytest.raises(NotConfigured, match="wal_level is 'replica'") as caught:
                 action(conn, wanted)
             assert "ALTER SYSTEM SET wal_level = 'logical'" in (caught.value.hint or "")
@@ -296,12 +298,12 @@ def test_a_slot_whose_wal_is_gone_is_lost() -> None:
     options = {"max_slot_wal_keep_size": "1MB", "min_wal_size": "32MB", "max_wal_size": "32MB"}
     with Server(settings=options) as server, connect(server.dsn()) as conn:
         wanted = SourceSettings.of(dsn=server.dsn(), slot="s", publication="p", create=True)
-        catalog.create(conn, wanted)
+        create(conn, wanted)
         for _ in range(4):
             conn.execute("SELECT pg_logical_emit_message(false, 'x', 'x'), pg_switch_wal()")
             conn.execute("CHECKPOINT")
         with pytest.raises(SlotLost, match="wal_removed") as caught:
-            catalog.check(conn, wanted)
+            checks.check(conn, wanted)
 
     assert "resync --slot s" in (caught.value.hint or "")
     assert "max_slot_wal_keep_size" in (caught.value.hint or "")

@@ -1,0 +1,87 @@
+"""`History`: the server's history is still the one whose changes were delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pgoutput_source.changes.batches import ChangeSet
+from pgoutput_source.errors import StateError
+from pgoutput_source.protocol import messages
+from pgoutput_source.protocol.wire import PG_EPOCH_US, XLOG_DATA_HEADER, Lsn
+from pgoutput_source.settings import SourceSettings
+from pgoutput_source.stream.start import START_AFRESH, State
+
+
+class History:
+    """Whether the server's history is the one that was given out, as far as the server shows it again.
+
+    It sends again what the slot does not know to be done. If that goes back to before the transaction that was given
+    out last, this one must be among it. A server that was restored from a backup, or a standby that was promoted and
+    never had it, sends others instead, at positions that were used before: they would be dropped as if they came again.
+
+    Args:
+        settings: What is streamed: other publications need not have the same transactions.
+        state: The resume state, None if there is none.
+    """
+
+    def __init__(self, settings: SourceSettings, state: State | None = None) -> None:
+        self._streamed = [*sorted(settings.publication), settings.origin]
+        self._last: tuple[int, int, int] | None = None
+        self._wanted: tuple[int, int, int] | None = None
+        if state is not None and state["commit_lsn"] is not None and state.get("streamed") == self._streamed:
+            self._last = state["commit_lsn"], state["xid"], state["commit_ts"]
+
+    @property
+    def pending(self) -> bool:
+        """Whether the transaction is still to come."""
+        return self._wanted is not None
+
+    @property
+    def commit_ts(self) -> int | None:
+        """When the last transaction was committed, in microseconds of Unix time."""
+        return self._last and self._last[2]
+
+    def state(self) -> State:
+        """What a resume state keeps of it, besides its position."""
+        if self._last is None:
+            return {}
+        return {"xid": self._last[1], "commit_ts": self._last[2], "streamed": self._streamed}
+
+    def given(self, changes: ChangeSet) -> None:
+        """These changes are given out."""
+        if changes.batches:
+            last = max(changes.batches, key=lambda batch: batch.last).data
+            lsn, xid, moment = (last.column(name)[-1] for name in ("_commit_lsn", "_xid", "_commit_ts"))
+            self._last = lsn.as_py(), xid.as_py(), moment.value
+
+    def connected(self, confirmed: Lsn) -> None:
+        """A connection begins to stream from a slot that stands at `confirmed`."""
+        # The server sends a transaction if its commit record begins at the slot's position or after it.
+        self._wanted = self._last if self._last is not None and confirmed <= self._last[0] else None
+
+    def look(self, frames: Iterable[bytes | memoryview], sent: Lsn) -> None:
+        """Look for the transaction in what came; everything up to `sent` has come on this connection.
+
+        Raises:
+            StateError: It did not come.
+        """
+        wanted = self._wanted
+        if wanted is None:
+            return
+        for frame in frames:
+            if frame[XLOG_DATA_HEADER] not in b"Bc":
+                continue
+            match messages.decode(bytes(frame[XLOG_DATA_HEADER:])):
+                case messages.Begin(lsn, commit_ts, xid) | messages.StreamCommit(xid, lsn, _, commit_ts):
+                    if (lsn, xid, commit_ts + PG_EPOCH_US) == wanted:
+                        self._wanted = None
+                        return
+                    if lsn >= wanted[0]:
+                        sent = max(sent, Lsn(wanted[0] + 1))
+                        break
+        if sent > wanted[0]:
+            raise StateError(
+                f"transaction {wanted[1]} at {Lsn(wanted[0])} was given out, and this server never made it: it was "
+                "restored from a backup, or is a standby or another copy that never had it",
+                hint=START_AFRESH,
+            )
