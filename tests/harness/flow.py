@@ -25,6 +25,7 @@ class Flow:
         self.folder = folder
         self.out = folder / "out"
         self.module = module
+        self.cwd = ROOT
         self.environ = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "BYTEWAX", "RUST_"))},
             "PYTHONPATH": str(ROOT / "tests"),
@@ -47,7 +48,12 @@ class Flow:
         """Start it; the interval between epochs must be among the arguments."""
         command = [sys.executable, "-m", "bytewax.run", self.module, *arguments]
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.environ | environ, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            command,
+            cwd=self.cwd,
+            env=self.environ | environ,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
         )
 
     def run(self, *arguments: str, **environ: str) -> str:
