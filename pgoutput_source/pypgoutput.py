@@ -7,9 +7,9 @@ from psycopg.conninfo import make_conninfo
 
 from pgoutput_source.changes.events import ChangeEvent
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.postgres.connection import Connection
 from pgoutput_source.postgres.creation import create_publication_and_slot
 from pgoutput_source.reader import PgOutputReader
+from pgoutput_source.stream.start import connect
 
 
 class LogicalReplicationReader(PgOutputReader):
@@ -52,8 +52,12 @@ class LogicalReplicationReader(PgOutputReader):
         super().__init__(conninfo, slot=slot_name, publication=publication_name, slot_wait_seconds=0)
         self.open()
 
-    def _prepare(self, connection: Connection) -> None:
-        create_publication_and_slot(connection, slot=self.settings.slot, publications=())
+    def open(self) -> None:
+        """Create the slot if it is missing, connect and start to stream; the constructor does it."""
+        if self._session is None:
+            with connect(self._address(), self.settings) as connection:
+                create_publication_and_slot(connection, slot=self.settings.slot, publications=())
+        super().open()
 
     def __next__(self) -> ChangeEvent:
         if isinstance(self._given, ChangeEvent):

@@ -13,37 +13,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
-import psycopg
 from pydantic import BaseModel
 
 from pgoutput_source.changes.batches import ChangeSet, Position
 from pgoutput_source.changes.events import ChangeEvent, TableFacts, events_of, row_model
 from pgoutput_source.changes.schema import TableSchema
-from pgoutput_source.decode.assembler import Assembler
-from pgoutput_source.decode.in_progress import streamed
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import ConfigurationError, PgOutputError
-from pgoutput_source.postgres import checks
-from pgoutput_source.postgres.connection import Connection, connect, quote_name, server_error
-from pgoutput_source.postgres.creation import create
+from pgoutput_source.postgres.connection import connect
 from pgoutput_source.postgres.definitions import Definitions
-from pgoutput_source.postgres.publications import binary_option
-from pgoutput_source.postgres.system import identify
 from pgoutput_source.postgres.table_facts import table_facts, table_schema
-from pgoutput_source.protocol.wire import Lsn, XLogData
+from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.stream import start
-from pgoutput_source.stream.heartbeat import Heartbeat
-from pgoutput_source.stream.history import History
-from pgoutput_source.stream.replication import ReplicationStream
-from pgoutput_source.stream.timeline import Timeline
-from pgoutput_source.types import types_of
+from pgoutput_source.stream.frame_source import FrameSource
+from pgoutput_source.stream.peeked import PeekedFrames
+from pgoutput_source.stream.session import SlotSession
+from pgoutput_source.stream.start import Start
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +96,7 @@ class PgOutputReader:
         self._failure: Exception | None = None
         self._polling = threading.Lock()  # the stream has one owner: who polls, or who closes
         self._poller: int | None = None
-        self._stream: ReplicationStream | None = None
+        self._session: SlotSession | None = None
         self._set: ChangeSet | None = None  # fetched, and not yet taken
         self._rest: Iterator[ChangeEvent] = iter(())  # of the set that is being given out as events
         self._begun = 0  # how many sets were, or are being, given out as events
@@ -118,7 +109,6 @@ class PgOutputReader:
         self._acked = _NOTHING
         self._ends: deque[tuple[int, int]] = deque()  # the last position of each transaction that is not acknowledged
         self._fetched = Lsn(0)  # everything below it was fetched, and is in `_ends` until it is acknowledged
-        self._confirmed = Lsn(0)
 
     # -- a life ---------------------------------------------------------------------------------------------------
 
@@ -128,37 +118,12 @@ class PgOutputReader:
         Raises:
             ServerError: The slot, the publication or the server can't be used; each with its remedy.
         """
-        if self._stream is not None or self._closed:
+        if self._session is not None or self._closed:
             return
-        settings = self.settings
-        self._dsn = connection_string(settings.dsn)
-        with start.connect(self._dsn, settings) as connection:
-            self._prepare(connection)
-            checks.check(connection, settings)
-            system = identify(connection)
-            self._until = start.stop_at(connection, settings)
-        origin = (("system", str(system.system_id)), ("database", system.database), ("slot", settings.slot))
-        look_up = Definitions(self._dsn)
-        self._assembler = Assembler(
-            origin,
-            on_misfit=settings.on_misfit,
-            look_up=look_up,
-            streamed=streamed(settings),
-            types=types_of(system.server_version),
-            known_tables=None if settings.on_schema_change == "evolve" else {},
-        )
-        self._stream = ReplicationStream.of(self._dsn, settings)
-        self._stream.start(Lsn(0))
-        self._confirmed = self._fetched = self._stream.acknowledged
-        self._timeline = Timeline(self._dsn, self._stream)
-        self._history = History(settings)
-        self._generation = self._stream.generation
-        self._heartbeat = Heartbeat(self._dsn, settings.slot, settings.heartbeat_seconds)
-        logger.info("slot %s: streaming from %s", settings.slot, self._confirmed)
+        self._session = SlotSession(self._address(), self.settings)
 
-    def _prepare(self, connection: Connection) -> None:
-        if self.settings.create:
-            create(connection, self.settings)
+    def _address(self) -> str:
+        return connection_string(self.settings.dsn)
 
     def stop(self) -> None:
         """End the iteration before the next change; from another thread or a signal handler. Nothing is lost by it."""
@@ -170,21 +135,19 @@ class PgOutputReader:
         if self._poller == threading.get_ident():
             return  # called by a signal handler in the midst of a poll: the iteration closes as it ends
         with self._polling:
-            if self._stream is None:
+            if self._session is None:
                 return
             if graceful:
-                self._settle(self._stream)
-            self._heartbeat.close()
-            self._stream.close(graceful=graceful)
-            self._stream = None
-            self._assembler.close()
+                self._settle(self._session)
+            self._session.close(graceful=graceful)
+            self._session = None
 
-    def _settle(self, stream: ReplicationStream) -> None:
+    def _settle(self, session: SlotSession) -> None:
         """Look for the commit of a transaction that was acknowledged to its last change, so that it really is."""
         deadline = time.monotonic() + _SETTLE
         try:
             while self._ends and self._ends[0] <= self._acked and time.monotonic() < deadline:
-                self._poll(stream)  # what comes behind it is not given out, so it comes again
+                self._poll(session)  # what comes after it is not delivered, so it comes again
         except PgOutputError as e:
             logger.warning("slot %s: the last acknowledgement is lost: %s", self.settings.slot, e.message)
 
@@ -277,43 +240,28 @@ class PgOutputReader:
         self.open()
         while self._set is None and not self._stopping:
             with self._polling:
-                if self._stream is None:
+                session = self._session
+                if session is None:
                     break
                 self._poller = threading.get_ident()
                 try:
-                    changes = self._poll(self._stream)
+                    changes = self._poll(session)
                 finally:
                     self._poller = None
             if len(changes) or (by_set and changes.messages):
                 self._set = changes
-            elif self._until is not None and not self._assembler.in_transaction and self._fetched >= self._until:
+            elif session.ended:
                 break
         return self._set is not None and not self._stopping
 
-    def _poll(self, stream: ReplicationStream) -> ChangeSet:
-        limits = {"max_frames": self.settings.max_frames, "max_bytes": self.settings.max_bytes}
-        # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
-        frames = [] if self._assembler.pending else stream.poll(**limits, timeout=_WAIT, whole=self._assembler.whole)
-        if stream.generation != self._generation:
-            self._generation = stream.generation
-            self._timeline.reconnected(self._assembler.position)
-            self._history.connected(stream.confirmed)
-            self._assembler.reconnected()
-        self._history.look(frames, stream.sent)
-        changes = self._assembler.feed(frames)
-        if changes.batches:
-            self._history.given(changes)
-            self._heartbeat.changed()
+    def _poll(self, session: SlotSession) -> ChangeSet:
+        changes = session.next(_WAIT)
         found = _last_positions(changes, messages=bool(self._by_set))
         with self._acknowledging:
             if found and self._ends and self._ends[-1][0] == found[0][0]:
                 self._ends.pop()  # the transaction has gone on
             self._ends.extend(found)
-            # While no transaction is open, all that the server has looked through counts as fetched, even if it sent
-            # nothing of it: otherwise a quiet publication would keep the WAL of a busy database for ever.
-            self._fetched = max(self._fetched, self._assembler.end_lsn)
-            if not self._assembler.in_transaction:
-                self._fetched = max(self._fetched, stream.keepalive_lsn)
+            self._fetched = max(self._fetched, session.safe_lsn)
             self._acknowledge()
         return changes
 
@@ -375,9 +323,8 @@ class PgOutputReader:
             lsn = Lsn(done + 1)
         else:
             return
-        if self._stream is not None and lsn > self._confirmed and not self._history.pending:
-            self._confirmed = lsn
-            self._stream.acknowledge(lsn)
+        if self._session is not None:
+            self._session.acknowledge(lsn)
 
     # -- tables ---------------------------------------------------------------------------------------------------
 
@@ -390,13 +337,14 @@ class PgOutputReader:
         Raises:
             ConfigurationError: There is no such table.
         """
-        with connect(connection_string(self.settings.dsn)) as connection:
-            schema = table_schema(connection, table, Relations((), Definitions(self._dsn)))
+        dsn = self._address()
+        with connect(dsn) as connection:
+            schema = table_schema(connection, table, Relations((), Definitions(dsn)))
             return row_model(schema, table_facts(connection, schema))
 
     def _facts_of(self, schema: TableSchema) -> TableFacts | None:
         if schema not in self._facts:
-            with connect(self._dsn) as connection:
+            with connect(self._address()) as connection:
                 self._facts[schema] = table_facts(connection, schema)
         return self._facts[schema]
 
@@ -464,32 +412,15 @@ def peek(
         ()
     """
     settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication, binary=binary)
-    where = connection_string(settings.dsn)
-    with connect(where) as connection:
-        checks.check(connection, settings)
-        system = identify(connection)
-        origin = (("system", str(system.system_id)), ("database", system.database), ("slot", slot))
-        types = types_of(system.server_version)
-        assembler = Assembler(origin, look_up=Definitions(where), types=types)
+
+    def frames(dsn: str, settings: SourceSettings, start: Start) -> FrameSource:
+        return PeekedFrames(dsn, settings, timeline=start.system.timeline, limit=limit)
+
+    session = SlotSession(connection_string(dsn), settings, frames=frames)
+    with closing(session):
         sets = []
-        names = ",".join(map(quote_name, settings.publication))
-        options = {"proto_version": "1", "publication_names": names, "messages": "true"}
-        options |= binary_option(connection, binary, settings.publication)
-        if connection.info.parameter_status("server_encoding") == "SQL_ASCII":
-            connection.execute("SET client_encoding = 'SQL_ASCII'")  # as in `walsender`
-        try:
-            with psycopg.Cursor(connection) as cursor:
-                cursor.execute(
-                    "SELECT lsn - '0/0'::pg_lsn, data FROM pg_logical_slot_peek_binary_changes"
-                    "(%s, NULL, %s, VARIADIC %s::text[])",
-                    [slot, limit, [word for option in options.items() for word in option]],
-                    binary=True,
-                )
-                while rows := cursor.fetchmany(_PIECE):
-                    frames = [XLogData(Lsn(int(lsn)), Lsn(int(lsn)), 0, data).encode() for lsn, data in rows]
-                    sets.append(assembler.feed(frames))
-        except psycopg.Error as e:
-            raise server_error(e, slot=slot, publications=settings.publication, streaming=True) from e
+        while not session.ended:
+            sets.append(session.next())
     return ChangeSet(
         tuple(b for s in sets for b in s.batches),
         tuple(m for s in sets for m in s.messages),

@@ -25,22 +25,13 @@ from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourc
 from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.dataflow import gate, recovery, shutdown
-from pgoutput_source.decode.assembler import Assembler
-from pgoutput_source.decode.in_progress import streamed
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.postgres.connection import connect
-from pgoutput_source.postgres.creation import create
-from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.postgres.system import identify
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
-from pgoutput_source.stream import start
-from pgoutput_source.stream.heartbeat import Heartbeat
-from pgoutput_source.stream.history import History
-from pgoutput_source.stream.replication import ReplicationStream
-from pgoutput_source.stream.start import STATE_VERSION, State
-from pgoutput_source.stream.timeline import Timeline
-from pgoutput_source.types import types_of
+from pgoutput_source.stream.session import SlotSession
+from pgoutput_source.stream.start import State
 
 logger = logging.getLogger(__name__)
 
@@ -137,51 +128,19 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         shutdown.show_log()
         self.settings = settings
         self.slot = settings.slot
-        dsn = self.dsn = connection_string(settings.dsn, shop=True)
-        with start.connect(dsn, settings) as conn:
-            if settings.create and state is None:
-                create(conn, settings)
-            slot = start.check(conn, dsn, settings, state)
-            system = identify(conn)
-            self.until = start.stop_at(conn, settings)
-        position, acknowledged = start.reconcile(state, settings, slot, system)
-        if state is not None:
-            acknowledged = start.on_timeline(dsn, state["timeline"], system.timeline, position, acknowledged)
-        self.system = system
-        origin = (("system", str(system.system_id)), ("database", system.database), ("slot", self.slot))
-        self.assembler = Assembler(
-            origin,
-            skip_until=position,
-            on_misfit=settings.on_misfit,
-            look_up=Definitions(dsn),
-            streamed=streamed(settings),
-            types=types_of(system.server_version),
-            known_tables=None if settings.on_schema_change == "evolve" else (state or {}).get("tables", {}),
-        )
-        self.stream = ReplicationStream.of(dsn, settings)
-        self.stream.start(Lsn(0) if state is None else acknowledged)
-        acknowledged = max(acknowledged, self.stream.acknowledged)
-        self.history = History(settings, state)
-        self.history.connected(self.stream.confirmed)
-        self.timeline = Timeline(dsn, self.stream)
-        self.acknowledged = acknowledged
+        self.dsn = connection_string(settings.dsn, shop=True)
+        self.session = SlotSession(self.dsn, settings, state)
         self.staged: Lsn | None = None
         self.final = False  # the last snapshot covers all that this partition will give out
         self.done = False  # … and it is durable
         self.left = False
-        self.reached = False
         self.bytes_in_epoch = 0
-        self.generation = self.stream.generation
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self._awake: datetime | None = None
         shutdown.began(self)
         self.open = True
         self.watchdog = shutdown.Watchdog(self.slot, self._behind, settings.stall_seconds)
-        self.heartbeat = Heartbeat(dsn, self.slot, settings.heartbeat_seconds)
         gate.source_opened(self.slot)
-        logger.info(
-            "slot %s: streaming from %s%s", self.slot, acknowledged, f" until {self.until}" if self.until else ""
-        )
 
     # -- Bytewax calls these ------------------------------------------------------------------------------------
 
@@ -193,22 +152,10 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         if self._ending() or self._full():
             self._awake = datetime.now(UTC) + _IDLE
             return []
-        limits = {"max_frames": self.settings.max_frames, "max_bytes": self.settings.max_bytes}
-        # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
-        frames = [] if self.assembler.pending else self.stream.poll(**limits, timeout=0.0, whole=self.assembler.whole)
-        if self.stream.generation != self.generation:
-            self.generation = self.stream.generation
-            self.timeline.reconnected(self.assembler.position)
-            self.history.connected(self.stream.confirmed)
-            self.assembler.reconnected()
-            metrics.RECONNECTS.labels(self.slot).inc()
-        self.history.look(frames, self.stream.sent)
-        if not frames and not self.assembler.pending:
-            self._awake = datetime.now(UTC) + _IDLE
-            return []
-        self._awake = None
-        changes = self.assembler.feed(frames)
-        self._count(changes)
+        changes = self.session.next()
+        self._awake = datetime.now(UTC) + _IDLE if self.session.idle else None
+        if not self.in_main_thread:
+            self.bytes_in_epoch += sum(batch.data.nbytes for batch in changes.batches)
         return [changes] if len(changes) or changes.messages else []
 
     def next_awake(self) -> datetime | None:
@@ -218,42 +165,20 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.watchdog.called()
         self._gate()
         self.final = self._ending()
-        self.staged = self._safe()
         self.bytes_in_epoch = 0
-        position, known = self.assembler.position, self.assembler.relations.known
-        return {
-            "v": STATE_VERSION,
-            "system": self.system.system_id,
-            "timeline": self.timeline.of(position),
-            "slot": self.slot,
-            "commit_lsn": None if position is None else int(position.commit_lsn),
-            "seq": None if position is None else position.seq,
-            **self.history.state(),
-            "lsn": int(self.staged),
-            **({} if known is None else {"tables": dict(known)}),
-        }
+        state = self.session.snapshot()
+        self.staged = Lsn(state["lsn"])
+        return state
 
     def close(self) -> None:
         if self.open:
             self.open = False
             self.watchdog.close()
-            self.heartbeat.close()
-            self.timeline.close()
             shutdown.closed(self)
             gate.source_closed(self.slot)
-        self.stream.close()
-        self.assembler.close()
+        self.session.close()
 
-    # -- positions ----------------------------------------------------------------------------------------------
-
-    def _safe(self) -> Lsn:
-        """Up to here everything was given out: what may be acknowledged once the epoch is durable.
-
-        While no transaction is open that is what the server has looked through, even if it sent nothing of it:
-        otherwise a quiet publication would keep the WAL of a busy database for ever.
-        """
-        end = max(self.acknowledged, self.assembler.end_lsn)
-        return end if self.assembler.in_transaction else max(end, self.stream.keepalive_lsn)
+    # -- the gate -----------------------------------------------------------------------------------------------
 
     def _gate(self) -> None:
         """What the last snapshot staged is durable now: publish, then acknowledge, in this order."""
@@ -263,18 +188,11 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         gate.opened(self.slot)
         metrics.GATE_TIME.labels(self.slot).set(time.time())
         self.done = self.done or self.final
-        self.acknowledged = max(self.acknowledged, lsn)
-        # Not what only the state knows: this server may turn out to be a copy that was restored from a backup.
-        if not self.history.pending:
-            self.stream.acknowledge(min(self.acknowledged, self.stream.received))
-        metrics.ACKNOWLEDGED.labels(self.slot).set(self.acknowledged)
-        metrics.LAG.labels(self.slot).set(max(0, self.stream.received - self.acknowledged))
+        self.session.acknowledge(lsn)
 
     def _ending(self) -> bool:
-        """Whether nothing more is to be given out: a signal came, or the position to stop at was reached."""
-        if self.until is not None and not self.reached and not self.assembler.in_transaction:
-            self.reached = self._safe() >= self.until
-        return self.reached or shutdown.stopping()
+        """Whether nothing more is to be delivered: a signal came, or the position to stop at was reached."""
+        return self.session.ended or shutdown.stopping()
 
     def _full(self) -> bool:
         return not self.in_main_thread and self.bytes_in_epoch > _EPOCH_BYTES
@@ -283,9 +201,10 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         """Everything is durable and acknowledged: end the stream, so that the server surely knows it, and the run."""
         if not self.left:
             self.left = True
-            self.stream.close(graceful=True)
-            logger.info("slot %s: stopped, all up to %s is published and acknowledged", self.slot, self.acknowledged)
-        if self.reached:
+            self.session.close(graceful=True)
+            acknowledged = self.session.acknowledged
+            logger.info("slot %s: stopped, all up to %s is published and acknowledged", self.slot, acknowledged)
+        if self.session.ended:
             gate.drain()
             gate.source_finished(self.slot)
             raise StopIteration
@@ -299,17 +218,4 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
 
     def _behind(self) -> bool:
         with connect(self.dsn) as conn:
-            return identify(conn).lsn > self.acknowledged
-
-    def _count(self, changes: ChangeSet) -> None:
-        size = sum(b.data.nbytes for b in changes.batches) if not self.in_main_thread else 0
-        self.bytes_in_epoch += size
-        metrics.CHANGES.labels(self.slot).inc(len(changes))
-        metrics.RECEIVED.labels(self.slot).set(self.stream.received)
-        if changes.batches:
-            self.heartbeat.changed()
-            self.history.given(changes)
-            metrics.COMMIT_TIME.labels(self.slot).set((self.history.commit_ts or 0) / 1_000_000)
-        if self.assembler.skipped:
-            metrics.SKIPPED.labels(self.slot).inc(self.assembler.skipped)
-            self.assembler.skipped = 0
+            return identify(conn).lsn > self.session.acknowledged

@@ -1,4 +1,9 @@
-"""`History`: the server's history is still the one whose changes were delivered."""
+"""`History`: whether the server's history is still the one whose changes were delivered.
+
+The server sends again what the slot does not know to be done. If that goes back to before the last transaction that
+was delivered, this transaction must be among it. A server that was restored from a backup, or a promoted standby that
+never had the transaction, sends others instead, at positions that were used before: they would be dropped as repeats.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,7 @@ from pgoutput_source.stream.start import START_AFRESH, State
 
 
 class History:
-    """Whether the server's history is the one that was given out, as far as the server shows it again.
-
-    It sends again what the slot does not know to be done. If that goes back to before the transaction that was given
-    out last, this one must be among it. A server that was restored from a backup, or a standby that was promoted and
-    never had it, sends others instead, at positions that were used before: they would be dropped as if they came again.
+    """Remembers the last transaction that was delivered, and looks for it when the server sends it again.
 
     Args:
         settings: What is streamed: other publications need not have the same transactions.
@@ -33,7 +34,7 @@ class History:
 
     @property
     def pending(self) -> bool:
-        """Whether the transaction is still to come."""
+        """Whether the transaction must still come."""
         return self._wanted is not None
 
     @property
@@ -47,23 +48,23 @@ class History:
             return {}
         return {"xid": self._last[1], "commit_ts": self._last[2], "streamed": self._streamed}
 
-    def given(self, changes: ChangeSet) -> None:
-        """These changes are given out."""
+    def delivered(self, changes: ChangeSet) -> None:
+        """These changes are delivered."""
         if changes.batches:
             last = max(changes.batches, key=lambda batch: batch.last).data
             lsn, xid, moment = (last.column(name)[-1] for name in ("_commit_lsn", "_xid", "_commit_ts"))
             self._last = lsn.as_py(), xid.as_py(), moment.value
 
     def connected(self, confirmed: Lsn) -> None:
-        """A connection begins to stream from a slot that stands at `confirmed`."""
+        """A connection begins to stream from a slot whose position is `confirmed`."""
         # The server sends a transaction if its commit record begins at the slot's position or after it.
         self._wanted = self._last if self._last is not None and confirmed <= self._last[0] else None
 
     def look(self, frames: Iterable[bytes | memoryview], sent: Lsn) -> None:
-        """Look for the transaction in what came; everything up to `sent` has come on this connection.
+        """Look for the transaction in new frames; this connection has sent everything up to `sent`.
 
         Raises:
-            StateError: It did not come.
+            StateError: The transaction did not come.
         """
         wanted = self._wanted
         if wanted is None:
@@ -81,7 +82,7 @@ class History:
                         break
         if sent > wanted[0]:
             raise StateError(
-                f"transaction {wanted[1]} at {Lsn(wanted[0])} was given out, and this server never made it: it was "
+                f"transaction {wanted[1]} at {Lsn(wanted[0])} was delivered, and this server never made it: it was "
                 "restored from a backup, or is a standby or another copy that never had it",
                 hint=START_AFRESH,
             )

@@ -98,6 +98,8 @@ class ReplicationStream:
         ConnectionFailed, NotConfigured, SlotError, PublicationError, ProtocolError: See each method.
     """
 
+    exhausted: Final = False
+
     def __init__(
         self,
         dsn: str,

@@ -1,25 +1,26 @@
-"""What a start makes of a resume state and a slot: the positions to go on from, or one clear error.
+"""What a start makes of a resume state and a slot: the positions to resume from, or one clear error.
 
     no state                 the slot is the only memory
-    state = slot             go on
-    state ahead of slot      go on; what comes again is dropped
-    state behind the slot    `SlotAhead`: the slot was moved, or made anew, and changes are missing
-    slot absent, lost        `SlotNotFound`, `SlotLost`: the same, and `resync` says how much
-    another history          `StateError`: the server never had what was given out
+    state = slot             resume
+    state ahead of slot      resume; what the server sends again is dropped
+    slot ahead of state      `SlotAhead`: the slot was moved or recreated, and changes are missing
+    slot absent or lost      `SlotNotFound`, `SlotLost`: the same, and `resync` says how much
+    another history          `StateError`: the server never had what was delivered
 
-Nothing here creates, drops or moves anything.
+`begin` is the whole of it: what the slot's session starts with. Nothing here drops or moves anything, and only
+`create=True` creates something.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any, Final
 
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError
-from pgoutput_source.postgres import checks
-from pgoutput_source.postgres import connection as postgres
+from pgoutput_source.postgres import checks, connection, creation
 from pgoutput_source.postgres.connection import Connection, resync_hint
 from pgoutput_source.postgres.slots import SlotState
 from pgoutput_source.postgres.system import System, current_lsn, identify
@@ -43,8 +44,45 @@ START_AFRESH: Final = (
 _STARTING: Final = 60.0  # seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a session starts.
+
+    Attributes:
+        system: The database system.
+        position: The last change that an earlier session delivered; None if nothing is known.
+        acknowledged: Everything before it was delivered and is durable.
+        until: Where a bounded run ends; None if it has no end.
+    """
+
+    system: System
+    position: Position | None
+    acknowledged: Lsn
+    until: Lsn | None
+
+
+def begin(dsn: str, settings: SourceSettings, state: State | None = None) -> Start:
+    """Connect, create what is missing if that is asked for, check all that a stream needs, and resume from `state`.
+
+    Raises:
+        ServerError: The server, the slot or a publication can't be used, see `checks.check`.
+        SlotAhead: The slot was moved past the state.
+        StateError: The state can't be used, or belongs to another server or history.
+    """
+    with connect(dsn, settings) as conn:
+        if settings.create and state is None:
+            creation.create(conn, settings)
+        slot = check(conn, dsn, settings, state)
+        system = identify(conn)
+        until = stop_at(conn, settings)
+    position, acknowledged = reconcile(state, settings, slot, system)
+    if state is not None:
+        acknowledged = on_timeline(dsn, state["timeline"], system.timeline, position, acknowledged)
+    return Start(system, position, acknowledged, until)
+
+
 def connect(dsn: str, settings: SourceSettings) -> Connection:
-    """A connection; a server that is just starting up, as after a crash, is waited for.
+    """A connection; waits for a server that is just starting up, as after a crash.
 
     Raises:
         ConnectionFailed: It can't be had.
@@ -52,7 +90,7 @@ def connect(dsn: str, settings: SourceSettings) -> Connection:
     deadline = time.monotonic() + min(_STARTING, settings.reconnect_seconds)
     while True:
         try:
-            return postgres.connect(dsn)
+            return connection.connect(dsn)
         except ConnectionFailed as e:
             if e.sqlstate != "57P03" or time.monotonic() > deadline:
                 raise
@@ -61,7 +99,7 @@ def connect(dsn: str, settings: SourceSettings) -> Connection:
 
 
 def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | None) -> SlotState:
-    """`checks.check`; for a flow that has a state the absence of its slot means more than for a new one.
+    """`checks.check`; for a flow that has a state, an absent slot means lost changes, and the error says so.
 
     Raises:
         SlotNotFound, SlotLost: With what is lost.
@@ -95,10 +133,10 @@ def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | N
 def reconcile(
     state: State | None, settings: SourceSettings, slot: SlotState, system: System
 ) -> tuple[Position | None, Lsn]:
-    """The position to go on behind, and the position that is acknowledged already.
+    """The last change that was delivered, and the position that is acknowledged already.
 
     Raises:
-        StateError: The state is of another shape, slot or database system.
+        StateError: The state has another shape, or belongs to another slot or database system.
         SlotAhead: The slot was moved past the state, so changes in between are lost to this flow.
     """
     confirmed = slot.confirmed_flush_lsn or Lsn(0)
@@ -108,7 +146,7 @@ def reconcile(
     if confirmed > lsn:
         raise SlotAhead(
             f"slot {settings.slot!r} was moved to {confirmed}, past {lsn}, the last position in the recovery folder",
-            hint="somebody else consumed from the slot or made it anew, or an old recovery folder was restored: the "
+            hint="somebody else consumed from the slot or recreated it, or an old recovery folder was restored: the "
             f"changes between are gone from the slot. {resync_hint(settings.slot)}",
         )
     return position, lsn
@@ -122,10 +160,10 @@ def stop_at(conn: Connection, settings: SourceSettings) -> Lsn | None:
 
 
 def positions(state: State, system: System) -> tuple[Position | None, Lsn]:
-    """The last change that a state has seen, and up to where all was.
+    """The last change that a state has seen, and the position before which it has seen everything.
 
     Raises:
-        StateError: The state is of another shape or database system.
+        StateError: The state has another shape, or belongs to another database system.
     """
     if not isinstance(state, dict) or state.get("v") != STATE_VERSION:
         raise StateError(
@@ -144,10 +182,10 @@ def positions(state: State, system: System) -> tuple[Position | None, Lsn]:
 
 
 def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable: Lsn) -> Lsn:
-    """The same position on timeline `now` as `durable` on timeline `was`, which the server, or another, was on before.
+    """The position on timeline `now` that corresponds to `durable` on `was`, the timeline before a failover.
 
     Raises:
-        StateError: What was given out did not all happen on this server's timeline.
+        StateError: Not everything that was delivered happened on this server's timeline.
     """
     if was == now:
         return durable
@@ -159,7 +197,7 @@ def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable
         )
     if position is not None and position.commit_lsn >= end:
         raise StateError(
-            f"changes up to {position} were given out on timeline {was}, and the server's timeline {now} left it at "
+            f"changes up to {position} were delivered on timeline {was}, and the server's timeline {now} left it at "
             f"{end}: the promoted server never had all of them",
             hint="what was written downstream has changes that do not exist: start afresh. From PostgreSQL 17 on "
             "synchronized_standby_slots keeps changes back until the standby has them",
@@ -170,17 +208,17 @@ def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable
 
 
 def admit(walsender: Walsender, system_id: str, seen: Lsn) -> None:
-    """Whether a connection leads to a server that can go on.
+    """Check that a connection leads to a server from which the stream can go on.
 
     Args:
         walsender: The connection, which does not stream yet.
-        system_id: Of the database system that it must be; empty for any.
-        seen: Up to here everything is done with; 0 if nothing is known.
+        system_id: The database system that it must be; empty for any.
+        seen: Everything before it is done with; 0 if nothing is known.
 
     Raises:
         StateError: It is another database system, or has lost WAL.
-        SlotAhead: The slot was moved, or made anew, meanwhile.
-        ConnectionFailed: It is a standby that has not yet replayed what it had; it passes.
+        SlotAhead: The slot was moved or recreated meanwhile.
+        ConnectionFailed: It is a standby that has not yet replayed what it had; trying again helps.
     """
     slot, end = walsender.slot, walsender.wal_end
     if system_id and walsender.system_id != system_id:
@@ -202,6 +240,6 @@ def admit(walsender: Walsender, system_id: str, seen: Lsn) -> None:
     if seen and walsender.confirmed is not None and walsender.confirmed > seen:
         raise SlotAhead(
             f"slot {slot!r} was moved to {walsender.confirmed}, past {seen}, the last position that was acknowledged",
-            hint="somebody else consumed from the slot or made it anew meanwhile: the changes between are gone from "
+            hint="somebody else consumed from the slot or recreated it meanwhile: the changes between are gone from "
             f"it. {resync_hint(slot)}",
         )

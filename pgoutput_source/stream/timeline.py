@@ -16,7 +16,7 @@ import psycopg
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.errors import PgOutputError, StateError
 from pgoutput_source.postgres.connection import Connection, connect, server_error
-from pgoutput_source.stream.replication import ReplicationStream
+from pgoutput_source.stream.frame_source import FrameSource
 from pgoutput_source.stream.start import on_timeline
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Timeline:
         number: The timeline, as far as it is known.
     """
 
-    def __init__(self, dsn: str, stream: ReplicationStream) -> None:
+    def __init__(self, dsn: str, stream: FrameSource) -> None:
         self._dsn = dsn
         self._stream = stream
         self._slot = stream.slot

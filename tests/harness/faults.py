@@ -143,7 +143,7 @@ def _die_at(name: str, count: int) -> None:
 
     def passed(*arguments: Any) -> None:
         nonlocal left
-        if name in LARGE and not arguments[0].assembler.in_transaction:
+        if name in LARGE and not arguments[0].session.in_transaction:
             return
         if method == "take" and not arguments[0].pending:
             return
@@ -171,7 +171,7 @@ def _break(mistake: str) -> None:
 
         def early(self: Any) -> Any:
             state = snapshot(self)
-            self.stream.acknowledge(self.staged, now=True)
+            self.session.frames.acknowledge(self.staged, now=True)
             time.sleep(0.1)
             return state
 

@@ -39,7 +39,7 @@ def test_it_moves_a_slot_and_is_no_message(any_db: Database) -> None:
 
         thread = threading.Thread(target=read)
         thread.start()
-        wait_until(lambda: reader._stream is not None)
+        wait_until(lambda: reader._session is not None)
         before = confirmed(any_db)
         wait_until(lambda: confirmed(any_db) > before)  # and nobody else writes
         connection.execute("SELECT pg_logical_emit_message(true, 'a', 'mine'), pg_logical_emit_message(false, 'b', '')")

@@ -65,8 +65,8 @@ def test_the_memory_of_a_very_large_value_is_given_back(
     large = Large(db, streaming=streaming)
     with large.reader:
         assert large.used() < MEGABYTES / 3
-        assert large.reader._stream is not None
-        assert large.reader._stream.generation == 1
+        assert large.reader._session is not None
+        assert large.reader._session.frames.generation == 1
 
 
 def test_without_a_new_connection_it_would_stay(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,5 +87,5 @@ def test_what_is_not_acknowledged_keeps_the_connection(db: Database, monkeypatch
         for _ in range(5):
             time.sleep(0.1)
             large.insert("'a'")
-        assert reader._stream is not None
-        assert reader._stream.generation == 0
+        assert reader._session is not None
+        assert reader._session.frames.generation == 0

@@ -242,7 +242,7 @@ def test_a_reader_does_not_go_on_with_a_standby_that_never_had_all(read_before: 
         standby.start()
         if read_before:
             # It is on the same timeline still, and the reader can't tell what it will become.
-            wait_until("the reader's return", lambda: reading.reader._stream.generation > 0)  # type: ignore[union-attr]
+            wait_until("the reader's return", lambda: reading.reader._session.frames.generation > 0)  # type: ignore[union-attr]
         standby.promote()
         db.server = standby
         insert(db, 21, 30)  # at positions that the former primary has used

@@ -1,0 +1,221 @@
+"""`SlotSession`: one slot, from the checks at the start to the last acknowledgement.
+
+Everything that reads a slot is a session and what it does with the changes: the Bytewax source (one session for each
+slot), the plain reader, and `peek`. A session owns the way of a change:
+
+    FrameSource    frames as the server sends them
+    History        is it the server whose changes were delivered before?
+    Assembler      frames → change sets; repeats are dropped
+    `_deliver`     the last step before the caller has it: what is passed here counts as delivered
+
+and the arrow back: `safe_lsn` says what may be acknowledged once everything delivered is durable, and `acknowledge`
+tells the server. When that is, is the caller's business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from pgoutput_source import metrics
+from pgoutput_source.changes.batches import ChangeSet
+from pgoutput_source.changes.schema import Position
+from pgoutput_source.decode.assembler import Assembler
+from pgoutput_source.decode.in_progress import streamed
+from pgoutput_source.postgres.definitions import Definitions
+from pgoutput_source.protocol.wire import Lsn
+from pgoutput_source.settings import SourceSettings
+from pgoutput_source.stream.frame_source import FrameSource
+from pgoutput_source.stream.heartbeat import Heartbeat
+from pgoutput_source.stream.history import History
+from pgoutput_source.stream.replication import ReplicationStream
+from pgoutput_source.stream.start import STATE_VERSION, Start, State, begin
+from pgoutput_source.stream.timeline import Timeline
+from pgoutput_source.types import types_of
+
+logger = logging.getLogger(__name__)
+
+
+class SlotSession:
+    """The changes of one slot, in commit order, from where an earlier session stopped.
+
+    The constructor connects, checks and starts to read. Methods are called by one thread at a time; `acknowledge` may
+    be called by any.
+
+    Args:
+        dsn: A libpq connection string or URL.
+        settings: Which slot, which publications, and how to read them.
+        state: What `snapshot` of an earlier session returned; None for none, then the slot is the only memory.
+        frames: Makes the source of frames from the connection string, the settings and what the start found.
+
+    Attributes:
+        settings: As given.
+        system: The database system that was found at the start.
+        until: Where a bounded run ends; None if it has no end.
+        frames: The source of frames.
+        acknowledged: Everything before it was delivered and is durable.
+        idle: Whether the last `next` found nothing at all to do.
+
+    Raises:
+        ServerError: The server, the slot or a publication can't be used; each with its remedy.
+        StateError, SlotAhead: `state` does not fit the slot.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        settings: SourceSettings,
+        state: State | None = None,
+        *,
+        frames: Callable[[str, SourceSettings, Start], FrameSource] | None = None,
+    ) -> None:
+        start = begin(dsn, settings, state)
+        self.settings, self.system, self.until = settings, start.system, start.until
+        self._assembler = _assembler(dsn, settings, start, state)
+        self.frames: FrameSource = (frames or _stream)(dsn, settings, start)
+        self.frames.start(Lsn(0) if state is None else start.acknowledged)
+        self.acknowledged = max(start.acknowledged, self.frames.acknowledged)
+        self._generation = self.frames.generation
+        self._looked_through = Lsn(0)
+        self._reached = False
+        self.idle = True
+        self._history = History(settings, state)
+        self._history.connected(self.frames.confirmed)
+        self._timeline = Timeline(dsn, self.frames)
+        self._heartbeat = Heartbeat(dsn, settings.slot, settings.heartbeat_seconds)
+        bound = f" until {self.until}" if self.until else ""
+        logger.info("slot %s: streaming from %s%s", settings.slot, self.acknowledged, bound)
+
+    def close(self, *, graceful: bool = False) -> None:
+        """End the session; closing twice is allowed.
+
+        Args:
+            graceful: Have the server confirm the end first: then it knows what is acknowledged.
+        """
+        self._heartbeat.close()
+        self._timeline.close()
+        self.frames.close(graceful=graceful)
+        self._assembler.close()
+
+    # -- changes ----------------------------------------------------------------------------------------------------
+
+    def next(self, timeout: float = 0.0) -> ChangeSet:
+        """The next changes in commit order; empty if there are none yet, or if what came has no changes.
+
+        Args:
+            timeout: Seconds to wait for the first.
+
+        Raises:
+            ServerError: The connection was lost and can't be made again, or the server can't go on.
+            StateError: The server is not the one whose changes were delivered.
+            ProtocolError, DecodeError, SchemaChanged, SpillError: See `Assembler.feed`.
+        """
+        # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
+        received: Sequence[bytes | memoryview] = () if self._assembler.pending else self._poll(timeout)
+        self.idle = not received and not self._assembler.pending
+        return self._deliver(ChangeSet(()) if self.idle else self._assembler.feed(received))
+
+    def _poll(self, timeout: float) -> Sequence[bytes | memoryview]:
+        settings, frames = self.settings, self.frames
+        received = frames.poll(
+            max_frames=settings.max_frames, max_bytes=settings.max_bytes, timeout=timeout, whole=self._assembler.whole
+        )
+        if frames.generation != self._generation:
+            self._generation = frames.generation
+            self._looked_through = Lsn(0)
+            self._timeline.reconnected(self.position)
+            self._history.connected(frames.confirmed)
+            self._assembler.reconnected()
+            metrics.RECONNECTS.labels(settings.slot).inc()
+        self._history.look(received, frames.sent)
+        return received
+
+    def _deliver(self, changes: ChangeSet) -> ChangeSet:
+        slot = self.settings.slot
+        if not self.in_transaction:
+            # What the server has looked through counts, even if it sent nothing of it: otherwise a quiet publication
+            # would keep the WAL of a busy database for ever.
+            self._looked_through = max(self._looked_through, self.frames.sent)
+        metrics.CHANGES.labels(slot).inc(len(changes))
+        metrics.RECEIVED.labels(slot).set(self.frames.received)
+        if changes.batches:
+            self._heartbeat.changed()
+            self._history.delivered(changes)
+            metrics.COMMIT_TIME.labels(slot).set((self._history.commit_ts or 0) / 1_000_000)
+        if self._assembler.skipped:
+            metrics.SKIPPED.labels(slot).inc(self._assembler.skipped)
+            self._assembler.skipped = 0
+        return changes
+
+    @property
+    def position(self) -> Position | None:
+        """The last change that was delivered, by this session or the one that it resumes."""
+        return self._assembler.position
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a committed transaction was received and not yet delivered to its end."""
+        return self._assembler.in_transaction
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be delivered: the run's end is reached, or its source has no more frames."""
+        if not self._reached and not self.in_transaction:
+            self._reached = self.frames.exhausted or (self.until is not None and self.safe_lsn >= self.until)
+        return self._reached
+
+    # -- positions --------------------------------------------------------------------------------------------------
+
+    @property
+    def safe_lsn(self) -> Lsn:
+        """Everything before it was delivered: what may be acknowledged once all that is durable."""
+        return max(self.acknowledged, self._assembler.end_lsn, self._looked_through)
+
+    def acknowledge(self, lsn: Lsn) -> None:
+        """Everything before `lsn` is durable: PostgreSQL may forget it.
+
+        Args:
+            lsn: A position that `safe_lsn` gave, or one after the last change of a transaction and before the next.
+        """
+        slot = self.settings.slot
+        self.acknowledged = max(self.acknowledged, lsn)
+        # Not what only the state knows: this server may turn out to be a copy that was restored from a backup.
+        if not self._history.pending:
+            self.frames.acknowledge(min(self.acknowledged, self.frames.received))
+        metrics.ACKNOWLEDGED.labels(slot).set(self.acknowledged)
+        metrics.LAG.labels(slot).set(max(0, self.frames.received - self.acknowledged))
+
+    def snapshot(self) -> State:
+        """The resume state: a session that starts with it delivers what comes after the last change of this one.
+
+        Its "lsn" is `safe_lsn`, to be acknowledged when the state is durable.
+        """
+        position, known = self.position, self._assembler.relations.known
+        return {
+            "v": STATE_VERSION,
+            "system": self.system.system_id,
+            "timeline": self._timeline.of(position),
+            "slot": self.settings.slot,
+            "commit_lsn": None if position is None else int(position.commit_lsn),
+            "seq": None if position is None else position.seq,
+            **self._history.state(),
+            "lsn": int(self.safe_lsn),
+            **({} if known is None else {"tables": dict(known)}),
+        }
+
+
+def _stream(dsn: str, settings: SourceSettings, start: Start) -> FrameSource:
+    return ReplicationStream.of(dsn, settings)
+
+
+def _assembler(dsn: str, settings: SourceSettings, start: Start, state: State | None) -> Assembler:
+    system = start.system
+    return Assembler(
+        (("system", system.system_id), ("database", system.database), ("slot", settings.slot)),
+        skip_until=start.position,
+        on_misfit=settings.on_misfit,
+        look_up=Definitions(dsn),
+        streamed=streamed(settings),
+        types=types_of(system.server_version),
+        known_tables=None if settings.on_schema_change == "evolve" else (state or {}).get("tables", {}),
+    )
