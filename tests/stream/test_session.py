@@ -1,4 +1,4 @@
-"""A session is cut anywhere and resumed from its state, and every change is delivered once, whatever brings the frames."""
+"""A session is cut anywhere, resumed from its state, and delivers each change once, whatever brings the frames."""
 
 from __future__ import annotations
 
