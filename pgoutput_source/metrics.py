@@ -14,6 +14,7 @@ SKIPPED: Final = Counter(
     "pgoutput_changes_skipped", "Changes that the server sent again and that were dropped", ["slot"]
 )
 RECONNECTS: Final = Counter("pgoutput_reconnects", "Replication connections that were lost and replaced", ["slot"])
+COPIED: Final = Counter("pgoutput_copied_rows", "Rows read by the initial copy", ["slot"])
 SPILLED: Final = Counter(
     "pgoutput_spilled_bytes", "Bytes of transactions in progress that went to temporary files (streaming)", ["slot"]
 )

@@ -33,6 +33,7 @@ STAIRCASE = (
     "decode",
     "embedded",
     "postgres",
+    "copy",
     "stream",
     "reader",
     "pypgoutput",

@@ -1,0 +1,285 @@
+"""Reading a chunk: one short transaction, one snapshot, one COPY.
+
+    BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY
+    LOCK TABLE … IN ACCESS SHARE MODE          before the snapshot: a TRUNCATE between the two would show an empty table
+    SELECT pg_current_snapshot(), …            what the rows will show
+    COPY (SELECT … WHERE key >= … AND key < …) TO STDOUT (FORMAT binary)
+    COMMIT
+
+https://www.postgresql.org/docs/current/sql-copy.html
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from typing import Any, Final
+
+import psycopg
+from psycopg import pq, sql
+
+from pgoutput_source.copy.keys import Key
+from pgoutput_source.copy.rows import Copied
+from pgoutput_source.copy.tables import Published, SourceTable, describe
+from pgoutput_source.copy.visibility import Snapshot
+from pgoutput_source.decode.relations import Relations
+from pgoutput_source.errors import ConnectionFailed
+from pgoutput_source.postgres.connection import Connection, connect, explained, server_error
+from pgoutput_source.protocol.wire import Lsn
+
+logger = logging.getLogger(__name__)
+
+_LOCK_TIMEOUT: Final = "20ms"
+_NOTHING: Final = (0, memoryview(b""))
+_GETS: Final = 512
+_PIECE: Final = 8 << 20  # bytes
+_FLUSH_WAIT: Final = 30.0  # seconds
+
+
+class Busy(Exception):
+    """Not now: somebody holds, or waits for, a lock that keeps readers out."""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A transaction in which a table can be read, and what it sees.
+
+    `table` is None if the table is gone.
+    """
+
+    table: SourceTable | None
+    snapshot: Snapshot
+    taken: datetime
+
+
+class ChunkReader:
+    """Reads chunks on a connection of its own, one at a time.
+
+    Args:
+        dsn: A libpq connection string.
+        relations: Gives columns their types.
+    """
+
+    def __init__(self, dsn: str, relations: Relations) -> None:
+        self._dsn, self._relations = dsn, relations
+        self._connection: Connection | None = None
+        self._page = 8192
+
+    @property
+    def connection(self) -> Connection:
+        """The connection, in autocommit mode, unless a chunk is open."""
+        if self._connection is None or self._connection.closed:
+            self._connection = connect(self._dsn)
+            with explained():
+                self._connection.execute("SET application_name = 'pgoutput_source copy'")
+                self._connection.execute("SET row_security = off")
+                row = self._connection.execute("SELECT current_setting('wal_block_size')::int").fetchone()
+            assert row is not None
+            self._page = row[0]
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection; a transaction is rolled back."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def snapshot(self) -> Snapshot:
+        """What a transaction that begins now would see."""
+        return self._taken()[0]
+
+    def open(self, wanted: Published) -> Chunk:
+        """Begin a transaction in which a table can be read.
+
+        Raises:
+            Busy: Its lock can't be had at once.
+            ServerError: The server refuses.
+        """
+        conn = self.connection
+        with explained():
+            row = conn.execute("SELECT %s::bigint::oid::regclass::text", [wanted.relation_id]).fetchone()
+            assert row is not None
+            name = str(row[0])
+            conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        try:
+            if not name.isdigit():
+                conn.execute(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'".encode())
+                conn.execute(f"LOCK TABLE {name} IN ACCESS SHARE MODE".encode())
+                conn.execute("SET LOCAL lock_timeout = 0")
+            snapshot, taken = self._taken()
+            return Chunk(describe(conn, wanted, self._relations), snapshot, taken)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.UndefinedTable) as e:
+            # Who waits here for a lock would wait behind a TRUNCATE that waits for others: try again later.
+            self.abandon()
+            raise Busy from e
+        except psycopg.Error as e:
+            self.abandon()
+            raise server_error(e) from e
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _taken(self) -> tuple[Snapshot, datetime]:
+        with explained():
+            # The snapshot is taken before the first expression is computed, so the position is one after it.
+            row = self.connection.execute(
+                "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, transaction_timestamp()"
+            ).fetchone()
+        assert row is not None
+        return Snapshot.of(row[0], self._start_of_record(Lsn(row[1]))), row[2]
+
+    def _start_of_record(self, position: int) -> int:
+        """No record begins in a page's header, where the position stands while nothing is written on the page."""
+        offset = position % self._page
+        return position - offset if offset in (24, 40) else position
+
+    def upper_bound(self, table: SourceTable, lower: Key | None, rows: int) -> Key | None:
+        """The key that stands `rows` keys after `lower`; None if there are not so many."""
+        names = sql.SQL(", ").join(sql.Identifier(c.name) for c in table.key)
+        query = sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET {} LIMIT 1").format(
+            sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(c.name)) for c in table.key),
+            sql.SQL(table.sql_name),
+            _range(table, lower, None),
+            names,
+            sql.Literal(rows),
+        )
+        with explained():
+            # By the index, whatever the planner knows of the table: without statistics it would read all of it.
+            self.connection.execute("SET LOCAL enable_seqscan = off")
+            row = self.connection.execute(query).fetchone()
+        return None if row is None else tuple(row)
+
+    def read(self, table: SourceTable, where: sql.Composable) -> Iterator[Copied]:
+        """The rows of a table for which a condition holds, in pieces of some megabytes."""
+        condition = sql.SQL(" AND ").join(
+            [where, *([sql.SQL("({})").format(sql.SQL(table.row_filter))] if table.row_filter else [])]
+        )
+        values = [sql.SQL("{}::text" if c.as_text else "{}").format(sql.Identifier(c.name)) for c in table.columns]
+        query = sql.SQL("COPY (SELECT {} FROM {} WHERE {}) TO STDOUT (FORMAT binary)").format(
+            sql.SQL(", ").join(values), sql.SQL(table.sql_name), condition
+        )
+        return _copied(self.connection, query.as_string(self.connection))
+
+    def flushed(self, snapshot: Snapshot) -> None:
+        """Wait until all that the snapshot shows is on the server's disk.
+
+        A transaction with synchronous_commit=off is visible before it is flushed, and a crash of the server takes it
+        back: rows that show it must not be delivered before.
+        """
+        deadline = time.monotonic() + _FLUSH_WAIT
+        with explained():
+            while True:
+                row = self.connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
+                assert row is not None
+                if Lsn(row[0]) >= snapshot.high:
+                    return
+                if time.monotonic() > deadline:
+                    raise ConnectionFailed("the server does not flush its WAL", hint="see the server's log and disk")
+                time.sleep(0.002)
+
+    def commit(self) -> None:
+        """End the transaction: all was read."""
+        with explained():
+            self.connection.execute("COMMIT")
+
+    def abandon(self) -> None:
+        """End the transaction: nothing was read."""
+        connection = self._connection
+        if connection is None or connection.closed:
+            return
+        if connection.pgconn.transaction_status not in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
+            self.close()  # a COPY is under way, or the connection is lost
+            return
+        with explained():
+            connection.execute("ROLLBACK")
+
+
+def between(table: SourceTable, lower: Key | None, upper: Key | None) -> sql.Composable:
+    """The condition for the keys from `lower` on, and before `upper`."""
+    return _range(table, lower, upper)
+
+
+def exactly(table: SourceTable, keys: Sequence[Key]) -> sql.Composable:
+    """The condition for these keys."""
+    names = sql.SQL(", ").join(sql.Identifier(c.name) for c in table.key)
+    return sql.SQL("({}) IN ({})").format(
+        names, sql.SQL(", ").join(sql.SQL("({})").format(_values(table, k)) for k in keys)
+    )
+
+
+def _range(table: SourceTable, lower: Key | None, upper: Key | None) -> sql.Composable:
+    names = sql.SQL(", ").join(sql.Identifier(c.name) for c in table.key)
+    conditions = [
+        sql.SQL("({}) " + operator + " ({})").format(names, _values(table, key))
+        for operator, key in ((">=", lower), ("<", upper))
+        if key is not None
+    ]
+    return sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
+
+
+def _values(table: SourceTable, key: Key) -> sql.Composable:
+    return sql.SQL(", ").join(
+        sql.SQL("{}::" + column.type_name).format(sql.Literal(text))
+        for column, text in zip(table.key, key, strict=True)
+    )
+
+
+def _copied(connection: Connection, query: str) -> Iterator[Copied]:
+    """The tuples of a COPY in binary, straight from libpq, which hands out one a call."""
+    pg = connection.pgconn
+    pg.send_query(query.encode())
+    while True:
+        pg.flush()
+        pg.consume_input()
+        if not pg.is_busy():
+            break
+        select.select([pg.socket], [], [])
+    result = pg.get_result()
+    if result is None or result.status != pq.ExecStatus.COPY_OUT:
+        while pg.get_result() is not None:
+            pass
+        raise _failure(result, connection)
+    get = partial(pg.get_copy_data, 1)
+    parts: list[bytes] = []
+    lengths: list[int] = []
+    held, ended, first = 0, False, True
+    while not ended:
+        some: list[tuple[int, Any]] = []
+        try:
+            some.extend(islice(iter(get, _NOTHING), _GETS))
+        except psycopg.OperationalError:
+            # After the end of the COPY: what came before it is in `some`.
+            if not some or some[-1][0] >= 0:
+                raise
+        full = len(some) == _GETS
+        if some and some[-1][0] < 0:
+            ended = True
+            some = [item for item in some if item[0] >= 0]
+        if some:
+            sizes, payloads = zip(*some, strict=True)
+            part = b"".join(payloads)  # at once: what is freed at once costs least
+            parts.append(part)
+            lengths.extend(sizes)
+            held += len(part)
+        if held >= _PIECE:
+            yield Copied(parts, lengths, first=first)
+            parts, lengths, held, first = [], [], 0, False
+        if not full and not ended:
+            select.select([pg.socket], [], [])
+            pg.consume_input()
+    while (result := pg.get_result()) is not None:
+        if result.status == pq.ExecStatus.FATAL_ERROR:
+            raise _failure(result, connection)
+    if lengths:
+        yield Copied(parts, lengths, first=first)
+
+
+def _failure(result: pq.abc.PGresult | None, connection: Connection) -> Exception:
+    error = psycopg.errors.error_from_result(result) if result is not None else psycopg.OperationalError("no answer")
+    return server_error(error)

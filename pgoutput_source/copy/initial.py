@@ -1,0 +1,493 @@
+"""`InitialCopy`: the rows that are there already, between the changes of the stream.
+
+The slot exists first, and streams all the while, so no WAL piles up. A session alternates: some changes of the stream,
+judged (`judge`), then a chunk (`step`). While a chunk is read the stream stands still, for a fraction of a second: so
+no change ever waits for a chunk that is under way. A table without a key is read as a whole, and the stream waits for
+the end of it.
+
+What is known is the ledger; it is part of the resume state. A crash costs the chunk that was under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from psycopg import sql
+
+from pgoutput_source import metrics
+from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message
+from pgoutput_source.copy.chunks import Busy, Chunk, ChunkReader, between, exactly
+from pgoutput_source.copy.judge import judge
+from pgoutput_source.copy.keys import Keys
+from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, TableCopy
+from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
+from pgoutput_source.copy.tables import Published, SourceTable, published, unreadable
+from pgoutput_source.decode.relations import LookUp, Relations
+from pgoutput_source.errors import ConnectionFailed, NotConfigured
+from pgoutput_source.postgres.connection import explained
+from pgoutput_source.settings import SourceSettings
+from pgoutput_source.types import types_of
+
+logger = logging.getLogger(__name__)
+
+REQUEST: Final = "pgoutput_source.copy"
+"""The prefix of a logical message that asks for a table to be copied again; its content is schema and table."""
+
+CHUNK_ROWS: Final = 100_000
+_CHUNK_BYTES: Final = 32 << 20
+_MOST_BYTES: Final = 128 << 20  # of one chunk, which is delivered as one
+_FIRST_ROWS: Final = 10_000  # of a table of which nothing is known
+_PATIENCE: Final = 0.01  # seconds for a snapshot that shows what was streamed, while the stream stands still
+_PAUSE: Final = 0.02  # seconds until it is tried again
+_RECONNECT: Final = 0.5  # seconds
+_LIST_EVERY: Final = 10.0  # seconds; tables that are added to a publication, and nobody writes to
+_SAY_EVERY: Final = 10.0
+_MOST_UNPROVEN: Final = 1000
+
+
+class InitialCopy:
+    """The copy of the tables of one slot, and the judge of the changes that the slot streams meanwhile.
+
+    It is used by one thread at a time, in turns with the stream.
+
+    Args:
+        dsn: A libpq connection string.
+        settings: Which slot and publications.
+        origin: Written into the metadata of each batch, as the stream's.
+        look_up: Describes types that the database defines.
+        state: What `state` returned before; None for none.
+        everything: Copy every published table, rather than those that are asked for.
+        chunk_rows: The most rows of a chunk.
+
+    Raises:
+        NotConfigured: The role may not read a table; the hint allows it.
+        StateError: `state` is of another version.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        settings: SourceSettings,
+        *,
+        origin: tuple[tuple[str, str], ...] = (),
+        look_up: LookUp | None = None,
+        server_version: int = 180_000,
+        state: dict[str, Any] | None = None,
+        everything: bool = False,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> None:
+        self._settings = settings
+        self._relations = Relations(origin, look_up, types=types_of(server_version))
+        self._reader = ChunkReader(dsn, self._relations)
+        self._keys: dict[int, Keys] = {}
+        self._most_rows = chunk_rows
+        self._rows: dict[int, int] = {}
+        self._estimates: dict[int, int] = {}
+        self._names: dict[int, str] = {}
+        self._published: dict[int, Published] = {}
+        self._whole: Iterator[ChangeBatch] | None = None
+        self._not_before = 0.0
+        self._lost_at = 0.0
+        self._listed_at = 0.0
+        self._progress = _Progress(settings.slot)
+        self.ledger = Ledger() if state is None else Ledger.from_state(state)
+        if everything and state is None:
+            self.ledger.all = True
+            self._list()
+
+    def close(self) -> None:
+        """Let go of the connection. What is under way counts as unread."""
+        self._whole = None
+        self._reader.close()
+
+    def state(self) -> dict[str, Any] | None:
+        """For the resume state; None if nothing was ever copied."""
+        if not self.ledger:
+            return None
+        if any(copy.unproven for copy in self.ledger.copying.values()):
+            self._prove()
+        return self.ledger.state()
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is a table of which not every change is delivered yet."""
+        return bool(self.ledger.copying)
+
+    @property
+    def reading(self) -> bool:
+        """Whether a table that is read as a whole is under way: the stream has to wait."""
+        return self._whole is not None
+
+    # -- the stream -------------------------------------------------------------------------------------------------
+
+    def judge(self, changes: ChangeSet) -> ChangeSet:
+        """What is to be delivered of these changes; they come in the order of the stream, and none is left out.
+
+        Raises:
+            ServerError: The server can't be asked for the order of keys.
+        """
+        requests = [m for m in changes.messages if m.prefix == REQUEST]
+        if not self.ledger and not requests:
+            return changes
+        # What a request stands between does not matter: what is dropped after it is in what is read later.
+        batches: list[ChangeBatch] = []
+        for batch in changes.batches:
+            relation = batch.schema.relation_id
+            if self.ledger.all and not self.ledger.knows(relation):
+                self._register(relation, batch.table)
+            copy = self.ledger.copying.get(relation)
+            batches += [batch] if copy is None else self._judge(batch, copy)
+        for request in requests:
+            self._requested(request)
+        if not requests and batches == list(changes.batches):
+            return changes
+        emptied = (
+            {lsn for batch in batches for lsn in batch.data.column("_lsn").to_numpy()[_is_truncate(batch)].tolist()}
+            if changes.truncates
+            else set()
+        )
+        return ChangeSet(
+            tuple(sorted(batches, key=lambda batch: batch.first)),
+            tuple(m for m in changes.messages if m.prefix != REQUEST),
+            tuple(t for t in changes.truncates if int(t.lsn) in emptied),
+        )
+
+    def _judge(self, batch: ChangeBatch, copy: TableCopy) -> list[ChangeBatch]:
+        try:
+            found = judge(batch, copy, self._keys_of(copy) if copy.key else None)
+        except KeyError:
+            # The key has other columns now: what was read by it can't be told from what was not.
+            copy.restart(partial=copy.delivered)
+            found = judge(batch, copy, None)
+        if len(copy.unproven) > _MOST_UNPROVEN:
+            self._prove()
+        return found
+
+    def passed(self, safe: int) -> None:
+        """Every transaction that committed before `safe` was judged, and what is left of it delivered."""
+        for copy in self.ledger.settle(safe):
+            name = self._names.get(copy.relation_id, str(copy.relation_id))
+            logger.info("slot %s: %s is copied, %d rows", self._settings.slot, name, copy.rows)
+            self._keys.pop(copy.relation_id, None)
+            self._rows.pop(copy.relation_id, None)
+            if not self.ledger.copying:
+                logger.info("slot %s: the initial copy is complete", self._settings.slot)
+
+    def _prove(self) -> None:
+        """Forget the transactions that every later snapshot shows."""
+        try:
+            now = self._reader.snapshot()
+        except ConnectionFailed as e:
+            logger.debug("slot %s: %s", self._settings.slot, e.message)
+            self._reader.close()
+            return  # to forget them is never needed
+        for copy in self.ledger.copying.values():
+            if copy.unproven:
+                xids = np.array(sorted(copy.unproven), np.uint32)
+                copy.unproven = set(xids[~now.shows(xids)].tolist())
+
+    def _keys_of(self, copy: TableCopy) -> Keys:
+        keys = self._keys.get(copy.relation_id)
+        if keys is None or keys.columns != copy.key:
+            keys = self._keys[copy.relation_id] = Keys(copy.key, self._ask)
+        return keys
+
+    def _ask(self, query: sql.Composed, parameters: list[list[str]]) -> list[int]:
+        """Numbers from the server; a server that restarts is waited for."""
+        deadline = time.monotonic() + self._settings.reconnect_seconds
+        while True:
+            try:
+                with explained():
+                    return [n for (n,) in self._reader.connection.execute(query, parameters).fetchall()]
+            except ConnectionFailed as e:
+                self._reader.close()
+                if not e.transient or time.monotonic() > deadline:
+                    raise
+                time.sleep(_RECONNECT)
+
+    def _requested(self, request: Message) -> None:
+        name = request.content.decode(errors="replace").strip()
+        self._list()
+        # The name is looked up as the server writes it, and as it stands in `_names`.
+        found = [relation for relation, known in self._names.items() if known == name and relation in self._published]
+        if not found:
+            logger.warning("slot %s: a copy of %r was asked for, and it is not published", self._settings.slot, name)
+        for relation in found:
+            self.again(relation)
+
+    def again(self, relation_id: int) -> None:
+        """Copy a table again: it is emptied downstream first, so that rows that are gone are gone there, too."""
+        copy = self._register(relation_id, self._names.get(relation_id, str(relation_id)))
+        copy.partial = copy.delivered = True
+
+    def _register(self, relation_id: int, name: str) -> TableCopy:
+        logger.info("slot %s: %s will be copied", self._settings.slot, name)
+        self._names[relation_id] = name
+        self._keys.pop(relation_id, None)
+        return self.ledger.register(relation_id, self._reader.snapshot().xmax)
+
+    def _list(self) -> None:
+        """The tables that are published now; those that are new enter the copy."""
+        conn = self._reader.connection
+        self._published = published(conn, self._settings.publication)
+        self._listed_at = time.monotonic()
+        with explained():
+            names = conn.execute(
+                "SELECT c.oid::bigint, n.nspname || '.' || c.relname, greatest(c.reltuples, 0)::bigint"
+                "  FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::bigint[])",
+                [list(self._published)],
+            ).fetchall()
+        for relation, name, rows in names:
+            self._names[relation], self._estimates[relation] = name, rows
+        new = [r for r in self._published if not self.ledger.knows(r)] if self.ledger.all else []
+        refused = unreadable(conn, new)
+        if refused:
+            raise NotConfigured(
+                f"the initial copy can't read {', '.join(name for name, _ in refused)}, or not all rows of it",
+                hint="as owner or superuser: " + " ".join(dict.fromkeys(allow for _, allow in refused)),
+            )
+        registered = self._reader.snapshot().xmax if new else 0
+        for relation in new:
+            self.ledger.register(relation, registered)
+
+    # -- chunks -----------------------------------------------------------------------------------------------------
+
+    def step(self, safe: int) -> ChangeSet:
+        """Rows of the next chunk, if one can be read now.
+
+        Args:
+            safe: Every transaction that committed before it was judged, and nothing of those after it has come.
+
+        Raises:
+            NotConfigured: The role may not read a table.
+            ServerError: The connection was lost, or the server refuses.
+            DecodeError: A value that was read is not one of its column's type.
+        """
+        now = time.monotonic()
+        if now < self._not_before:
+            return ChangeSet(())
+        try:
+            found = self._stepped(safe, now)
+        except ConnectionFailed as e:
+            if not e.transient:
+                raise
+            if not self._lost_at:
+                self._lost_at = now
+                logger.warning("slot %s: the copy's connection was lost, and is tried again", self._settings.slot)
+            if now - self._lost_at > self._settings.reconnect_seconds:
+                raise
+            self._whole = None
+            self._reader.close()
+            self._not_before = now + _RECONNECT
+            return ChangeSet(())
+        self._lost_at = 0.0
+        return found
+
+    def _stepped(self, safe: int, now: float) -> ChangeSet:
+        if self._whole is not None:
+            return self._piece()
+        if self.ledger.all and now - self._listed_at > _LIST_EVERY:
+            self._list()
+        for copy in list(self.ledger.copying.values()):
+            if copy.wait > safe or copy.unsettled >= MOST_UNSETTLED:
+                continue
+            if copy.read:
+                continue
+            found = self._chunk(copy, safe)
+            if found is not None:
+                return found
+        self._not_before = time.monotonic() + _PAUSE
+        return ChangeSet(())
+
+    def _chunk(self, copy: TableCopy, safe: int) -> ChangeSet | None:
+        relation = copy.relation_id
+        if relation not in self._published:
+            self._list()
+            if relation not in self._published:
+                logger.warning(
+                    "slot %s: %s is not published any more, and is not copied", self._settings.slot, self._name(copy)
+                )
+                self.ledger.forget([relation])
+                return None
+        chunk = self._opened(copy)
+        if chunk is None:
+            return None
+        try:
+            if chunk.table is None:
+                self._reader.abandon()
+                self._published.pop(relation, None)
+                return None
+            return self._read(copy, chunk, chunk.table, safe)
+        except BaseException:
+            self._reader.abandon()
+            raise
+
+    def _opened(self, copy: TableCopy) -> Chunk | None:
+        """A transaction under whose snapshot the table's next chunk may be read."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                chunk = self._reader.open(self._published[copy.relation_id])
+            except Busy:
+                return None
+            if copy.refuses(chunk.snapshot) is None:
+                return chunk
+            self._reader.abandon()
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.0005)
+
+    def _read(self, copy: TableCopy, chunk: Chunk, table: SourceTable, safe: int) -> ChangeSet | None:
+        if copy.columns and table.signature != copy.columns and copy.delivered and not copy.wait:
+            # The table was altered: nothing of the new version may come before the last change of the old one.
+            copy.wait = chunk.snapshot.high
+            self._reader.abandon()
+            return None
+        if copy.begun and table.key != copy.key:
+            copy.restart(partial=copy.delivered)
+        self._names[copy.relation_id] = table.schema.table
+        copy.key, copy.columns, copy.wait = table.key, table.signature, 0
+        copy.unproven.clear()  # this snapshot shows them
+        first: list[ChangeBatch] = []
+        if copy.partial:
+            if copy.delivered:
+                at = self.ledger.position(safe, 1)
+                first = [truncate_of(table.schema, position=at, lsn=chunk.snapshot.high, taken=chunk.taken)]
+            copy.partial = copy.delivered = False
+        if not table.key:
+            self._reader.flushed(chunk.snapshot)
+            self._whole = self._as_a_whole(copy, chunk, table, safe)
+            return ChangeSet(tuple(first)) if first else self._piece()
+        holes = [key for key, snapshot in copy.holes.items() if snapshot is None]
+        try:
+            if holes and (copy.ranges and copy.ranges[-1].end is None):
+                batches = self._batches(copy, chunk, table, exactly(table, holes), safe)
+                self._reader.flushed(chunk.snapshot)
+                copy.holes |= dict.fromkeys(holes, chunk.snapshot)
+            else:
+                rows = self._rows.get(copy.relation_id) or self._first_rows(table)
+                self._rows[copy.relation_id] = rows
+                upper = self._reader.upper_bound(table, copy.next_key, rows)
+                batches = self._batches(copy, chunk, table, between(table, copy.next_key, upper), safe)
+                self._reader.flushed(chunk.snapshot)
+                copy.add(upper, chunk.snapshot)
+                self._rows[copy.relation_id] = self._better(rows, batches)
+        except _TooLarge:
+            self._rows[copy.relation_id] = max(1, self._rows.get(copy.relation_id, 1) // 8)
+            self._reader.abandon()
+            return ChangeSet(tuple(first)) if first else None
+        self._reader.commit()
+        return self._given(copy, [*first, *batches])
+
+    def _first_rows(self, table: SourceTable) -> int:
+        if not table.row_bytes:
+            return min(self._most_rows, _FIRST_ROWS)
+        return max(1, min(self._most_rows, _CHUNK_BYTES // table.row_bytes))
+
+    def _better(self, rows: int, batches: list[ChangeBatch]) -> int:
+        """How many rows the next chunk may have, by the size of those of this one."""
+        size = sum(int(batch.data.nbytes) for batch in batches)
+        count = sum(len(batch) for batch in batches)
+        if not count:
+            return rows
+        return max(1, min(self._most_rows, rows * 4, _CHUNK_BYTES * count // max(1, size)))
+
+    def _batches(
+        self, copy: TableCopy, chunk: Chunk, table: SourceTable, where: sql.Composable, safe: int
+    ) -> list[ChangeBatch]:
+        """All rows of a chunk, which is delivered as one."""
+        pieces = []
+        size = 0
+        for copied in self._reader.read(table, where):
+            arrays, raw = columns_of(copied, table, self._relations, on_misfit=self._settings.on_misfit)
+            size += sum(array.nbytes for array in arrays)
+            if size > _MOST_BYTES and self._rows.get(copy.relation_id, 1) > 1:
+                raise _TooLarge
+            if len(raw):
+                pieces.append((arrays, raw))
+        return [
+            batch_of(
+                table.schema,
+                arrays,
+                raw,
+                position=self.ledger.position(safe, len(raw)),
+                lsn=chunk.snapshot.high,
+                taken=chunk.taken,
+            )
+            for arrays, raw in pieces
+        ]
+
+    def _as_a_whole(self, copy: TableCopy, chunk: Chunk, table: SourceTable, safe: int) -> Iterator[ChangeBatch]:
+        """A table without a key, piece by piece: what is delivered of it can only be emptied, not gone on with."""
+        for copied in self._reader.read(table, sql.SQL("true")):
+            arrays, raw = columns_of(copied, table, self._relations, on_misfit=self._settings.on_misfit)
+            if len(raw):
+                copy.partial = True
+                at = self.ledger.position(safe, len(raw))
+                yield batch_of(table.schema, arrays, raw, position=at, lsn=chunk.snapshot.high, taken=chunk.taken)
+        self._reader.commit()
+        copy.partial = False
+        copy.add(None, chunk.snapshot)
+
+    def _piece(self) -> ChangeSet:
+        assert self._whole is not None
+        try:
+            batch = next(self._whole, None)
+        except BaseException:
+            self._whole = None
+            self._reader.abandon()
+            raise
+        if batch is None:
+            self._whole = None
+            return ChangeSet(())
+        return self._given(self.ledger.copying[batch.schema.relation_id], [batch])
+
+    def _given(self, copy: TableCopy, batches: list[ChangeBatch]) -> ChangeSet:
+        rows = sum(len(batch) for batch in batches if not _is_truncate(batch).any())
+        copy.rows += rows
+        copy.delivered = copy.delivered or bool(rows)
+        metrics.COPIED.labels(self._settings.slot).inc(rows)
+        self._progress.copied(self._name(copy), copy.rows, self._estimates.get(copy.relation_id, 0), rows)
+        return ChangeSet(tuple(batches))
+
+    def _name(self, copy: TableCopy) -> str:
+        return self._names.get(copy.relation_id, str(copy.relation_id))
+
+
+class _TooLarge(Exception):
+    """A chunk has more bytes than may be held."""
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Says now and then how far the copy is."""
+
+    slot: str
+    said_at: float = 0.0
+    since: int = 0
+
+    def copied(self, table: str, rows: int, estimate: int, new: int) -> None:
+        now = time.monotonic()
+        self.since += new
+        if not self.said_at:
+            self.said_at = now
+        passed = now - self.said_at
+        if passed < _SAY_EVERY:
+            return
+        rate = self.since / passed
+        left = f", {(estimate - rows) / rate:.0f} s left" if estimate > rows and rate else ""
+        of = f" of about {estimate}" if estimate > rows else ""
+        logger.info("slot %s: copying %s: %d%s rows, %.0f rows/s%s", self.slot, table, rows, of, rate, left)
+        self.said_at, self.since = now, 0
+
+
+def _is_truncate(batch: ChangeBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    column = batch.data.column("_op")
+    index = column.dictionary.to_pylist().index("T") if "T" in column.dictionary.to_pylist() else -1
+    found: np.ndarray[Any, np.dtype[np.bool_]] = column.indices.to_numpy() == index
+    return found

@@ -1,0 +1,265 @@
+"""Which streamed changes of a table that is being copied are delivered, and as what.
+
+One question decides: does the copy already show this change? It is asked of the range in which the change's key lies:
+
+    unread                     drop: what is read later shows it
+    read under a snapshot      deliver if the snapshot does not show its transaction, else drop
+    settled                    deliver
+
+An update that moves a key is asked for both of its keys, so it may become a delete, an insert, both or nothing. A row
+that enters where nothing was delivered can be completed only if all of its values were sent: otherwise its key is a
+*hole*, and is read once more. A TRUNCATE makes the copy begin again.
+
+Here is no server and no thread: a batch and a ledger go in, batches come out, and the ledger has taken note. All rows
+of a batch are judged at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.schema import METADATA_COLUMNS, OP_CODE, OPS
+from pgoutput_source.copy.keys import Key, Keys
+from pgoutput_source.copy.ledger import MOST_HOLES, TableCopy
+from pgoutput_source.copy.visibility import Bools
+
+Ints = NDArray[np.int64]
+
+_I, _U, _D, _T = (OP_CODE[op] for op in "IUDT")
+_NAMES: Final = pa.array(OPS, pa.utf8())
+_OLD: Final = "_before."
+_UNREAD, _SHOWN, _DELIVER = range(3)
+
+
+def judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> list[ChangeBatch]:
+    """The changes of a batch that are to be delivered.
+
+    Args:
+        batch: Changes of one version of the table, in the order of the stream.
+        copy: The table's ledger, which takes note.
+        keys: Compares the table's keys; None for a table that is read as a whole.
+
+    Returns:
+        Batches in the order of their positions; they may have fewer rows, and updates may be deletes or inserts.
+
+    Raises:
+        KeyError: The batch lacks a column of the key.
+    """
+    out: list[ChangeBatch] = []
+    for part, truncates in _cut_at_truncates(batch):
+        if truncates:
+            out += _truncated(part, copy)
+            continue
+        rest: ChangeBatch | None = part
+        while rest is not None:
+            judged, rest = _judge(rest, copy, keys)
+            if judged is not None:
+                out.append(judged)
+                copy.delivered = True
+    return out
+
+
+def _truncated(batch: ChangeBatch, copy: TableCopy) -> list[ChangeBatch]:
+    """A TRUNCATE while the table is being copied: it is delivered if there is anything to empty, and all is unread."""
+    copy.unproven.update(batch.data.column("_xid").to_pylist())
+    copy.restart()
+    if not copy.delivered:
+        return []
+    copy.delivered = False
+    return [batch.replace(batch.data.slice(len(batch) - 1, 1))]
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The rows of a batch as arrays: what they are, and of which transactions."""
+
+    batch: ChangeBatch
+    code: NDArray[np.int8]
+    xid: NDArray[np.uint32]
+    commit_lsn: NDArray[np.uint64]
+
+
+def _judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> tuple[ChangeBatch | None, ChangeBatch | None]:
+    """What is delivered of the rows up to the first that makes a hole, and the rows after it."""
+    data = batch.data
+    rows = _Rows(batch, _codes(batch), data.column("_xid").to_numpy(), data.column("_commit_lsn").to_numpy())
+    if not copy.begun and not copy.holes:
+        # Nothing was read: every change is dropped, whatever its key.
+        copy.unproven.update(np.unique(rows.xid).tolist())
+        return None, None
+    old, new = _verdicts(rows, copy, keys)
+    is_insert, is_update, is_delete = (rows.code == code for code in (_I, _U, _D))
+    to_old = (old == _DELIVER) & ~is_insert
+    to_new = (new == _DELIVER) & ~is_delete
+    entering = to_new & ~to_old
+    incomplete = entering & data.column("_unchanged").is_valid().to_numpy(zero_copy_only=False)
+    hole = int(np.argmax(incomplete)) if keys is not None and incomplete.any() else None
+    end = len(data) if hole is None else hole + 1
+    first = slice(0, end)
+    unread = ((old == _UNREAD) & ~is_insert) | ((new == _UNREAD) & ~is_delete)
+    copy.unproven.update(np.unique(rows.xid[first][unread[first]]).tolist())
+    if hole is not None and keys is not None:
+        _dig(batch, hole, rows, copy, keys)
+        to_new[hole] = entering[hole] = False
+    keep = (to_old | to_new)[first]
+    becomes_delete = (is_update & to_old & ~to_new)[first]
+    becomes_insert = (is_update & entering)[first]
+    rest = batch.replace(data.slice(end)) if end < len(data) else None
+    if not keep.any():
+        return None, rest
+    if keep.all() and not becomes_delete.any() and not becomes_insert.any():
+        return batch.replace(data.slice(0, end)), rest
+    at = np.flatnonzero(keep)
+    return _changed(batch, at, becomes_delete[at], becomes_insert[at]), rest
+
+
+def _dig(batch: ChangeBatch, row: int, rows: _Rows, copy: TableCopy, keys: Keys) -> None:
+    """The row can't be completed: its key is read again, under a snapshot that shows this transaction."""
+    key = _new_keys(batch.replace(batch.data.slice(row, 1)), keys)[0]
+    copy.unproven.add(int(rows.xid[row]))
+    found = int(keys.matches([key], list(copy.holes))[0]) if copy.holes else -1
+    copy.holes[key if found < 0 else list(copy.holes)[found]] = None
+    if len(copy.holes) > MOST_HOLES:
+        # Read all of it again rather than key by key. What was delivered is emptied before.
+        copy.restart(partial=copy.delivered)
+
+
+def _verdicts(rows: _Rows, copy: TableCopy, keys: Keys | None) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """For each row what is true of its old key and of its new key: the copy will show it, shows it, or does not."""
+    if keys is None:
+        found = _of_places(rows, np.zeros(len(rows.code), np.int64), copy)
+        return found, found
+    high = max((s.high for s in copy.snapshots()), default=0)
+    if copy.read and not copy.holes and bool((rows.commit_lsn >= np.uint64(high)).all()):
+        found = np.full(len(rows.code), _DELIVER, np.int8)
+        return found, found
+    new_keys = _new_keys(rows.batch, keys)
+    moved = np.flatnonzero(rows.batch.data.column("_before").is_valid().to_numpy(zero_copy_only=False))
+    moved = moved[rows.code[moved] == _U]
+    old_keys = _old_keys(rows.batch, moved, keys)
+    other = [i for i, (row, key) in enumerate(zip(moved.tolist(), old_keys, strict=True)) if new_keys[row] != key]
+    moved, old_keys = moved[other], [old_keys[i] for i in other]
+    asked = [*new_keys, *old_keys]
+    places = keys.places(asked, copy.bounds)
+    holes = keys.matches(asked, list(copy.holes))
+    row = np.concatenate([np.arange(len(new_keys)), moved])
+    every = _Rows(rows.batch, rows.code[row], rows.xid[row], rows.commit_lsn[row])
+    found = _of_places(every, places, copy)
+    for i, snapshot in enumerate(copy.holes.values()):
+        at = np.flatnonzero(holes == i)
+        if not len(at):
+            continue
+        if snapshot is None:
+            found[at] = _UNREAD
+        else:
+            found[at] = np.where(snapshot.shows(every.xid[at], every.commit_lsn[at]), _SHOWN, _DELIVER)
+    new = found[: len(new_keys)]
+    old = new.copy()
+    old[moved] = found[len(new_keys) :]
+    return old, new
+
+
+def _of_places(rows: _Rows, places: Ints, copy: TableCopy) -> NDArray[np.int8]:
+    """The verdicts by the ranges in which the keys lie: `places` counts the bounds at or below each."""
+    found = np.full(len(places), _UNREAD, np.int8)
+    for i, part in enumerate(copy.ranges):
+        inside = np.flatnonzero(places == i)
+        if part.snapshot is None or not len(inside):
+            found[inside] = _DELIVER
+        else:
+            shown = part.snapshot.shows(rows.xid[inside], rows.commit_lsn[inside])
+            found[inside] = np.where(shown, _SHOWN, _DELIVER)
+    return found
+
+
+def _new_keys(batch: ChangeBatch, keys: Keys) -> list[Key]:
+    """The key of each row; a delete's is that of the row that was."""
+    return keys.of(batch.data, batch.schema.columns, _raws(batch.data.column("_raw"), ""))
+
+
+def _old_keys(batch: ChangeBatch, rows: Ints, keys: Keys) -> list[Key]:
+    if not len(rows):
+        return []
+    at = pa.array(rows)
+    before = batch.data.column("_before").take(at)
+    return keys.of(before, batch.schema.columns, _raws(batch.data.column("_raw").take(at), _OLD))
+
+
+def _raws(raw: pa.MapArray, prefix: str) -> list[dict[str, str]]:
+    """The texts of misfits by column, a dictionary for each row; none at all if there are none."""
+    if raw.null_count == len(raw):
+        return []
+    return [
+        {name.removeprefix(prefix): text for name, text in row or () if name.startswith(prefix)}
+        for row in raw.to_pylist()
+    ]
+
+
+def _codes(batch: ChangeBatch) -> NDArray[np.int8]:
+    column = batch.data.column("_op")
+    codes: NDArray[np.int8] = column.indices.to_numpy()
+    if column.dictionary.equals(_NAMES):
+        return codes
+    return np.array([OP_CODE[op] for op in column.dictionary.to_pylist()], np.int8)[codes]
+
+
+def _cut_at_truncates(batch: ChangeBatch) -> Iterator[tuple[ChangeBatch, bool]]:
+    """Pieces of a batch that are all truncates, or have none."""
+    is_truncate = _codes(batch) == _T
+    if not is_truncate.any():
+        yield batch, False
+        return
+    edges = [0, *(np.flatnonzero(np.diff(is_truncate)) + 1).tolist(), len(batch)]
+    for low, high in pairwise(edges):
+        yield batch.replace(batch.data.slice(low, high - low)), bool(is_truncate[low])
+
+
+def _changed(batch: ChangeBatch, at: Ints, deletes: Bools, inserts: Bools) -> ChangeBatch:
+    """The rows `at`, of which some updates are deletes of their old row, or inserts of their new row."""
+    data = batch.data.take(pa.array(at))
+    if not deletes.any() and not inserts.any():
+        return batch.replace(data)
+    size = len(at)
+    before: pa.StructArray = data.column("_before")
+    arrays: list[pa.Array] = []
+    for field in data.schema:
+        array = data.column(field.name)
+        match field.name:
+            case "_op":
+                codes = _codes(batch.replace(data)).copy()
+                codes[deletes], codes[inserts] = _D, _I
+                array = pa.DictionaryArray.from_arrays(pa.array(codes), _NAMES)
+            case "_before":
+                array = array.take(pa.array(np.arange(size), mask=inserts))
+            case "_unchanged":
+                array = array.take(pa.array(np.arange(size), mask=deletes | inserts))
+            case "_raw":
+                array = _raw_of(array, deletes, inserts)
+            case name if name not in METADATA_COLUMNS and deletes.any():
+                both = pa.concat_arrays([array, pc.struct_field(before, name)])
+                array = both.take(pa.array(np.where(deletes, size, 0) + np.arange(size)))
+        arrays.append(array)
+    return batch.replace(pa.RecordBatch.from_arrays(arrays, schema=data.schema))
+
+
+def _raw_of(raw: pa.MapArray, deletes: Bools, inserts: Bools) -> pa.MapArray:
+    if raw.null_count == len(raw):
+        return raw
+    rows: list[Any] = raw.to_pylist()
+    for i in np.flatnonzero(deletes | inserts).tolist():
+        items: Sequence[tuple[str, str]] = rows[i] or ()
+        old = [(name, text) for name, text in items if name.startswith(_OLD)]
+        if deletes[i]:
+            rows[i] = [(name.removeprefix(_OLD), text) for name, text in old] + old or None
+        else:
+            rows[i] = [item for item in items if item not in old] or None
+    return pa.array(rows, raw.type)

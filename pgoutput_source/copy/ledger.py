@@ -1,0 +1,279 @@
+"""What was copied: per table the ranges of its key, and under which snapshot each was read.
+
+A table is read in ascending order of its key, so its ledger is short, however large the table is:
+
+    settled | read under S₁ | read under S₂ | … | unread
+
+The bound between two ranges belongs to the upper one. A range is *settled* once the stream has passed all that its
+snapshot may show: then every change of it is delivered. Neighbours that are settled are one range, and a table of which
+all is settled is one word, "done".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from pgoutput_source.copy.keys import Key, KeyColumn
+from pgoutput_source.copy.visibility import Snapshot
+from pgoutput_source.errors import StateError
+
+STATE_VERSION: Final = 1
+
+MOST_UNSETTLED: Final = 64
+"""Chunks of a table that may wait for the stream to pass them: with more, the copy waits instead."""
+
+MOST_HOLES: Final = 1000
+"""Keys of a table that may wait to be read once more: with more, the table is copied again from the start."""
+
+Signature: TypeAlias = tuple[tuple[int, str, int, int], ...]
+"""The columns of a version of a table: attribute number, name, type OID and typmod of each."""
+
+
+@dataclass(slots=True)
+class Range:
+    """All keys from the end of the range before it to `end`, which is exclusive; None is the end of all keys.
+
+    `snapshot` is None once it is settled.
+    """
+
+    end: Key | None
+    snapshot: Snapshot | None
+
+
+@dataclass(slots=True)
+class TableCopy:
+    """How far the copy of one table is.
+
+    Attributes:
+        relation_id: The table's OID.
+        registered: No transaction before it may be running when the first chunk is read: those that were running when
+            the table entered the copy are streamed in part only.
+        ranges: What was read, ascending.
+        holes: Single keys to be read again, and the snapshot under which each was; None stands for unread.
+        unproven: 32-bit numbers of transactions of which something was dropped because it was unread: the next snapshot
+            must show them.
+        delivered: Whether anything was delivered since the table was last empty downstream.
+        partial: Whether a read was begun, and delivered in part: it can only be done again, from an empty table.
+        key: The columns of the key by which it is read; empty if it is read as a whole, or not begun.
+        columns: Those of the version that was last read.
+        wait: No chunk is read before the stream has passed this position.
+        rows: How many were read.
+        restarts: How often the copy began again.
+    """
+
+    relation_id: int
+    registered: int = 0
+    ranges: list[Range] = field(default_factory=list)
+    holes: dict[Key, Snapshot | None] = field(default_factory=dict)
+    unproven: set[int] = field(default_factory=set)
+    delivered: bool = False
+    partial: bool = False
+    key: tuple[KeyColumn, ...] = ()
+    columns: Signature = ()
+    wait: int = 0
+    rows: int = 0
+    restarts: int = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether any of it was read."""
+        return bool(self.ranges)
+
+    @property
+    def read(self) -> bool:
+        """Whether all of it was read."""
+        return bool(self.ranges) and self.ranges[-1].end is None and None not in self.holes.values()
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it is settled, so that every change is delivered."""
+        return self.read and not self.holes and self.ranges[0].end is None and self.ranges[0].snapshot is None
+
+    @property
+    def next_key(self) -> Key | None:
+        """Where the next chunk begins; None is the beginning of all keys."""
+        return self.ranges[-1].end if self.ranges else None
+
+    @property
+    def unsettled(self) -> int:
+        """How many ranges and holes wait for the stream."""
+        return sum(r.snapshot is not None for r in self.ranges) + sum(s is not None for s in self.holes.values())
+
+    @property
+    def bounds(self) -> list[Key]:
+        """The bounds between the ranges, and to what is unread."""
+        return [r.end for r in self.ranges if r.end is not None]
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Those that are not settled."""
+        for snapshot in (*(r.snapshot for r in self.ranges), *self.holes.values()):
+            if snapshot is not None:
+                yield snapshot
+
+    def refuses(self, snapshot: Snapshot) -> str | None:
+        """Why nothing may be read under this snapshot; None if it may be.
+
+        A change that was dropped because it was unread must be in what is read. Seeing a transaction lags behind its
+        record in the WAL, so a new snapshot may not show yet what was streamed already.
+        """
+        if snapshot.xmin < self.registered:
+            return "a transaction is running that was running when the table entered the copy"
+        if self.unproven and not snapshot.shows(list(self.unproven)).all():
+            return "a transaction was streamed already, and can't be seen yet"
+        return None
+
+    def add(self, end: Key | None, snapshot: Snapshot) -> None:
+        """The chunk that begins at `next_key` was read up to `end`."""
+        self.ranges.append(Range(end, snapshot))
+
+    def settle(self, passed: int) -> None:
+        """The stream has delivered every transaction that committed before `passed`."""
+        for part in self.ranges:
+            if part.snapshot is not None and part.snapshot.high <= passed:
+                part.snapshot = None
+        while len(self.ranges) > 1 and self.ranges[0].snapshot is None and self.ranges[1].snapshot is None:
+            del self.ranges[0]
+        for key in [k for k, s in self.holes.items() if s is not None and s.high <= passed]:
+            del self.holes[key]
+
+    def restart(self, *, partial: bool = False) -> None:
+        """Nothing of it counts as read any more; with `partial` what was delivered has to be emptied first."""
+        self.ranges, self.holes, self.partial = [], {}, partial
+        self.key, self.rows = (), 0
+        self.restarts += 1
+
+    def state(self) -> dict[str, Any]:
+        """Builtins from which `from_state` makes an equal one."""
+        return {
+            "registered": self.registered,
+            "ranges": [[_listed(r.end), r.snapshot and r.snapshot.state()] for r in self.ranges],
+            "holes": [[list(key), s and s.state()] for key, s in self.holes.items()],
+            "unproven": sorted(self.unproven),
+            "delivered": self.delivered,
+            "partial": self.partial,
+            "key": [[c.name, c.type_name, c.collation] for c in self.key],
+            "columns": [list(column) for column in self.columns],
+            "wait": self.wait,
+            "rows": self.rows,
+            "restarts": self.restarts,
+        }
+
+    @classmethod
+    def from_state(cls, relation_id: int, state: Mapping[str, Any]) -> TableCopy:
+        """The copy that `state` described."""
+        return cls(
+            relation_id,
+            registered=state["registered"],
+            ranges=[Range(None if e is None else tuple(e), s and Snapshot.from_state(s)) for e, s in state["ranges"]],
+            holes={tuple(key): s and Snapshot.from_state(s) for key, s in state["holes"]},
+            unproven=set(state["unproven"]),
+            delivered=state["delivered"],
+            partial=state["partial"],
+            key=tuple(KeyColumn(*column) for column in state["key"]),
+            columns=tuple((n, name, oid, typmod) for n, name, oid, typmod in state["columns"]),
+            wait=state["wait"],
+            rows=state["rows"],
+            restarts=state["restarts"],
+        )
+
+
+class Ledger:
+    """The copies of all tables of a slot, and where the last row stands that they delivered.
+
+    Attributes:
+        all: Whether every table that is published enters the copy, or only those that are named.
+        copying: Those that are not done, by relation.
+        done: The relations that are.
+        last: The position of the last row, or (0, -1).
+    """
+
+    def __init__(self) -> None:
+        self.copying: dict[int, TableCopy] = {}
+        self.all = False
+        self.done: set[int] = set()
+        self.last: tuple[int, int] = (0, -1)
+
+    def __bool__(self) -> bool:
+        return self.all or bool(self.copying) or bool(self.done)
+
+    def knows(self, relation_id: int) -> bool:
+        """Whether the table was registered."""
+        return relation_id in self.copying or relation_id in self.done
+
+    def register(self, relation_id: int, registered: int) -> TableCopy:
+        """A table enters the copy, or enters it again."""
+        self.done.discard(relation_id)
+        self.copying[relation_id] = TableCopy(relation_id, registered)
+        return self.copying[relation_id]
+
+    def settle(self, passed: int) -> list[TableCopy]:
+        """The stream has delivered all that committed before `passed`; the tables that are done by it."""
+        for copy in self.copying.values():
+            copy.settle(passed)
+        finished = [copy for copy in self.copying.values() if copy.done]
+        for copy in finished:
+            del self.copying[copy.relation_id]
+            self.done.add(copy.relation_id)
+        return finished
+
+    def forget(self, relation_ids: Iterable[int]) -> None:
+        """These tables are gone, or not published any more."""
+        for relation_id in relation_ids:
+            self.copying.pop(relation_id, None)
+            self.done.discard(relation_id)
+
+    def position(self, safe: int, rows: int) -> tuple[int, int]:
+        """The position of the first of `rows` new rows, which stand between what was delivered and what comes.
+
+        Args:
+            safe: Everything that committed before it was delivered, and nothing else.
+            rows: How many there are: their positions count up from the first.
+        """
+        # WAL records begin at multiples of 8: nothing that is streamed stands at the byte before one.
+        lsn = safe - 1
+        if lsn < self.last[0]:
+            raise StateError(
+                f"rows were copied at {self.last[0]:#x}, and the stream stands at {safe:#x}: the server lost WAL",
+                hint="start afresh, with a new recovery folder and new folders for the output",
+            )
+        first = (lsn, self.last[1] + 1 if lsn == self.last[0] else 0)
+        if rows:
+            self.last = (lsn, first[1] + rows - 1)
+        return first
+
+    def state(self) -> dict[str, Any]:
+        """Builtins, for the resume state; bounded for each table, however large it is."""
+        tables: dict[str, Any] = {str(r): "done" for r in sorted(self.done)}
+        tables |= {str(r): copy.state() for r, copy in sorted(self.copying.items())}
+        return {"v": STATE_VERSION, "all": self.all, "last": list(self.last), "tables": tables}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Ledger:
+        """The ledger that `state` described.
+
+        Raises:
+            StateError: It is of another version, or corrupt.
+        """
+        if state.get("v") != STATE_VERSION:
+            raise StateError(
+                f"the ledger of the initial copy has version {state.get('v')!r}, and this is version {STATE_VERSION}",
+                hint="run the release that wrote it, or start afresh with a new recovery folder",
+            )
+        ledger = cls()
+        try:
+            ledger.all = bool(state["all"])
+            ledger.last = (int(state["last"][0]), int(state["last"][1]))
+            for name, table in state["tables"].items():
+                if table == "done":
+                    ledger.done.add(int(name))
+                else:
+                    ledger.copying[int(name)] = TableCopy.from_state(int(name), table)
+        except (KeyError, TypeError, ValueError, IndexError) as e:
+            raise StateError("the ledger of the initial copy is corrupt", hint="start afresh") from e
+        return ledger
+
+
+def _listed(key: Key | None) -> list[str] | None:
+    return None if key is None else list(key)
