@@ -292,10 +292,14 @@ def read_chunk(model: Model, ledger: Ledger, table: TableCopy, mirror: Mirror, p
         table.delivered = True
 
 
+def run_rounds(count: int, first_xid: int = NEAR_2_32) -> None:
+    for seed in range(count):
+        run_round(seed, first_xid)
+
+
 @pytest.mark.parametrize("first_xid", [1000, NEAR_2_32])
 def test_what_is_delivered_is_what_the_table_went_through(first_xid: int) -> None:
-    for seed in range(150):
-        run_round(seed, first_xid)
+    run_rounds(150, first_xid)
 
 
 def _by_position(self: Snapshot, xids: Any, commit_lsns: Any = 0) -> Any:
@@ -337,5 +341,4 @@ def test_without_a_rule_it_fails(rule: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(*CONTROLS[rule])
 
     with pytest.raises(Wrong):
-        for seed in range(600):
-            run_round(seed, NEAR_2_32)
+        run_rounds(600)
