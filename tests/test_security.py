@@ -21,7 +21,7 @@ from psycopg.conninfo import make_conninfo
 from pgoutput_source import PgOutputReader, cli, peek
 from pgoutput_source.embedded import Server, find_binaries
 from pgoutput_source.errors import EmbeddedError
-from pgoutput_source.postgres.connection import quote_name
+from pgoutput_source.postgres.remedies import quote_name
 
 VALUE = "a-value-of-a-row"
 ODD = '"; drop --"'

@@ -19,14 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psycopg
-
 from pgoutput_source.dataflow.recovery import TABLES, Tables, opened, parts, progress, resume_epoch
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import PublicationError, SlotInUse, SlotLost, StateError
 from pgoutput_source.postgres import checks
-from pgoutput_source.postgres.connection import Connection, connect, missing_publication_hint, server_error
+from pgoutput_source.postgres.connection import Connection, connect
 from pgoutput_source.postgres.publications import find_publications, published_tables
+from pgoutput_source.postgres.refusals import explained
+from pgoutput_source.postgres.remedies import missing_publication_hint
 from pgoutput_source.postgres.slots import create_slot, slot_state
 from pgoutput_source.postgres.system import System, current_lsn, identify, setting
 from pgoutput_source.protocol.wire import PG_EPOCH_US, Lsn, pg_datetime
@@ -189,10 +189,8 @@ def reanchor(conn: Connection, settings: SourceSettings, gap: Gap, store: Recove
     if gap.anew:
         old = slot_state(conn, settings.slot)
         if old is not None:
-            try:
+            with explained(settings.slot):
                 conn.execute("SELECT pg_drop_replication_slot(%s)", [settings.slot])
-            except psycopg.Error as e:
-                raise server_error(e, slot=settings.slot) from e
         create_slot(conn, settings.slot, failover=bool(old and old.failover))
     slot = slot_state(conn, settings.slot)
     if slot is None or slot.confirmed_flush_lsn is None:

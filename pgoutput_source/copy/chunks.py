@@ -29,12 +29,14 @@ from pgoutput_source.copy.rows import Copied
 from pgoutput_source.copy.tables import Published, SourceTable, describe
 from pgoutput_source.copy.visibility import Snapshot
 from pgoutput_source.decode.relations import Relations
-from pgoutput_source.errors import ConnectionFailed
-from pgoutput_source.postgres.connection import Connection, connect, explained, server_error
+from pgoutput_source.errors import ConnectionFailed, ServerError
+from pgoutput_source.postgres.connection import Connection, connect
+from pgoutput_source.postgres.refusals import explained, server_error
 from pgoutput_source.protocol.wire import Lsn
 
 logger = logging.getLogger(__name__)
 
+_BUSY: Final = ("55P03", "42P01")  # lock_not_available, undefined_table
 _LOCK_TIMEOUT: Final = "20ms"
 _NOTHING: Final = (0, memoryview(b""))
 _GETS: Final = 512
@@ -114,15 +116,11 @@ class ChunkReader:
                 conn.execute("SET LOCAL lock_timeout = 0")
             snapshot, taken = self._taken()
             return Chunk(describe(conn, wanted, self._relations), snapshot, taken)
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.UndefinedTable) as e:
-            # Who waits here for a lock would wait behind a TRUNCATE that waits for others: try again later.
+        except BaseException as e:
             self.abandon()
-            raise Busy from e
-        except psycopg.Error as e:
-            self.abandon()
-            raise server_error(e) from e
-        except BaseException:
-            self.abandon()
+            if isinstance(e, ServerError) and e.sqlstate in _BUSY:
+                # Who waits here for a lock would wait behind a TRUNCATE that waits for others: try again later.
+                raise Busy from e
             raise
 
     def _taken(self) -> tuple[Snapshot, datetime]:

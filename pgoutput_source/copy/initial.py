@@ -29,7 +29,7 @@ from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
 from pgoutput_source.copy.tables import Published, SourceTable, published, unreadable
 from pgoutput_source.decode.relations import LookUp, Relations
 from pgoutput_source.errors import ConnectionFailed, NotConfigured
-from pgoutput_source.postgres.connection import explained
+from pgoutput_source.postgres.refusals import explained
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.types import types_of
 

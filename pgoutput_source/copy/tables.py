@@ -13,7 +13,9 @@ from pgoutput_source.copy.keys import KeyColumn, comparable
 from pgoutput_source.copy.ledger import Signature
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.errors import NotConfigured
-from pgoutput_source.postgres.connection import Connection, explained, quote_name
+from pgoutput_source.postgres.connection import Connection
+from pgoutput_source.postgres.refusals import explained
+from pgoutput_source.postgres.remedies import quote_name
 from pgoutput_source.protocol import messages
 
 # Column lists and row filters exist from PostgreSQL 15 on: as keys of the row's JSON they may be absent. A publication

@@ -16,15 +16,9 @@ from pgoutput_source.errors import (
     SlotMismatch,
     SlotNotFound,
 )
-from pgoutput_source.postgres.connection import (
-    Connection,
-    missing_publication_hint,
-    missing_slot_hint,
-    one_row,
-    quote_name,
-    resync_hint,
-)
+from pgoutput_source.postgres.connection import Connection, one_row
 from pgoutput_source.postgres.publications import find_publications, text_columns
+from pgoutput_source.postgres.remedies import missing_publication_hint, missing_slot_hint, quote_name, resync_hint
 from pgoutput_source.postgres.slots import PLUGIN, SlotState, slot_state
 from pgoutput_source.settings import SourceSettings
 

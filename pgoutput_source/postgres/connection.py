@@ -1,42 +1,35 @@
-"""Connections to PostgreSQL with everything pinned that shapes values, and its refusals as errors of ours.
+"""Connections to PostgreSQL with everything pinned that correctness rests on, and its refusals as errors of ours.
 
-The slot's stream, the snapshot and the catalogue all connect here, so that they give identical text for a value, and a
-wrong password reads the same wherever it is noticed. Which error of ours stands for which SQLSTATE, and for which text
-where libpq passes no SQLSTATE on, are two tables.
+The slot's stream, the initial copy and the catalogue's readers all connect here, so that they give identical text for a
+value, hear the same warnings, and raise the same error for a wrong password.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import re
-from collections.abc import Iterable, Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Self, TypeVar
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg import pq
+from psycopg.abc import Params, Query
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import Row
 
-from pgoutput_source.errors import (
-    ConfigurationError,
-    ConnectionFailed,
-    NotConfigured,
-    ProtocolError,
-    PublicationError,
-    ServerError,
-    SlotError,
-    SlotInUse,
-    SlotLost,
-    SlotNotFound,
-)
-from pgoutput_source.protocol.wire import Lsn
-from pgoutput_source.settings import describe
+from pgoutput_source.errors import ConfigurationError, NotConfigured, ServerError
+from pgoutput_source.postgres.refusals import connect_error, explained, passing
+from pgoutput_source.postgres.remedies import NO_POOLER
 
 logger = logging.getLogger(__name__)
 
 Connection = psycopg.Connection[Any]
 
-PINNED: Final = {
+T = TypeVar("T")
+
+VERIFIED: Final = {
     "DateStyle": "ISO,YMD",
     "IntervalStyle": "postgres",
     "TimeZone": "UTC",
@@ -45,287 +38,192 @@ PINNED: Final = {
     "lc_monetary": "C",
     "search_path": "",
     "quote_all_identifiers": "off",
+    "standard_conforming_strings": "on",
+    "client_min_messages": "warning",
+}
+"""What values look like, how our SQL is read, and that warnings arrive: each connection is asked for these.
+
+PostgreSQL 18 says no more than a warning when a publication is missing, and leaves its rows out.
+"""
+
+PINNED: Final = VERIFIED | {
     "statement_timeout": "0",
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
     "idle_session_timeout": "0",
+    "default_transaction_read_only": "off",
 }
-"""Server settings in the startup packet, over those of role and database: what values look like, and no timeouts.
+"""Settings in the startup packet, which win over those of role, database and server. No timeout ends our sessions.
 
 https://www.postgresql.org/docs/current/runtime-config-client.html
 """
 
-# For a peer that vanished without a word. libpq's own environment variable, where there is one, wins as well.
+# libpq sends PGTZ and PGDATESTYLE as parameters of their own, and the server applies these after all options.
+_ENVIRONMENT_WINS: Final = ("TimeZone", "DateStyle")
+
+# For a peer that vanished without a word. DSN, service file and environment win.
 _DEFAULTS: Final = {
-    "connect_timeout": ("PGCONNECT_TIMEOUT", "10"),
-    "keepalives_idle": (None, "30"),
-    "keepalives_interval": (None, "10"),
-    "keepalives_count": (None, "3"),
-    "tcp_user_timeout": (None, "60000"),  # milliseconds
-    "fallback_application_name": (None, "pgoutput_source"),
+    "connect_timeout": "10",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "60000",  # milliseconds
+    "fallback_application_name": "pgoutput_source",
 }
 
+_PAUSE: Final = 2.0  # seconds, the longest between two attempts
 
-def connect(dsn: str, *, replication: bool = False) -> Connection:
-    """A connection in autocommit mode, as a walsender with `replication`.
 
-    It speaks the simple query protocol only, which is all that a walsender understands; parameters are quoted here.
+class _Cursor(psycopg.ClientCursor[Row]):
+    """Raises our errors, so that no caller can forget to. It quotes parameters here: a walsender takes none."""
+
+    def execute(
+        self, query: Any, params: Params | None = None, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> Self:
+        with explained():
+            return super().execute(query, params, prepare=prepare, binary=binary)
+
+    @contextmanager
+    def copy(self, statement: Query, params: Params | None = None, **options: Any) -> Iterator[psycopg.Copy]:
+        with explained(), super().copy(statement, params, **options) as copy:
+            yield copy
+
+
+def connect(dsn: str, *, replication: bool = False, beside: Connection | None = None) -> Connection:
+    """A connection in autocommit mode, with `PINNED` set, and `VERIFIED` asked for.
+
+    What its cursors raise are errors of ours. It speaks the simple query protocol.
+
+    Args:
+        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables.
+        replication: As a walsender.
+        beside: For a walsender that will decode: a connection with the same DSN, to whose server it must lead. It says
+            beforehand what otherwise takes SQL.
 
     Raises:
         ConnectionFailed: No server, no database, not let in, or no TLS; `transient` says whether trying again may help.
-        NotConfigured: The role may not stream, no walsender is free, or the server is older than PostgreSQL 14.
+        NotConfigured: The role may not stream, no walsender is free, the server is older than PostgreSQL 14, or what
+            answers ignores the settings.
         ConfigurationError: The DSN can't be read.
     """
     try:
-        # prepare_threshold: a statement that is prepared after its fifth execution is refused by a walsender.
+        # prepare_threshold: a walsender refuses a statement that is prepared after its fifth execution.
         connection = psycopg.connect(
-            _conninfo(dsn, replication), autocommit=True, prepare_threshold=None, cursor_factory=psycopg.ClientCursor
+            _conninfo(dsn, replication, beside), autocommit=True, prepare_threshold=None, cursor_factory=_Cursor
         )
-    except psycopg.OperationalError as e:
-        raise connect_error(str(e), dsn) from e
     except psycopg.ProgrammingError:
         raise ConfigurationError(
             "dsn: not a connection string that libpq can read", hint="check it with SourceSettings(dsn=…)"
         ) from None
-    if connection.info.server_version >= 170000:
-        # Decoding runs in transactions, and a large one takes its time.
-        connection.execute("SET transaction_timeout = 0")
+    except psycopg.Error as e:
+        raise connect_error(e, dsn) from e
+    try:
+        _verify(connection, replication)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
-def _conninfo(dsn: str, replication: bool) -> str:
-    given = conninfo_to_dict(dsn)
-    added: dict[str, Any] = {
-        name: value
-        for name, (variable, value) in _DEFAULTS.items()
-        if name not in given and not (variable and os.environ.get(variable))
-    }
-    # A later option of the same name wins. Once there are options in the string, libpq does not look at PGOPTIONS.
-    options = str(given.get("options") or os.environ.get("PGOPTIONS") or "")
-    added["options"] = " ".join(filter(None, [options, *(f"-c {name}={value}" for name, value in PINNED.items())]))
-    if replication:
-        added["replication"] = "database"
-    return make_conninfo(dsn, client_encoding="UTF8", **added)
-
-
-@contextmanager
-def explained(slot: str | None = None) -> Iterator[None]:
-    """What psycopg raises in here is raised as an error of ours.
+def ask(dsn: str, question: Callable[[Connection], T], *, patience: float = 0.0) -> T:
+    """The answer to a question, over a connection of its own; while the server is away, it is asked again.
 
     Args:
-        slot: The slot that the commands are about, for the message.
+        dsn: A libpq connection string or URL.
+        question: Reads from the connection. It may be called several times.
+        patience: For how many seconds to ask again.
+
+    Raises:
+        ServerError: What `connect` and `question` raise, if it does not pass in time.
     """
-    try:
-        yield
-    except psycopg.Error as e:
-        raise server_error(e, slot=slot) from e
+    deadline = time.monotonic() + patience
+    pause = 0.1
+    while True:
+        try:
+            with connect(dsn) as connection:
+                return question(connection)
+        except ServerError as e:
+            if not passing(e) or time.monotonic() + pause > deadline:
+                raise
+            if pause == 0.1:
+                logger.warning("%s; asking again for up to %.0f s", e.message, patience)
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, _PAUSE)
 
 
 def one_row(conn: Connection, query: str) -> tuple[Any, ...]:
-    """The one row that a query has."""
-    with explained():
-        row = conn.execute(query.encode()).fetchone()
+    """The one row that a query has. Text is str, also where psycopg gives bytes, for want of an encoding."""
+    row = conn.execute(query.encode()).fetchone()
     assert row is not None, "a query of one row"
-    return tuple(row)
+    return tuple(value.decode(errors="replace") if isinstance(value, bytes) else value for value in row)
 
 
-class _Refusal(NamedTuple):
-    """What libpq's or the server's text means when a connection could not be made."""
-
-    pattern: str
-    hint: str
-    transient: bool = False
-    kind: type[ServerError] = ConnectionFailed
-    sqlstate: str | None = None
-
-
-# The first that matches counts. The server's texts may be translated: what matches nothing is passed on as it is.
-_REFUSALS: Final = (
-    _Refusal(
-        r"starting up|shutting down|in recovery mode|not (yet )?accepting connections",
-        "wait until the server is up",
-        transient=True,
-        sqlstate="57P03",
-    ),
-    _Refusal(
-        r"password authentication failed|no password supplied|authentication failed|SASL|SCRAM",
-        "check user name and password (in the DSN, PGPASSWORD or ~/.pgpass)",
-        sqlstate="28P01",
-    ),
-    _Refusal(
-        r"pg_hba\.conf",
-        "let this user, database and address in with a line of pg_hba.conf, then SELECT pg_reload_conf(); logical "
-        "replication is matched by the database's name, not by the word replication",
-        sqlstate="28000",
-    ),
-    _Refusal(r'database ".*" does not exist', "name an existing database: dbname=…", sqlstate="3D000"),
-    _Refusal(r'role ".*" (does not exist|is not permitted)', "name a role that may log in: user=…", sqlstate="28000"),
-    _Refusal(
-        r"(replication role|permission denied) to start (walsender|WAL sender)|replication role to start",
-        "as a superuser: ALTER ROLE {user} REPLICATION",
-        kind=NotConfigured,
-        sqlstate="42501",
-    ),
-    _Refusal(
-        r"max_wal_senders",
-        "no walsender is free: end another replication client, or raise max_wal_senders and restart the server",
-        transient=True,
-        kind=NotConfigured,
-        sqlstate="53300",
-    ),
-    _Refusal(
-        r"too many (clients|connections)|connection slots are reserved",
-        "end other sessions, or raise max_connections and restart the server",
-        transient=True,
-        sqlstate="53300",
-    ),
-    _Refusal(
-        r'unrecognized configuration parameter "idle_session_timeout"',
-        "use PostgreSQL 14 or newer",
-        kind=NotConfigured,
-    ),
-    _Refusal(
-        r"could not translate host name|failed to resolve host|Name or service not known|[Nn]o address",
-        "check the host's name: host=…",
-        transient=True,
-    ),
-    _Refusal(
-        r"certificate|SSL|TLS",
-        "check sslmode, sslrootcert and what the server offers (its setting ssl, and hostssl lines of pg_hba.conf)",
-    ),
-    _Refusal(r"Connection refused", "is the server running, and is this its port: port=…?", transient=True),
-    _Refusal(
-        r"No such file or directory",
-        "no server has its unix socket there: is it running? Name its socket's folder or its address: host=…",
-        transient=True,
-    ),
-    _Refusal(
-        r"timeout expired|timed out|unreachable|No route to host",
-        "check the address, and that nothing between here and there drops packets",
-        transient=True,
-    ),
-)
+def _conninfo(dsn: str, replication: bool, beside: Connection | None) -> str:
+    given = _given(dsn)
+    parameters: dict[str, Any] = {name: given.get(name) or value for name, value in _DEFAULTS.items()}
+    parameters["client_encoding"] = "UTF8"
+    pinned = PINNED
+    if replication:
+        parameters["replication"] = "database"
+    if beside is not None:
+        info = beside.info
+        # Several hosts, or several addresses of one, may be several servers.
+        parameters |= {"host": info.host, "hostaddr": info.hostaddr, "port": str(info.port)}
+        if info.server_version >= 170000:
+            # Decoding runs in transactions, and a large one takes its time. Older servers refuse the name.
+            pinned = pinned | {"transaction_timeout": "0"}
+        if info.parameter_status("server_encoding") == "SQL_ASCII":
+            # Bytes are of no known encoding there. As UTF8 the first that isn't would end the stream for ever.
+            parameters["client_encoding"] = "SQL_ASCII"
+    # The last option of a name wins.
+    options = [given.get("options") or "", *(f"-c {name}={value}" for name, value in pinned.items())]
+    return make_conninfo(dsn, **parameters, options=" ".join(filter(None, options)))
 
 
-def connect_error(text: str, dsn: str) -> ServerError:
-    """The error for a connection that could not be made, from libpq's text: it passes no SQLSTATE on."""
-    # With several hosts or addresses psycopg lists one line for each; the first line of each says it all.
-    said = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    said = re.sub(r"^connection failed: ", "", said)
-    for refusal in _REFUSALS:
-        if re.search(refusal.pattern, said):
-            break
-    else:
-        refusal = _Refusal("", "check the DSN and the server's log", transient=True)
-    user = "…"
-    if "{user}" in refusal.hint:
-        named = conninfo_to_dict(dsn).get("user") or os.environ.get("PGUSER")
-        user = f'"{named}"' if named else user
-    error = refusal.kind(f"can't connect to {describe(dsn)}: {said}", hint=refusal.hint.replace("{user}", user))
-    error.sqlstate = refusal.sqlstate
-    if isinstance(error, ConnectionFailed):
-        error.transient = refusal.transient
-    return error
+def _given(dsn: str) -> dict[str, str]:
+    """What DSN, service file and environment say together, as libpq reads them. It connects to nothing."""
+    nowhere = pq.PGconn.connect_start(make_conninfo(dsn, host="/", hostaddr="").encode())
+    try:
+        return {option.keyword.decode(): option.val.decode() for option in nowhere.info if option.val}
+    finally:
+        nowhere.finish()
 
 
-class _Complaint(NamedTuple):
-    """What a SQLSTATE means, of the server's answer to a command or in the midst of the stream."""
+def _verify(connection: Connection, replication: bool) -> None:
+    """Whether the settings are what the startup packet asked for. Nothing asks for more than a few settings here.
 
-    kind: type[ServerError]
-    hint: str | None = None
-
-
-ONE_PROCESS: Final = "only one process can stream from a slot: stop the other one, or use a slot each"
-"""The remedy for a slot in use."""
-
-# https://www.postgresql.org/docs/current/errcodes-appendix.html
-_COMPLAINTS: Final = {
-    "42501": _Complaint(NotConfigured, "the role needs the REPLICATION attribute (ALTER ROLE … REPLICATION)"),
-    "53300": _Complaint(NotConfigured, "end other sessions, or raise max_connections or max_wal_senders"),
-    "53400": _Complaint(NotConfigured, "drop a slot that nobody uses, or raise max_replication_slots and restart"),
-    "55006": _Complaint(SlotInUse, ONE_PROCESS),
-    "25006": _Complaint(NotConfigured, "a standby can't write: do this on the primary, and it follows here"),
-    "55000": _Complaint(SlotError, None),
-    "58P01": _Complaint(SlotLost),
-    "22021": _Complaint(
-        ServerError,
-        "the database holds bytes that are not text in its encoding, and the server can't send them: repair the row, "
-        "or skip the transaction with pg_replication_slot_advance()",
-    ),
-    "XX000": _Complaint(
-        ServerError,
-        "the server fails to decode this transaction each time. If a value has more than 512 MB, text can't carry "
-        "it, and binary='on' can. "
-        "pg_replication_slot_advance() skips the transaction, and loses its changes",
-    ),
-}
-
-# Connection exceptions, a standby's conflict with recovery, lack of resources, an operator or a shutdown.
-_STREAM_BROKE: Final = ("08", "40", "53", "57")
-
-
-def server_error(
-    error: psycopg.Error, *, slot: str | None = None, publications: Iterable[str] = (), streaming: bool = False
-) -> ServerError | ProtocolError:
-    """The error for what the server answered to a command, or with `streaming` said in the midst of the stream.
-
-    `transient` is set on the `ConnectionFailed` that stands for a lost connection.
+    A walsender's relation cache must stay empty before it decodes (see `walsender`). SHOW and SET read no table.
     """
-    code = error.sqlstate
-    said = error.diag.message_primary or " ".join(str(error).split())
-    where = re.search(r"associated LSN ([0-9A-F]+/[0-9A-F]+)", error.diag.context or "")
-    lsn = Lsn(where.group(1)) if where else None
-    of_slot = f"slot {slot!r}: " if slot else ""
-    if code == "08P01":
-        return ProtocolError(f"{of_slot}the server did not understand: {said}", lsn=lsn)
-    if code is None or (streaming and code[:2] in _STREAM_BROKE):
-        lost = ConnectionFailed(f"{of_slot}the connection was lost: {said}", hint="see the server's log", lsn=lsn)
-        lost.sqlstate, lost.transient = code, True
-        return lost
-    if code == "42704":
-        if streaming:
-            complaint = _Complaint(PublicationError, missing_publication_hint(slot, publications))
-        else:
-            complaint = _Complaint(SlotNotFound, missing_slot_hint(slot or "…", publications))
-    elif code == "0A000" and streaming:
-        complaint = _Complaint(PublicationError, "give the table the same column list in all publications")
+    status = connection.info.parameter_status
+    for name in _ENVIRONMENT_WINS:
+        if _plain(status(name)) != VERIFIED[name]:
+            connection.execute(f"SET {name} = '{VERIFIED[name]}'".encode())
+    unreported = [name for name in VERIFIED if status(name) is None]
+    if replication:  # which takes one command at a time
+        values = [one_row(connection, f"SHOW {name}")[0] for name in unreported]
     else:
-        complaint = _COMPLAINTS.get(code, _Complaint(ServerError))
-    hint = resync_hint(slot or "…") if complaint.kind is SlotLost else complaint.hint or error.diag.message_hint
-    result = complaint.kind(of_slot + said, hint=hint, lsn=lsn)
-    result.sqlstate = code
-    return result
+        settings = ", ".join(f"current_setting('{name}')" for name in unreported)
+        query = f"SELECT {settings}"
+        if connection.info.server_version >= 170000:
+            query = f"SET transaction_timeout = 0; {query}"  # older servers refuse the name
+        cursor = connection.execute(query.encode())
+        while cursor.description is None:
+            cursor.nextset()
+        values = list(cursor.fetchone() or ())
+    shown = dict(zip(unreported, values, strict=True))
+    for name, wanted in VERIFIED.items():
+        found = _plain(shown.get(name, status(name)))
+        if found != wanted:
+            raise NotConfigured(
+                f"{name} is {found!r} on a connection that asked for {wanted!r}: what answers drops settings",
+                hint=NO_POOLER,
+            )
 
 
-def quote_name(name: str) -> str:
-    """A name as PostgreSQL's SQL and its list of publications want it."""
-    return '"' + name.replace('"', '""') + '"'
+def _plain(value: str | None) -> str:
+    """A setting without the blanks and quotes that SHOW writes.
 
-
-def resync_hint(slot: str) -> str:
-    """How to go on behind a gap, the same words wherever there is one."""
-    return (
-        f"python -m pgoutput_source resync --slot {slot} --recovery … says what is missing and how to repair it, and "
-        "with --yes has the flow go on behind the gap"
-    )
-
-
-def missing_slot_hint(slot: str, publications: Iterable[str]) -> str:
-    """The SQL to run, in the order that matters: the stream fails if the slot is older than the publication."""
-    make = [f"CREATE PUBLICATION {quote_name(name)} FOR ALL TABLES;  -- or FOR TABLE …" for name in publications]
-    make.append(f"SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput');")
-    return "the publication first, then the slot, or use create=True:\n  " + "\n  ".join(make)
-
-
-def missing_publication_hint(slot: str | None, publications: Iterable[str]) -> str:
-    """A publication must have existed at the slot's position: creating it now does not help an older slot."""
-    return (
-        "a publication must be older than the slot. Create it, then make the slot anew (what it holds is lost):\n  "
-        + "\n  ".join(
-            [
-                *(f"CREATE PUBLICATION {quote_name(name)} FOR ALL TABLES;  -- or FOR TABLE …" for name in publications),
-                f"SELECT pg_drop_replication_slot('{slot or '…'}');",
-                f"SELECT pg_create_logical_replication_slot('{slot or '…'}', 'pgoutput');",
-            ]
-        )
-    )
+    >>> _plain("ISO, YMD"), _plain('""')
+    ('ISO,YMD', '')
+    """
+    return (value or "").replace(" ", "").strip('"')

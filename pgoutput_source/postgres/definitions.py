@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pgoutput_source.postgres.connection import connect, explained
+from pgoutput_source.postgres.connection import connect
+from pgoutput_source.postgres.refusals import explained
 from pgoutput_source.types import PgType, types_of
 from pgoutput_source.types.catalogue import FACTS, TypeFacts, from_catalogue
 

@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Final
 
-import psycopg
 from psycopg import sql
 
-from pgoutput_source.errors import NotConfigured
-from pgoutput_source.postgres.connection import Connection, explained, quote_name, server_error
+from pgoutput_source.errors import NotConfigured, ServerError
+from pgoutput_source.postgres.connection import Connection
+from pgoutput_source.postgres.remedies import quote_name
 from pgoutput_source.types import TYPES
 from pgoutput_source.types.catalogue import FACTS, TypeFacts, from_catalogue
 
 logger = logging.getLogger(__name__)
 
+_DUPLICATE_OBJECT: Final = "42710"
+_INSUFFICIENT_PRIVILEGE: Final = "42501"
+
 
 def find_publications(conn: Connection, names: Iterable[str]) -> dict[str, bool]:
     """Which of these publications exist now, and whether each has any table in this database."""
-    with explained():
-        rows = conn.execute(
-            "SELECT pubname::text, EXISTS (SELECT FROM pg_publication_tables t WHERE t.pubname = p.pubname)"
-            "  FROM pg_publication p WHERE pubname = ANY(%s)",
-            [list(names)],
-        ).fetchall()
+    rows = conn.execute(
+        "SELECT pubname::text, EXISTS (SELECT FROM pg_publication_tables t WHERE t.pubname = p.pubname)"
+        "  FROM pg_publication p WHERE pubname = ANY(%s)",
+        [list(names)],
+    ).fetchall()
     return dict(rows)
 
 
@@ -51,27 +54,26 @@ def create_publications(conn: Connection, names: Iterable[str], tables: Iterable
         try:
             # The names of tables are SQL on purpose: ONLY, column lists and row filters are allowed.
             conn.execute(sql.SQL("CREATE PUBLICATION {} FOR ").format(sql.Identifier(name)) + sql.SQL(what))
-        except psycopg.errors.DuplicateObject:
-            continue
-        except psycopg.errors.InsufficientPrivilege as e:
+        except ServerError as e:
+            if e.sqlstate == _DUPLICATE_OBJECT:
+                continue
+            if e.sqlstate != _INSUFFICIENT_PRIVILEGE:
+                raise
             raise NotConfigured(
-                f"publication {name!r} can't be created: {e.diag.message_primary}",
+                f"publication {name!r} can't be created: {e.message}",
                 hint=f"as the tables' owner with CREATE on the database: CREATE PUBLICATION {quote_name(name)} "
                 "FOR TABLE …; FOR ALL TABLES needs a superuser",
             ) from e
-        except psycopg.Error as e:
-            raise server_error(e) from e
         logger.info("created publication %r for %s", name, what.lower() if tables is None else what)
 
 
 def published_tables(conn: Connection, names: Iterable[str]) -> tuple[str, ...]:
     """The tables of these publications now, with their schemas, as SQL writes them."""
-    with explained():
-        rows = conn.execute(
-            "SELECT DISTINCT format('%%I.%%I', schemaname, tablename) AS name"
-            "  FROM pg_publication_tables WHERE pubname = ANY(%s) ORDER BY name",
-            [list(names)],
-        ).fetchall()
+    rows = conn.execute(
+        "SELECT DISTINCT format('%%I.%%I', schemaname, tablename) AS name"
+        "  FROM pg_publication_tables WHERE pubname = ANY(%s) ORDER BY name",
+        [list(names)],
+    ).fetchall()
     return tuple(name for (name,) in rows)
 
 
@@ -82,23 +84,22 @@ def text_columns(conn: Connection, names: Iterable[str], *, by_value: bool = Fal
     What a type without a send function has is sent as text in any case.
     """
     # pg_publication_tables has column lists from PostgreSQL 15 on: as a key of the row's JSON it may be absent.
-    with explained():
-        columns = conn.execute(
-            """
-            SELECT DISTINCT p.schemaname || '.' || p.tablename || '.' || a.attname, a.atttypid::bigint,
-                   pg_catalog.format_type(a.atttypid, NULL)
-              FROM pg_publication_tables AS p
-              JOIN pg_namespace AS n ON n.nspname = p.schemaname
-              JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = p.tablename
-              JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-              JOIN pg_type AS t ON t.oid = a.atttypid AND t.typsend <> 0
-             WHERE p.pubname = ANY(%s) AND coalesce((to_jsonb(p) -> 'attnames') ? a.attname, a.attgenerated = '')
-             ORDER BY 1
-            """,
-            [list(names)],
-        ).fetchall()
-        defined = sorted({oid for _, oid, _ in columns} - TYPES.keys())
-        facts = conn.execute(FACTS, {"oids": defined}).fetchall() if defined else []
+    columns = conn.execute(
+        """
+        SELECT DISTINCT p.schemaname || '.' || p.tablename || '.' || a.attname, a.atttypid::bigint,
+               pg_catalog.format_type(a.atttypid, NULL)
+          FROM pg_publication_tables AS p
+          JOIN pg_namespace AS n ON n.nspname = p.schemaname
+          JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = p.tablename
+          JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+          JOIN pg_type AS t ON t.oid = a.atttypid AND t.typsend <> 0
+         WHERE p.pubname = ANY(%s) AND coalesce((to_jsonb(p) -> 'attnames') ? a.attname, a.attgenerated = '')
+         ORDER BY 1
+        """,
+        [list(names)],
+    ).fetchall()
+    defined = sorted({oid for _, oid, _ in columns} - TYPES.keys())
+    facts = conn.execute(FACTS, {"oids": defined}).fetchall() if defined else []
     rows = TYPES | from_catalogue((TypeFacts(*fact) for fact in facts), TYPES)
     readers = {oid: row.binary for oid, row in rows.items()}
     return [

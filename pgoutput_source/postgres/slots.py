@@ -12,16 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-import psycopg
 from psycopg.rows import dict_row
 
-from pgoutput_source.postgres.connection import Connection, explained, one_row, server_error
+from pgoutput_source.errors import ServerError
+from pgoutput_source.postgres.connection import Connection, one_row
+from pgoutput_source.postgres.refusals import explained
 from pgoutput_source.protocol.wire import Lsn
 
 logger = logging.getLogger(__name__)
 
 
 PLUGIN: Final = "pgoutput"
+
+_DUPLICATE_OBJECT: Final = "42710"
 
 
 _WAITS: Final = {
@@ -108,16 +111,16 @@ def create_slot(conn: Connection, slot: str, *, failover: bool = False) -> None:
         NotConfigured: The role may not do this, or all slots are in use.
     """
     try:
-        with _patience(_WAITS[one_row(conn, "SELECT pg_is_in_recovery()")[0]], slot):
+        with explained(slot), _patience(_WAITS[one_row(conn, "SELECT pg_is_in_recovery()")[0]], slot):
             row = conn.execute(
                 "SELECT lsn::text FROM pg_create_logical_replication_slot(%s, %s"
                 + (", failover => true)" if failover else ")"),
                 [slot, PLUGIN],
             ).fetchone()
-    except psycopg.errors.DuplicateObject:
-        return
-    except psycopg.Error as e:
-        raise server_error(e, slot=slot) from e
+    except ServerError as e:
+        if e.sqlstate == _DUPLICATE_OBJECT:
+            return
+        raise
     logger.info("created replication slot %r at %s", slot, row[0] if row else "?")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from pgoutput_source.postgres.connection import Connection, explained, one_row
+from pgoutput_source.postgres.connection import Connection, one_row
 from pgoutput_source.protocol.wire import Lsn
 
 _FLUSH_PATIENCE = 10.0
@@ -49,8 +49,7 @@ def identify(conn: Connection) -> System:
 
 def setting(conn: Connection, name: str) -> str:
     """A setting of the server."""
-    with explained():
-        row = conn.execute("SELECT current_setting(%s)", [name]).fetchone()
+    row = conn.execute("SELECT current_setting(%s)", [name]).fetchone()
     return str(row[0]) if row else ""
 
 

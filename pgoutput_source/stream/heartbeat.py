@@ -19,11 +19,9 @@ import logging
 import threading
 import time
 
-import psycopg
-
 from pgoutput_source.changes.batches import HEARTBEAT
 from pgoutput_source.errors import PgOutputError
-from pgoutput_source.postgres.connection import Connection, connect, server_error
+from pgoutput_source.postgres.connection import Connection, connect
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +74,7 @@ class Heartbeat:
             connection.close()
 
     def _write(self, connection: Connection) -> None:
-        try:
-            connection.execute("SELECT pg_logical_emit_message(false, %s, %s)", [HEARTBEAT, self._slot])
-        except psycopg.Error as e:
-            raise server_error(e, slot=self._slot) from e
+        connection.execute("SELECT pg_logical_emit_message(false, %s, %s)", [HEARTBEAT, self._slot])
         if self._failed:
             self._failed = False
             logger.info("slot %s: the heartbeat is back", self._slot)

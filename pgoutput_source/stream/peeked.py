@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import psycopg
 
-from pgoutput_source.postgres.connection import connect, quote_name, server_error
+from pgoutput_source.postgres.connection import connect
 from pgoutput_source.postgres.publications import binary_option
+from pgoutput_source.postgres.refusals import server_error
+from pgoutput_source.postgres.remedies import quote_name
 from pgoutput_source.protocol.wire import Lsn, XLogData
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream.walsender import Backend

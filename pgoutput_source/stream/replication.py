@@ -26,8 +26,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
-import psycopg
-
 from pgoutput_source.decode.in_progress import PROTOCOLS
 from pgoutput_source.errors import (
     ConnectionFailed,
@@ -268,7 +266,7 @@ class ReplicationStream:
                         self._send_status(walsender)
                         if not walsender.finish(time.monotonic() + timeout):
                             logger.warning("slot %r: the server did not confirm the end of the stream", self.slot)
-                except (psycopg.Error, Lost) as e:
+                except Lost as e:
                     logger.warning("slot %r: the connection was lost while ending: %s", self.slot, _one_line(e))
                 finally:
                     walsender.close()
@@ -312,7 +310,7 @@ class ReplicationStream:
         try:
             with no_garbage_collection():
                 self._receive(self._walsender, frames, max_frames, max_bytes, timeout)
-        except (Lost, psycopg.OperationalError) as e:
+        except Lost as e:
             if self._fatal is None:
                 self._lose(_one_line(e))
         except PgOutputError as e:
@@ -335,7 +333,7 @@ class ReplicationStream:
         asked = arrived = False
         dry = 0
         while True:
-            got = 0
+            got, before = 0, size
             with self._lock:
                 while size < max_bytes and (room := min(_GETS, max_frames - len(frames))) > 0:
                     chunk, error = walsender.take(room)
@@ -385,7 +383,7 @@ class ReplicationStream:
             asked = True
             with self._lock:
                 # Only when libpq has given all that it had: otherwise its buffer would grow and grow.
-                walsender.consume()
+                walsender.read(size - before)
 
     def _sift(self, walsender: Walsender, chunk: list[tuple[int, memoryview]], frames: list[memoryview]) -> None:
         """A chunk that holds a keepalive, or the end of the stream."""
@@ -470,7 +468,7 @@ class ReplicationStream:
             with self._lock:
                 if self._walsender is not None and self._walsender.sent_flush < self._acknowledged:
                     # A connection that is gone is noticed, and made again, by poll.
-                    with contextlib.suppress(psycopg.OperationalError):
+                    with contextlib.suppress(Lost):
                         self._send_status(self._walsender)
 
     def _report(self, walsender: Walsender, now: float) -> None:
@@ -497,7 +495,7 @@ class ReplicationStream:
         """Send a status if nothing was sent for a while; the seconds until the next look."""
         with self._lock:
             if self._walsender is not None and time.monotonic() - self._walsender.sent_at >= self._interval * 0.9:
-                with contextlib.suppress(psycopg.OperationalError):  # poll notices, and connects again
+                with contextlib.suppress(Lost):  # poll notices, and connects again
                     self._send_status(self._walsender)
         return self._interval / 2
 
@@ -556,7 +554,7 @@ class ReplicationStream:
 
     def _renew(self) -> None:
         """Replace a connection that works: the server hears first what is acknowledged, and does not send it again."""
-        with self._lock, contextlib.suppress(psycopg.OperationalError):
+        with self._lock, contextlib.suppress(Lost):
             if self._walsender is not None:
                 self._send_status(self._walsender)
         self._lose("giving back the memory of a very large message")

@@ -21,7 +21,8 @@ from typing import Any, Final
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError
 from pgoutput_source.postgres import checks, connection, creation
-from pgoutput_source.postgres.connection import Connection, resync_hint
+from pgoutput_source.postgres.connection import Connection
+from pgoutput_source.postgres.remedies import resync_hint
 from pgoutput_source.postgres.slots import SlotState
 from pgoutput_source.postgres.system import System, current_lsn, identify
 from pgoutput_source.protocol.wire import Lsn

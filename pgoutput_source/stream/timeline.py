@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import logging
 
-import psycopg
-
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.errors import PgOutputError, StateError
-from pgoutput_source.postgres.connection import Connection, connect, server_error
+from pgoutput_source.postgres.connection import Connection, connect
 from pgoutput_source.stream.frame_source import FrameSource
 from pgoutput_source.stream.start import on_timeline
 
@@ -88,9 +86,9 @@ class Timeline:
                 "  FROM pg_stat_activity WHERE pid = %s AND backend_start::text = %s AND NOT pg_is_in_recovery()",
                 self._stream.backend,
             ).fetchone()
-        except psycopg.Error as e:
+        except PgOutputError:
             self.close()
-            raise server_error(e, slot=self._slot) from e
+            raise
         return None if row is None else int(row[0])
 
     def close(self) -> None:

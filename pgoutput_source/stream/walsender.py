@@ -1,14 +1,22 @@
 """`Walsender`: one replication connection, from START_REPLICATION to its end.
 
-What streams from a slot over time is a `replication.ReplicationStream`; it takes a new one of these after each loss,
-for a walsender streams only once. libpq's calls hold Python's interpreter lock, so nothing here waits inside them: the
-connection is in non-blocking mode, and whoever reads waits in `poll()` of the operating system.
+What streams from a slot over time is a `replication.ReplicationStream`. It takes a new one of these after each loss,
+because a walsender streams only once. libpq's calls hold Python's interpreter lock, so nothing here waits inside them:
+the connection is in non-blocking mode, and whoever reads waits in `poll()` of the operating system.
+
+**A connection that decodes runs no SQL.** A walsender keeps what it has cached of tables when it begins to decode, and
+uses it for old WAL. A query that opens a user table before, as `pg_publication_tables` does, has changes from before an
+ALTER TABLE decoded with the table's columns of now: the values are garbage, or the server crashes. So all that is to be
+asked is asked on an ordinary connection beside it. The walsender itself gets IDENTIFY_SYSTEM, SHOW and
+START_REPLICATION, and SET where the environment overrides a setting; none of them reads a table.
+
 https://www.postgresql.org/docs/current/protocol-replication.html
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,20 +27,34 @@ from typing import Final, NamedTuple
 import psycopg
 from psycopg import pq, sql
 
-from pgoutput_source.errors import ConnectionFailed, PgOutputError, PublicationError, ServerError, SlotError, SlotInUse
-from pgoutput_source.postgres import checks
-from pgoutput_source.postgres.connection import ONE_PROCESS, Connection, connect, quote_name, server_error
+from pgoutput_source.errors import (
+    ConnectionFailed,
+    NotConfigured,
+    PgOutputError,
+    PublicationError,
+    ServerError,
+    SlotError,
+    SlotInUse,
+)
+from pgoutput_source.postgres.checks import check_server, check_slot
+from pgoutput_source.postgres.connection import Connection, connect, one_row
 from pgoutput_source.postgres.publications import binary_option
+from pgoutput_source.postgres.refusals import explained, server_error
+from pgoutput_source.postgres.remedies import NO_POOLER, ONE_PROCESS, quote_name
 from pgoutput_source.postgres.slots import slot_state
 from pgoutput_source.protocol.wire import Lsn, StandbyStatus, pg_now
 
 logger = logging.getLogger(__name__)
 
-# libpq reads as much at a time as its buffer holds, which begins with 16 KB and grows with the largest message.
-_READ_BUFFER: Final = 1_000_000
+# libpq reads as much at a time as its buffer holds. With the 16 KB that it begins with, a fast server would be waited
+# for sixty thousand times a gigabyte. It doubles when libpq is told to read on before what it has is taken.
+_LONG_READ: Final = 8192
+_BUFFER_IS_LARGE: Final = 500_000
 _NOTHING: Final = (0, b"")
 _NOTICE_INTERVAL: Final = 60.0
 _ENDING: Final = 5.0
+_UNDEFINED_FILE: Final = "58P01"
+_UNITS: Final = {"": 0.001, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 
 _noticed: dict[str, float] = {}
 
@@ -58,14 +80,15 @@ class Walsender:
         slot: The slot's name.
         publications: Names of the publications.
         options: pgoutput's other options.
-        binary: "on", "off", or "auto", which asks the catalogue on this connection.
+        binary: "on", "off", or "auto", which asks the catalogue.
         previous: The process of a former connection of ours, which may still hold the slot: it is terminated.
-        admit: Called with the opened walsender before it streams; it may refuse the server by raising.
+        admit: Called with the opened walsender before anything is read from it or sent to it; it may refuse the server
+            by raising.
 
     Attributes:
         system_id, timeline, wal_end: What IDENTIFY_SYSTEM said before the stream began.
-        confirmed: Where the slot stood then; None if there is no such slot.
-        standby: Whether it was a standby then.
+        confirmed: Where the slot stands.
+        standby: Whether the server is a standby.
         server: When the server was started, which tells it from others.
         server_version: As libpq says it: 180006.
         timeout: The server's wal_sender_timeout in seconds.
@@ -94,88 +117,97 @@ class Walsender:
         self.fatal: PgOutputError | None = None
         self.sent_flush = Lsn(0)
         self.sent_at = 0.0
-        conn = connect(dsn, replication=True)
-        try:
+        with connect(dsn) as beside, explained(slot):
             if previous is not None:
-                conn.execute(
+                beside.execute(
                     "SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity"
                     " WHERE pid = %s AND backend_start::text = %s",
                     previous,
                 )
-            self._identify(conn)
-            # While another process holds the slot, it may still move: where the stream would begin is not known yet.
-            if held := self._held(conn):
+            if held := self._held(beside):
                 raise held
-            admit(self)
-            if conn.info.parameter_status("server_encoding") == "SQL_ASCII":
-                # Bytes are of no known encoding there. As UTF8 the first that isn't would end the stream for ever.
-                conn.execute("SET client_encoding = 'SQL_ASCII'")
-            # With 16 KB a read, a fast server is waited for sixty thousand times a gigabyte.
-            conn.execute(f"SELECT repeat(' ', {_READ_BUFFER})".encode())
-            conn.add_notice_handler(self._note_notice)
+            standby, server = one_row(beside, "SELECT pg_is_in_recovery(), pg_postmaster_start_time()::text")
+            self.standby, self.server = bool(standby), str(server)
             listed = {"publication_names": ",".join(map(quote_name, publications))}
-            self._start(conn, listed | binary_option(conn, binary, publications) | dict(options))
-        except psycopg.Error as e:
-            conn.close()
-            raise server_error(e, slot=slot) from e
-        except BaseException:
-            conn.close()
-            raise
+            listed |= binary_option(beside, binary, publications) | dict(options)
+            conn = connect(dsn, replication=True, beside=beside)
+            try:
+                self._identify(conn)
+                conn.add_notice_handler(self._note_notice)
+                backend = self._find_backend(conn, beside)
+                self._start(conn, beside, listed)
+                self._own_slot(beside, backend)
+                admit(self)
+            except BaseException:
+                conn.close()
+                raise
         self._conn = conn
         self._pgconn = conn.pgconn
         self._pgconn.nonblocking = 1
         self._get = partial(self._pgconn.get_copy_data, 1)
-        self.consume: Callable[[], None] = self._pgconn.consume_input
-        """Read what is in the socket; raises psycopg.OperationalError when the server is gone."""
+        self._consume = self._pgconn.consume_input
+        self._buffer_is_large = False
         self.socket = self._pgconn.socket
 
     def _identify(self, conn: Connection) -> None:
-        row = conn.execute("IDENTIFY_SYSTEM").fetchone()
-        assert row is not None, "IDENTIFY_SYSTEM gives one row"
+        try:
+            row = one_row(conn, "IDENTIFY_SYSTEM")
+        except ServerError as e:
+            if e.sqlstate == "42601":  # it was taken for SQL
+                raise NotConfigured(f"what answers is no walsender: {e.message}", hint=NO_POOLER) from e
+            raise
         self.system_id, self.timeline, self.wal_end = str(row[0]), int(row[1]), Lsn(str(row[2]))
         self.server_version = conn.info.server_version
-        row = conn.execute(
-            "SELECT (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_sender_timeout'),"
-            " pid, backend_start::text, (SELECT confirmed_flush_lsn::text FROM pg_replication_slots"
-            " WHERE slot_name = %s), pg_is_in_recovery(), pg_postmaster_start_time()::text"
-            " FROM pg_stat_activity WHERE pid = pg_backend_pid()",
-            [self.slot],
-        ).fetchone()
-        assert row is not None, "a session sees itself"
-        self.timeout = row[0] / 1000 or 60.0  # 0 switches the server's patience off, then this is ours
-        self.backend = Backend(row[1], row[2])
-        self.confirmed = None if row[3] is None else Lsn(row[3])
-        self.standby, self.server = bool(row[4]), str(row[5])
+        # 0 switches the server's patience off, then this is ours.
+        self.timeout = _seconds(one_row(conn, "SHOW wal_sender_timeout")[0]) or 60.0
 
-    def _start(self, conn: Connection, options: Mapping[str, str]) -> None:
+    def _start(self, conn: Connection, beside: Connection, options: Mapping[str, str]) -> None:
         listed = sql.SQL(", ").join(
             sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
         )
         # 0/0 is where the slot stands. A higher position would make the server skip what is before it.
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})").format(sql.Identifier(self.slot), listed)
         try:
-            conn.execute(command)
-        except psycopg.Error as e:
-            raise self._start_error(conn, e) from e
+            with explained(self.slot):
+                conn.execute(command)
+        except SlotInUse as e:
+            raise self._held(beside) or e from e
+        except SlotError as e:
+            # For 55000 there are many reasons, and the catalogue knows which.
+            check_server(beside)
+            state = slot_state(beside, self.slot)
+            if state is not None:
+                check_slot(beside, state)
+            raise e
 
-    def _start_error(self, conn: Connection, error: psycopg.Error) -> PgOutputError:
-        """Why the server does not start the stream; for 55000 there are many reasons, and the catalogue knows which."""
-        result = server_error(error, slot=self.slot, publications=self.publications)
-        if isinstance(result, SlotInUse):
-            return self._held(conn) or result
-        if isinstance(result, SlotError):
-            try:
-                checks.check_server(conn)
-                state = slot_state(conn, self.slot)
-                if state is not None:
-                    checks.check_slot(conn, state)
-            except ServerError as e:
-                return e
-        return result
+    def _find_backend(self, conn: Connection, beside: Connection) -> Backend | None:
+        """The walsender's process, if the connection beside it leads to the same server and nothing is in between."""
+        row = beside.execute(
+            "SELECT pid, backend_start::text FROM pg_stat_activity WHERE pid = %s AND backend_type = 'walsender'",
+            [conn.info.backend_pid],
+        ).fetchone()
+        return None if row is None else Backend(row[0], row[1])
 
-    def _held(self, conn: Connection) -> SlotInUse | None:
+    def _own_slot(self, beside: Connection, backend: Backend | None) -> None:
+        """Where the slot stands, and which process holds it, now that nobody else can move it."""
+        row = beside.execute(
+            "SELECT s.confirmed_flush_lsn::text, a.pid, a.backend_start::text FROM pg_replication_slots s"
+            " LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = %s",
+            [self.slot],
+        ).fetchone()
+        # The stream may have ended already with an error, and the slot is free again.
+        found = Backend(row[1], row[2]) if row is not None and row[1] is not None else backend
+        if row is None or found is None:
+            raise NotConfigured(
+                f"slot {self.slot!r}: the stream has begun, and another connection with the same DSN sees nobody "
+                "stream: they lead to different servers",
+                hint=NO_POOLER,
+            )
+        self.backend, self.confirmed = found, Lsn(row[0] or 0)
+
+    def _held(self, beside: Connection) -> SlotInUse | None:
         """Who holds the slot, as an error; None if nobody does."""
-        row = conn.execute(
+        row = beside.execute(
             "SELECT a.pid, a.application_name, host(a.client_addr) FROM pg_replication_slots s"
             " JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = %s",
             [self.slot],
@@ -188,17 +220,17 @@ class Walsender:
         return error
 
     def _note_notice(self, notice: psycopg.errors.Diagnostic) -> None:
-        """PostgreSQL 18 only warns when a publication did not exist yet, and leaves its rows out."""
+        """PostgreSQL 18 only warns when a publication did not exist yet, and leaves its rows out.
+
+        Its text is in the server's language, so it is told by SQLSTATE and by which function of the server warned. The
+        one other warning of this kind says that a standby of synchronized_standby_slots is not there.
+        """
         message = notice.message_primary or ""
-        if (
-            notice.severity_nonlocalized == "WARNING"
-            and notice.sqlstate == "55000"
-            and "synchronized_standby_slots" not in message
-            and any(f'"{name}"' in message for name in self.publications)
-        ):
+        standby = notice.source_function == "StandbySlotsHaveCaughtup" or "synchronized_standby_slots" in message
+        if notice.severity_nonlocalized == "WARNING" and notice.sqlstate == "55000" and not standby:
             error = PublicationError(
                 f"slot {self.slot!r}: {message}: its changes would be left out",
-                hint="a publication must be older than the slot: make the slot anew (what it holds is lost). "
+                hint="a publication must be older than the slot: recreate the slot (what it holds is lost). "
                 f"{notice.message_hint or ''}".rstrip(),
             )
             error.sqlstate = notice.sqlstate
@@ -210,7 +242,25 @@ class Walsender:
             _noticed[message] = now
             logger.warning("slot %r: the server says: %s", self.slot, message)
 
-    def take(self, count: int) -> tuple[list[tuple[int, memoryview]], Exception | None]:
+    def read(self, taken: int) -> None:
+        """Have libpq read what is in the socket.
+
+        Args:
+            taken: The bytes that were taken since the last read. All that libpq had must have been: otherwise its
+                buffer would grow and grow.
+
+        Raises:
+            Lost: The server is gone.
+        """
+        try:
+            self._consume()
+            if taken > _LONG_READ and not self._buffer_is_large:
+                self._consume()
+                self._buffer_is_large = taken > _BUFFER_IS_LARGE
+        except psycopg.Error as e:
+            raise Lost(_one_line(e)) from e
+
+    def take(self, count: int) -> tuple[list[tuple[int, memoryview]], Lost | None]:
         """Up to `count` messages that libpq has, each with its length, and what went wrong after them.
 
         A length of -1 says that the server has ended the stream: see `end`.
@@ -219,15 +269,22 @@ class Walsender:
         try:
             # islice and iter loop in C. list() would lose what it has when an error comes; extend() leaves it.
             chunk.extend(islice(iter(self._get, _NOTHING), count))
-        except psycopg.OperationalError as e:
+        except psycopg.Error as e:
             # libpq says once that the stream ended, and after that fails.
-            return chunk, None if chunk and chunk[-1][0] < 0 else e
+            return chunk, None if chunk and chunk[-1][0] < 0 else Lost(_one_line(e))
         return chunk, None
 
     def send_status(self, write: Lsn, flush: Lsn, *, reply: bool = False) -> None:
-        """Report positions. What the kernel can't take now stays in libpq's buffer, and goes with the next."""
-        self._pgconn.put_copy_data(StandbyStatus(write, flush, flush, pg_now(), reply).encode())
-        self._pgconn.flush()
+        """Report positions. What the kernel can't take now stays in libpq's buffer, and goes with the next.
+
+        Raises:
+            Lost: The server is gone.
+        """
+        try:
+            self._pgconn.put_copy_data(StandbyStatus(write, flush, flush, pg_now(), reply).encode())
+            self._pgconn.flush()
+        except psycopg.Error as e:
+            raise Lost(_one_line(e)) from e
         self.sent_flush, self.sent_at = flush, time.monotonic()
 
     def end(self) -> PgOutputError:
@@ -236,7 +293,10 @@ class Walsender:
         Raises:
             Lost: The connection should be made again.
         """
-        result = self._drain()
+        try:
+            result = self._drain()
+        except psycopg.Error as e:
+            raise Lost(_one_line(e)) from e
         if result is None:
             raise Lost("the server ended the stream")
         error = server_error(
@@ -247,7 +307,17 @@ class Walsender:
         return error
 
     def finish(self, deadline: float) -> bool:
-        """End the stream, and whether the server confirmed it by `deadline`: it reads in order, so all we sent."""
+        """End the stream, and whether the server confirmed it by `deadline`: it reads in order, so all we sent.
+
+        Raises:
+            Lost: The server is gone.
+        """
+        try:
+            return self._finish(deadline)
+        except psycopg.Error as e:
+            raise Lost(_one_line(e)) from e
+
+    def _finish(self, deadline: float) -> bool:
         self._pgconn.put_copy_end()
         poll = select.poll()
         poll.register(self.socket, select.POLLIN | select.POLLOUT)
@@ -259,7 +329,7 @@ class Walsender:
             if got < 0:
                 return self._drain() is None
             poll.poll(left * 1000)
-            self.consume()
+            self._consume()
         return False
 
     def close(self) -> None:
@@ -290,11 +360,25 @@ class Walsender:
             while self._pgconn.status == pq.ConnStatus.OK and self._pgconn.is_busy():
                 if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                     raise Lost("the server ended the stream without a word")
-                self.consume()
+                self._consume()
             result = self._pgconn.get_result()
             if result is None:
                 return
             yield result
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _seconds(setting: str) -> float:
+    """A duration as SHOW writes it.
+
+    >>> [_seconds(text) for text in ("1min", "1500ms", "0", "30s")]
+    [60.0, 1.5, 0.0, 30.0]
+    """
+    number, unit = re.fullmatch(r"(\d+)([a-z]*)", setting).groups()  # type: ignore[union-attr]
+    return int(number) * _UNITS[unit]
 
 
 def timeline_end(dsn: str, timeline: int, current: int) -> Lsn | None:
@@ -304,14 +388,12 @@ def timeline_end(dsn: str, timeline: int, current: int) -> Lsn | None:
     """
     with connect(dsn, replication=True) as conn:
         try:
-            row = conn.execute(f"TIMELINE_HISTORY {current:d}".encode()).fetchone()
-        except psycopg.errors.UndefinedFile:
-            return None  # the first timeline has no history
-        except psycopg.Error as e:
-            raise server_error(e) from e
-    assert row is not None, "TIMELINE_HISTORY gives one row"
-    content = row[1] if isinstance(row[1], str) else bytes(row[1]).decode()
-    for line in content.splitlines():
+            row = one_row(conn, f"TIMELINE_HISTORY {current:d}")
+        except ServerError as e:
+            if e.sqlstate == _UNDEFINED_FILE:
+                return None  # the first timeline has no history
+            raise
+    for line in str(row[1]).splitlines():
         fields = line.split()
         if fields and fields[0] == str(timeline):
             return Lsn(fields[1])
