@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pgoutput_source import peek
 from pgoutput_source.changes import ChangeBatch
 from pgoutput_source.copy.initial import InitialCopy
 from pgoutput_source.dataflow import gate
+from pgoutput_source.decode.copied import TEXT_OF, CopiedColumn, Tuples, as_text, decode_copied
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.embedded import Server
 from pgoutput_source.postgres.definitions import Definitions
@@ -135,8 +137,8 @@ def filled(db: Database) -> Everything:
             f"INSERT INTO t SELECT n, {casts} FROM json_array_elements(%s) WITH ORDINALITY AS u(v, n)".encode(),
             [json.dumps(rows)],
         )
-        as_text = {column.split()[0].split(".")[2] for column in text_columns(c, ["cdc"])}
-        columns = ", ".join(name for name in ("id", *kinds) if name not in as_text)
+        in_text = {column.split()[0].split(".")[2] for column in text_columns(c, ["cdc"])}
+        columns = ", ".join(name for name in ("id", *kinds) if name not in in_text)
         c.execute(
             f"CREATE TABLE b AS SELECT {columns} FROM t WITH NO DATA; CREATE PUBLICATION bin FOR TABLE b".encode()
         )
@@ -199,6 +201,35 @@ def test_rows_of_the_initial_copy_equal_the_stream(every: Everything) -> None:
         assert repr(plain(copied)) == repr(plain(every.batch.data[name])), f"{name}: {sql}"
     assert data["_raw"].to_pylist() == every.batch.data["_raw"].to_pylist()
     assert set(data["_op"].to_pylist()) == {"R"}
+
+
+@pytest.mark.parametrize("all_as_text", [False, True])
+def test_copy_in_binary_equals_the_stream(every: Everything, all_as_text: bool) -> None:
+    """Each column as `as_text` chooses, and all of them as text; decoded in pieces that end anywhere."""
+    relations = every.relation()
+    columns = [
+        CopiedColumn(column, row := relations.type_of(column.type_oid), all_as_text or as_text(row))
+        for column in every.batch.schema.columns
+    ]
+    asked = [TEXT_OF.format(one.column.name) if one.as_text else one.column.name for one in columns]
+    query = f"COPY (SELECT {', '.join(asked)} FROM public.t ORDER BY id) TO STDOUT (FORMAT binary)"
+    with every.db.connect(options=PINNED) as c, c.cursor().copy(query.encode()) as copy:
+        frames = [bytes(frame) for frame in copy]
+    assert len(frames) == len(every.batch) + 1
+    for cuts in ([0, len(frames)], [0, 1, 5, 6, len(frames) - 1, len(frames)]):
+        found = [
+            decode_copied(Tuples(part, list(map(len, part)), first=low == 0), columns, "public.t")
+            for low, high in itertools.pairwise(cuts)
+            for part in [frames[low:high]]
+        ]
+        for i, (name, sql) in enumerate(every.sql.items()):
+            column = pa.concat_arrays([piece.columns[i] for piece in found])
+            column.validate(full=True)
+            assert column.type == every.batch.data[name].type
+            assert repr(plain(column)) == repr(plain(every.batch.data[name])), f"{name}: {sql}"
+        raw = pa.concat_arrays([piece.raw for piece in found])
+        assert raw.to_pylist() == every.batch.data["_raw"].to_pylist()
+        assert raw.null_count < len(raw)
 
 
 def test_binary_says_what_text_says(every: Everything) -> None:

@@ -1,0 +1,212 @@
+"""Tuples of COPY in binary → the columns that the stream gives for the same rows, and their `_raw`.
+
+A tuple is a count of fields, and of each its length (-1 for NULL) and its bytes. The tuples of many rows lie in one
+buffer and are walked column by column, left to right, one step for all rows at once. Each column is then decoded by
+the same row of the type table as the stream's.
+
+A type that has no binary decoder, or only a slow one, is read as text: ask the server for `TEXT_OF` the column instead
+of the column, which is then still a field of a binary COPY.
+
+https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-BINARY-FORMAT
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pgoutput_source.changes.schema import Column
+from pgoutput_source.decode.cells import BadValue, decoded
+from pgoutput_source.errors import ConfigurationError, DecodeError, ProtocolError
+from pgoutput_source.types import TYPES
+from pgoutput_source.types.base import PgType, Sent, exact_text, numbers_at, ranges_of
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+TEXT_OF: Final = "CASE WHEN {0} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {0}) END"
+"""The text that a type's output function writes, in SQL, for the identifier ``{0}``.
+
+A cast to text is not the same for every type: it cuts the spaces at the end of `character`, and shows a netmask that
+`inet` does not. And a composite whose attributes are all NULL is neither NULL nor ``NOT NULL``.
+"""
+
+_SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0"
+_HEADER: Final = len(_SIGNATURE) + 8
+_PADDING: Final = bytes(32)  # a gather may look a few bytes past the last tuple before its bounds are known
+_MOST_BYTES: Final = 2**31 - 1 - len(_PADDING)
+_SHOWN: Final = 32  # characters of an undecodable value that an error may show
+
+
+class CopiedColumn(NamedTuple):
+    """A column that COPY reads: `type` decodes it, from text if it was asked for as `TEXT_OF`."""
+
+    column: Column
+    type: PgType
+    as_text: bool
+
+
+def as_text(pg_type: PgType) -> bool:
+    """Whether a column of this type had better be asked for as text."""
+    return pg_type.binary is None or pg_type.binary.by_value
+
+
+class Copied(NamedTuple):
+    """The table's columns, and `_raw`: the exact text of the values that their Arrow type can't hold, by column."""
+
+    columns: list[pa.Array]
+    raw: pa.MapArray
+
+
+class Tuples:
+    """Tuples of one COPY, joined into one buffer: tuple i is `raw[start[i]:end[i]]`.
+
+    Each CopyData message holds one tuple. The first one begins with COPY's header, which is left out here, and so is
+    the trailer, a message of its own.
+
+    Args:
+        parts: The bytes of some messages, one after the other; a part may hold any number of them.
+        lengths: How many bytes each message has.
+        first: Whether these are the first messages of their COPY.
+
+    Raises:
+        ProtocolError: The header is not that of a binary COPY, or the lengths are not those of the parts.
+        ConfigurationError: More than 2 GiB at once.
+    """
+
+    __slots__ = ("end", "raw", "start")
+
+    def __init__(self, parts: Sequence[bytes | memoryview], lengths: Sequence[int] | Ints, *, first: bool) -> None:
+        length = np.asarray(lengths, np.int64)
+        end = np.cumsum(length)
+        size = int(end[-1]) if len(end) else 0
+        if size > _MOST_BYTES:
+            raise ConfigurationError(
+                f"{size} bytes of COPY at once; Arrow's offsets end at {_MOST_BYTES}", hint="feed fewer rows at a time"
+            )
+        self.raw = b"".join([*parts, _PADDING])
+        if len(self.raw) != size + len(_PADDING):
+            raise ProtocolError(f"COPY: expected {size} bytes, got {len(self.raw) - len(_PADDING)}")
+        start = end - length
+        if first and len(start):
+            if length[0] < _HEADER + 2 or not self.raw.startswith(_SIGNATURE + bytes(8)):
+                raise ProtocolError("COPY: it does not begin with the header of the binary format")
+            start[0] += _HEADER
+        if (end - start < 2).any():
+            raise ProtocolError("COPY: a message without a tuple")
+        if len(start) and numbers_at(self.raw, ">i2", start[-1:])[0] == -1:
+            if end[-1] - start[-1] != 2:
+                raise ProtocolError("COPY: bytes after the trailer")
+            start, end = start[:-1], end[:-1]
+        self.start: Ints = start
+        self.end: Ints = end
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+def decode_copied(tuples: Tuples, columns: Sequence[CopiedColumn], table: str, *, on_misfit: str = "raw") -> Copied:
+    """The columns of these tuples, as the stream would give them for the same rows.
+
+    Args:
+        tuples: What COPY sent.
+        columns: What it was asked for, in this order.
+        table: What errors call the table.
+        on_misfit: What becomes of a value that its Arrow type can't hold: "raw" keeps its text, "error" raises.
+
+    Raises:
+        ProtocolError: A tuple is not one of these columns.
+        DecodeError: A value is not one of its column's type; or, with on_misfit="error", doesn't fit its Arrow type.
+    """
+    pos = tuples.start
+
+    def check(ok: Bools, problem: str) -> None:
+        if not ok.all():
+            raise ProtocolError(f"COPY: {problem}", table=table)
+
+    check(numbers_at(tuples.raw, ">i2", pos) == len(columns), f"a tuple that has not {len(columns)} columns")
+    pos = pos + 2
+    arrays: list[pa.Array] = []
+    misfits: dict[int, list[tuple[str, str]]] = {}
+    for one in columns:
+        check(pos + 4 <= tuples.end, "a tuple that ends early")
+        length = numbers_at(tuples.raw, ">i4", pos).astype(np.int64)
+        null = length < 0
+        check(length >= -1, "a value of negative length")
+        if any_null := bool(null.any()):
+            length = np.where(null, 0, length)
+        cells = _Cells(tuples.raw, pos + 4, length, null if any_null else None, one, table)
+        pos = pos + 4 + length
+        check(pos <= tuples.end, "a value that is longer than its tuple")
+        values = cells.decoded()
+        if values.null_count != np.count_nonzero(null):
+            for row in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False) & ~null).tolist():
+                if on_misfit == "error":
+                    raise cells.error(row, f"a value that {one.column.arrow} can't hold")
+                misfits.setdefault(row, []).append((one.column.name, cells.text(row)))
+        arrays.append(values)
+    check(pos == tuples.end, "bytes after the last column")
+    kind = pa.map_(pa.utf8(), pa.utf8())
+    raw = pa.array(list(map(misfits.get, range(len(tuples)))), kind) if misfits else pa.nulls(len(tuples), kind)
+    return Copied(arrays, raw)
+
+
+class _Cells(NamedTuple):
+    """One column's values: where each lies, and which are NULL; None if none is."""
+
+    raw: bytes
+    start: Ints
+    length: Ints
+    null: Bools | None
+    of: CopiedColumn
+    table: str
+
+    def decoded(self) -> pa.Array:
+        column, pg_type, from_text = self.of
+        start, length, kind = self.start, self.length, column.arrow
+        there = None
+        if self.null is not None:
+            there = np.flatnonzero(~self.null)
+            start, length = start[there], length[there]
+        if not len(start):
+            return pa.nulls(len(self.start), kind)
+        try:
+            if from_text:
+                values, decode = ranges_of(self.raw, start, length, None), pg_type.decode
+            elif pg_type.binary is None:
+                raise self.error(0, "a type that has no binary decoder")
+            else:
+                values, decode = Sent(self.raw, start, length), pg_type.binary.decode
+            found = decoded(values, pg_type, decode, kind, defined=column.type_oid not in TYPES)
+        except BadValue as e:
+            row = e.index if there is None else int(there[e.index])
+            raise self.error(row, "not a value of its type") from e
+        return found if self.null is None else found.take(pa.array(np.cumsum(~self.null) - 1, mask=self.null))
+
+    def text(self, row: int) -> str:
+        """PostgreSQL's exact text of one value."""
+        value = self.raw[self.start[row] : self.start[row] + self.length[row]]
+        if self.of.as_text or self.of.type.binary is None:
+            return exact_text(value)
+        try:
+            return exact_text(self.of.type.binary.text(value))
+        except ValueError as e:
+            raise self.error(row, "not a value of its type") from e
+
+    def error(self, row: int, problem: str) -> DecodeError:
+        value = self.raw[self.start[row] : self.start[row] + self.length[row]]
+        shown = f"{len(value)} bytes in binary"
+        if self.of.as_text:
+            shown = repr(value[:_SHOWN].decode(errors="replace") + ("…" if len(value) > _SHOWN else ""))
+        column = self.of.column
+        return DecodeError(
+            f"{problem}: {shown}",
+            table=self.table,
+            column=column.name,
+            type_name=column.type_name,
+            hint="a column list of the publication can leave the column out (PostgreSQL 15 or newer)",
+        )
