@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pgoutput_source.protocol.wire import Lsn
     from pgoutput_source.pypgoutput import LogicalReplicationReader
     from pgoutput_source.reader import PgOutputReader, peek
+    from pgoutput_source.settings import SourceSettings
     from pgoutput_source.sinks.base import TwoPhaseSink
     from pgoutput_source.sinks.ipc import IpcSink
     from pgoutput_source.sinks.jsonl import JsonLinesSink
@@ -38,6 +39,7 @@ _HOME: Final = {
     "PgOutputReader": "reader",
     "PgOutputSource": "dataflow.source",
     "Position": "changes",
+    "SourceSettings": "settings",
     "TableSchema": "changes",
     "TwoPhaseSink": "sinks.base",
     "current": "parquet.current",
@@ -58,6 +60,7 @@ __all__ = [
     "PgOutputReader",
     "PgOutputSource",
     "Position",
+    "SourceSettings",
     "TableSchema",
     "TwoPhaseSink",
     "__version__",

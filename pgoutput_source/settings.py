@@ -7,6 +7,7 @@ An option that does not exist, a value that has no meaning and a DSN that libpq 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,12 +21,29 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from pgoutput_source.errors import ConfigurationError
 
+logger = logging.getLogger(__name__)
+
 ENV_PREFIX: Final = "PGOUTPUT_"
+_DSN: Final = f"{ENV_PREFIX}DSN"
 
 OTHER_VARIABLES: Final = {
     "PGOUTPUT_OUT": "the folder that the flows write into",
 }
 """Variables with our prefix that are read elsewhere than here: name and meaning."""
+
+_LINKED: Final = (
+    (r"SERVICE_HOST", r"\S+"),
+    (r"SERVICE_PORT(_[A-Z0-9_]+)?", r"[0-9]+"),
+    (r"PORT(_[0-9]+_(TCP|UDP|SCTP))?", r"(tcp|udp|sctp)://\S+"),
+    (r"PORT_[0-9]+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)", r"\S+"),
+    (r"NAME", r"/\S+"),
+    (r"ENV_.+", r".*"),
+)
+"""Name and value of the variables that Kubernetes, for a service, and Docker, for a link, put into each container.
+
+A service called `pgoutput` or `pgoutput-…` makes them begin with our prefix.
+https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables
+"""
 
 LIBPQ_VARIABLES: Final = ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGPORT", "PGDATABASE", "PGUSER")
 """If one of them is set, libpq knows where to connect and the embedded server stays away."""
@@ -55,6 +73,35 @@ def describe(dsn: str) -> str:
     if parts.get("user"):
         text += f" as {parts['user']}"
     return text
+
+
+def parse_publications(text: str) -> tuple[str, ...]:
+    """The publications that an environment variable or the command line names, with commas between.
+
+    A name that holds a comma, begins with a double quote, or begins or ends with a space is written in double quotes,
+    as in SQL. Any other may be, and upper case stays upper case without quotes, too.
+
+    >>> parse_publications('shop, Orders, "We,Ird", "the ""old"" one"')
+    ('shop', 'Orders', 'We,Ird', 'the "old" one')
+
+    Raises:
+        ConfigurationError: Quotes that do not fit.
+    """
+    names: list[str] = []
+    at = 0
+    while found := _NAMED.match(text, at):
+        quoted, plain, more = found.groups()
+        names.append(plain.strip() if quoted is None else quoted.replace('""', '"'))
+        if not more:
+            return tuple(names)
+        at = found.end()
+    raise ConfigurationError(
+        f"{text!r} is not a list of publications",
+        hint='separate names by commas, and write one that holds a comma in double quotes: shop,"We,Ird"',
+    )
+
+
+_NAMED = re.compile(r'\s*(?:"((?:[^"]|"")*)"\s*|((?!\s*")[^,]*))(?:(,)|$)', re.DOTALL)
 
 
 def _checked_dsn(dsn: str | None) -> str | None:
@@ -226,14 +273,20 @@ class SourceSettings(BaseModel):
         return cls.model_validate(options)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ, **overrides: Any) -> SourceSettings:
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> SourceSettings:
         """The settings that the environment describes; `overrides` win over it.
 
         Every field is read from `PGOUTPUT_` and its name in capitals: `PGOUTPUT_DSN`, `PGOUTPUT_SLOT`,
-        `PGOUTPUT_PUBLICATION` (names separated by commas), `PGOUTPUT_CREATE` (true or false), `PGOUTPUT_UNTIL` …
-        An empty variable counts as not set. Without `PGOUTPUT_DSN` the DSN is "" if one of libpq's own variables
-        (`PGHOST`, `PGSERVICE` …) says where to connect; otherwise it is None, the embedded server, and slot and
-        publication are both "pgoutput" and made when missing, unless something else is said.
+        `PGOUTPUT_PUBLICATION` (see `parse_publications`), `PGOUTPUT_CREATE` (true or false), `PGOUTPUT_UNTIL` …
+        Without `PGOUTPUT_DSN` the DSN is "" if one of libpq's own variables (`PGHOST`, `PGSERVICE` …) says where to
+        connect; otherwise it is None, the embedded server, and slot and publication are both "pgoutput" and created
+        where they are missing, unless something else is said. An empty `PGOUTPUT_DSN` is an error, because it may be
+        a secret that was not filled in; any other empty variable counts as not set. Variables that Kubernetes or
+        Docker sets for a service called `pgoutput` are ignored with a warning in the log.
+
+        Args:
+            environ: The environment; None for that of the process.
+            overrides: Fields of the settings.
 
         >>> SourceSettings.from_env({"PGSERVICE": "shop", "PGOUTPUT_SLOT": "orders", "PGOUTPUT_PUBLICATION": "a,b"})
         SourceSettings(slot='orders', publication=('a', 'b'), server="libpq's defaults")
@@ -245,18 +298,22 @@ class SourceSettings(BaseModel):
         Raises:
             ConfigurationError: A variable or override that does not exist or can't be used.
         """
+        environ = os.environ if environ is None else environ
         names = {ENV_PREFIX + name.upper(): name for name in cls.model_fields}
-        for variable in sorted(environ):
-            if variable.startswith(ENV_PREFIX) and variable not in names and variable not in OTHER_VARIABLES:
-                raise ConfigurationError(
-                    f"{variable}: there is no such environment variable",
-                    hint=_nearest(variable, [*names, *OTHER_VARIABLES], "variables"),
-                )
-        found = {name: environ[variable] for variable, name in names.items() if environ.get(variable)}
-        options: dict[str, Any] = dict(found)
-        if "publication" in options:
-            options["publication"] = [name.strip() for name in found["publication"].split(",")]
+        _check_variables(environ, [*names, *OTHER_VARIABLES])
+        options: dict[str, Any] = {name: environ[variable] for variable, name in names.items() if environ.get(variable)}
+        if "publication" in options and "publication" not in overrides:
+            try:
+                options["publication"] = parse_publications(options["publication"])
+            except ConfigurationError as e:
+                raise ConfigurationError(f"{ENV_PREFIX}PUBLICATION: {e.message}", hint=e.hint) from None
         options |= overrides
+        if "dsn" not in overrides and not environ.get(_DSN, "set").strip():
+            raise ConfigurationError(
+                f"{_DSN}: is empty",
+                hint="give a connection string; or unset the variable, to leave all to libpq's own variables or to use "
+                "the embedded server",
+            )
         if "dsn" not in options and any(environ.get(variable) for variable in LIBPQ_VARIABLES):
             options["dsn"] = ""
         if options.get("dsn") is None:
@@ -270,6 +327,29 @@ class SourceSettings(BaseModel):
                 message = re.sub(rf"(^|; ){name}:", rf"\1{variable}:", message)
                 hint = hint and re.sub(rf"\b{name}=", f"{variable}=", hint)
             raise ConfigurationError(message, hint=hint) from None
+
+
+def _check_variables(environ: Mapping[str, str], known: Iterable[str]) -> None:
+    """Each variable with our prefix is one of ours, or set by the platform: then it is ignored, and the log says so."""
+    ignored = []
+    for variable in sorted(environ):
+        if not variable.startswith(ENV_PREFIX) or variable in known:
+            continue
+        rest = variable.removeprefix(ENV_PREFIX)
+        if any(
+            re.fullmatch(f"([A-Z0-9_]+_)?{name}", rest) and re.fullmatch(value, environ[variable], re.DOTALL)
+            for name, value in _LINKED
+        ):
+            ignored.append(variable)
+            continue
+        raise ConfigurationError(
+            f"{variable}: there is no such environment variable", hint=_nearest(variable, known, "variables")
+        )
+    if ignored:
+        logger.warning(
+            "ignoring what Kubernetes or Docker sets for a service whose name begins with pgoutput: %s",
+            ", ".join(ignored),
+        )
 
 
 def _configuration_error(error: ValidationError) -> ConfigurationError:

@@ -469,6 +469,10 @@ def test_the_readers_row_model_holds_the_tables_rows(shop: Database) -> None:
     assert [json.loads(row.model_dump_json()) for row in rows] == [{"id": i, "status": "new"} for i in (0, 1)]
 
 
+def test_a_reader_that_was_not_entered_models_rows(shop: Database) -> None:
+    assert set(reader(shop).model("public.orders").model_fields) == {"id", "status"}
+
+
 def test_the_compatible_reader_is_a_reader(shop: Database) -> None:
     insert(shop, 0, 2)
     old = LogicalReplicationReader("p", slot(shop), dsn=shop.dsn)

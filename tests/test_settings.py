@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import traceback
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.protocol.wire import Lsn
-from pgoutput_source.settings import LIBPQ_VARIABLES, OTHER_VARIABLES, SourceSettings, describe
+from pgoutput_source.settings import LIBPQ_VARIABLES, OTHER_VARIABLES, SourceSettings, describe, parse_publications
 
 SECRET = "hunter2"
 GOOD: dict[str, Any] = {
@@ -143,6 +148,61 @@ def test_the_environment_names_every_field() -> None:
     assert SourceSettings.from_env(environ, slot="other", until=None).slot == "other"
 
 
+@given(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=3))
+@example(["We,Ird"])
+@example([" lead", "trail ", '"'])
+@example(['"a","b"', "\\", "ÄÖ", "\n"])
+def test_every_name_can_be_written_in_quotes_and_most_without(names: list[str]) -> None:
+    quoted = ['"' + name.replace('"', '""') + '"' for name in names]
+    plain = [
+        name if "," not in name and name[0] != '"' and name.strip() == name else q
+        for name, q in zip(names, quoted, strict=True)
+    ]
+
+    for written in (quoted, plain):
+        assert parse_publications(",".join(written)) == parse_publications(" , ".join(written)) == tuple(names)
+
+
+def test_what_a_platform_sets_for_a_service_of_our_name_is_ignored_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mine = {"PGOUTPUT_DSN": "dbname=shop", "PGOUTPUT_SLOT": "orders", "PGOUTPUT_PUBLICATION": "shop"}
+    links: dict[str, str] = {}
+    for service in ("PGOUTPUT", "PGOUTPUT_SOURCE"):
+        links |= {
+            f"{service}_SERVICE_HOST": "10.96.0.7",
+            f"{service}_SERVICE_PORT": "9090",
+            f"{service}_SERVICE_PORT_HTTP_METRICS": "9090",
+            f"{service}_PORT": "tcp://10.96.0.7:9090",
+            f"{service}_PORT_53_UDP": "udp://[fd00::7]:53",
+            f"{service}_PORT_9090_TCP_PROTO": "tcp",
+            f"{service}_PORT_9090_TCP_PORT": "9090",
+            f"{service}_PORT_9090_TCP_ADDR": "10.96.0.7",
+            f"{service}_NAME": "/flow/pgoutput",
+            f"{service}_ENV_PG_VERSION": "18",
+        }
+
+    assert SourceSettings.from_env(mine | links) == SourceSettings.from_env(mine)
+    assert len(caplog.records) == 1
+    assert [name for name in links if name not in caplog.text] == []
+
+
+def test_no_help_shows_the_environment() -> None:
+    """A default value that is read from the environment would be evaluated at import, and stand in every help."""
+    program = (
+        "import importlib, pkgutil, pydoc, pgoutput_source\n"
+        "for _, name, _ in pkgutil.walk_packages(pgoutput_source.__path__, 'pgoutput_source.'):\n"
+        "    if not name.endswith('__main__'):\n"
+        "        print(pydoc.plaintext.document(importlib.import_module(name), name))\n"
+    )
+    environ = os.environ | {"PGPASSWORD": SECRET, "PGOUTPUT_DSN": f"password={SECRET}", "WHATEVER": SECRET}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "class SourceSettings" in done.stdout
+    assert SECRET not in done.stdout
+
+
 @pytest.mark.parametrize("variable", LIBPQ_VARIABLES)
 def test_a_variable_of_libpq_keeps_the_embedded_server_away(variable: str) -> None:
     settings = SourceSettings.from_env({variable: "x"}, slot="s", publication="p")
@@ -152,7 +212,7 @@ def test_a_variable_of_libpq_keeps_the_embedded_server_away(variable: str) -> No
 
 
 def test_with_nothing_configured_the_embedded_server_is_meant() -> None:
-    settings = SourceSettings.from_env({"PGPASSWORD": SECRET, "PGOUTPUT_DSN": ""})
+    settings = SourceSettings.from_env({"PGPASSWORD": SECRET, "PGOUTPUT_SLOT": ""})
 
     assert settings.dsn is None
     assert (settings.slot, settings.publication, settings.create) == ("pgoutput", ("pgoutput",), True)
@@ -168,6 +228,13 @@ def test_with_nothing_configured_the_embedded_server_is_meant() -> None:
         ({"PGOUTPUT_DSN": f"password={SECRET} {SECRET}"}, ["PGOUTPUT_DSN:"]),
         ({"PGOUTPUT_DSN": "host=x"}, ["PGOUTPUT_SLOT: is missing", "PGOUTPUT_PUBLICATION=…"]),
         ({"PGOUTPUT_PUBLICATION": "a,,b"}, ["PGOUTPUT_PUBLICATION: ''"]),
+        ({"PGOUTPUT_PUBLICATION": '"a'}, ["PGOUTPUT_PUBLICATION: '\"a'", "double quotes"]),
+        ({"PGOUTPUT_PUBLICATION": '"a" b'}, ["PGOUTPUT_PUBLICATION", "double quotes"]),
+        ({"PGOUTPUT_DSN": ""}, ["PGOUTPUT_DSN: is empty", "unset"]),
+        ({"PGOUTPUT_DSN": " \n", "PGHOST": "x"}, ["PGOUTPUT_DSN: is empty"]),
+        ({"PGOUTPUT_PORT": "5432"}, ["PGOUTPUT_PORT: there is no such"]),
+        ({"PGOUTPUT_SERVICE_PORT": "tcp"}, ["PGOUTPUT_SERVICE_PORT: there is no such"]),
+        ({"PGOUTPUT_SLOT_NAME": "orders"}, ["PGOUTPUT_SLOT_NAME: there is no such"]),
     ],
 )
 def test_a_wrong_variable_is_one_clear_error(environ: dict[str, str], says: list[str]) -> None:

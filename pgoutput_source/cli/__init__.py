@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pgoutput_source import __version__
 from pgoutput_source.cli import demo, resync
@@ -15,7 +16,7 @@ from pgoutput_source.errors import PgOutputError
 from pgoutput_source.postgres import checks
 from pgoutput_source.postgres.connection import connect
 from pgoutput_source.postgres.system import current_lsn
-from pgoutput_source.settings import SourceSettings
+from pgoutput_source.settings import SourceSettings, parse_publications
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, again):
         command.add_argument("--dsn", help="libpq connection string or URL")
         command.add_argument("--slot", help="the replication slot's name")
-        command.add_argument("--publication", help="one name, or several with commas between")
+        command.add_argument(
+            "--publication", help="one name, or several with commas between; a name with a comma in it in double quotes"
+        )
     return parser
 
 
@@ -89,9 +92,9 @@ def _seconds(text: str) -> float:
 
 
 def _settings(arguments: argparse.Namespace) -> SourceSettings:
-    given = {k: v for k in ("dsn", "slot") if (v := getattr(arguments, k)) is not None}
+    given: dict[str, Any] = {k: v for k in ("dsn", "slot") if (v := getattr(arguments, k)) is not None}
     if arguments.publication is not None:
-        given["publication"] = [name.strip() for name in arguments.publication.split(",")]
+        given["publication"] = parse_publications(arguments.publication)
     return SourceSettings.from_env(**given)
 
 
