@@ -6,6 +6,7 @@ The names here are loaded when they are first used: the reader, `peek` and the n
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -77,4 +78,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    # help() and completion take every name that stands here, and give up on one that can't be imported.
+    if importlib.util.find_spec("bytewax") is not None:
+        return __all__
+    return [name for name in __all__ if not _HOME.get(name, "").startswith(("dataflow", "sinks"))]

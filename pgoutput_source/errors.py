@@ -4,6 +4,7 @@
 
     PgOutputError                 what went wrong, where, and what to do next
     ├── ConfigurationError        an option, an environment variable or a combination of them
+    │   └── BytewaxMissing        a part that needs Bytewax, on a Python without it; an ImportError, too
     ├── ServerError               PostgreSQL, or the way to it
     │   ├── ConnectionFailed      no server, wrong password, no such database, TLS, a lost connection
     │   ├── NotConfigured         wal_level, privileges, limits of the server
@@ -82,6 +83,14 @@ def _rebuild(kind: type[PgOutputError], message: str, fields: dict[str, object])
 
 class ConfigurationError(PgOutputError):
     """An option, an environment variable, or a combination of them, that can't be used."""
+
+
+class BytewaxMissing(ConfigurationError, ImportError):
+    """A dataflow part was imported on a Python that has no Bytewax, such as 3.13; it is an `ImportError` as well.
+
+    >>> issubclass(BytewaxMissing, ImportError)
+    True
+    """
 
 
 class ServerError(PgOutputError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
+from importlib.util import find_spec
 
 import pytest
 from harness.database import NEWEST, SETTINGS, Database
@@ -49,6 +51,41 @@ def any_db(any_pg: Server) -> Iterator[Database]:
     database = Database(any_pg)
     yield database
     database.drop()
+
+
+# Bytewax has no wheels past Python 3.12. There, and only there, what needs it is skipped.
+NO_BYTEWAX = sys.version_info >= (3, 13) and find_spec("bytewax") is None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A test module that can't be imported without Bytewax is skipped where there is none."""
+    report = yield
+    if NO_BYTEWAX and report.failed and "bytewax" in str(report.longrepr).lower():
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 1, "Skipped: needs Bytewax")
+    return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that starts a flow is skipped there too, before it makes anything that it would have to remove."""
+    code = getattr(getattr(item, "function", None), "__code__", None)
+    if NO_BYTEWAX and code is not None and "Flow" in code.co_names:
+        pytest.skip("needs Bytewax")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only fast tests, and on the newest PostgreSQL alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow") or "any_pg" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in set(slow)]
 
 
 def pytest_report_header() -> str:

@@ -9,12 +9,12 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import pgoutput_source
-from pgoutput_source import operators
 
 PACKAGE = "pgoutput_source"
 ROOT = Path(__file__).parents[1] / PACKAGE
@@ -50,7 +50,14 @@ WITHOUT_BYTEWAX = STAIRCASE[: STAIRCASE.index("parquet") + 1]
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [".".join((PACKAGE, *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for file in FILES]
-IMPORTABLE = [name for name in NAMES if not name.endswith("__main__")]
+WITH_BYTEWAX = {"sinks", "operators", "dataflow.source", "cli.demo_flow"}
+THERE = find_spec("bytewax") is not None
+IMPORTABLE = [
+    name
+    for name in NAMES
+    if not name.endswith(("__main__", "needs_bytewax"))
+    and (THERE or not any(f"{name}.".startswith(f"{PACKAGE}.{part}.") for part in WITH_BYTEWAX))
+]
 BY_NAME = pytest.mark.parametrize("name", NAMES)
 
 
@@ -76,7 +83,10 @@ def imports_of(name: str) -> Iterator[str]:
                 yield inner if inner in NAMES else str(node.module)
 
 
+@pytest.mark.skipif(not THERE, reason="needs Bytewax")
 def test_every_public_name_has_an_example() -> None:
+    from pgoutput_source import operators
+
     public = {name: getattr(pgoutput_source, name) for name in pgoutput_source.__all__ if name[0] != "_"}
     public |= {f"cdc.{name}": getattr(operators, name) for name in operators.__all__}
 
@@ -100,11 +110,34 @@ def test_a_module_imports_only_what_stands_above_it(name: str) -> None:
             assert STAIRCASE.index(step_of(imported)) < STAIRCASE.index(step), f"{name} imports {imported}"
 
 
-def test_everything_up_to_the_reader_works_without_bytewax() -> None:
+def test_everything_up_to_the_reader_and_the_commands_work_without_bytewax() -> None:
     names = [name for name in IMPORTABLE if step_of(name) in WITHOUT_BYTEWAX]
     program = "import sys; sys.modules['bytewax'] = None\n" + "\n".join(f"import {name}" for name in names)
+    program += f"\nimport {PACKAGE}, {PACKAGE}.cli\nassert {{'peek', 'read'}} <= set(dir({PACKAGE}))"
+    program += f"\nassert all(hasattr({PACKAGE}, name) for name in dir({PACKAGE}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from pgoutput_source import PgOutputSource",
+        "from pgoutput_source import ParquetSink",
+        "import pgoutput_source.dataflow.source",
+        "import pgoutput_source.operators as cdc",
+        "from pgoutput_source.sinks.jsonl import JsonLinesSink",
+    ],
+)
+def test_a_dataflow_part_without_bytewax_is_one_clear_error(statement: str) -> None:
+    program = f"import sys; sys.modules['bytewax'] = None\n{statement}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert "pgoutput_source.errors.BytewaxMissing: " in done.stderr
+    assert f"not installed for Python {sys.version_info.major}.{sys.version_info.minor}\nhint: " in done.stderr
+    assert "Without Bytewax you can use PgOutputReader, peek, " in done.stderr
 
 
 @BY_NAME

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pgoutput-source",
         description="PostgreSQL change data capture for Python.",
-        epilog="A dataflow is started with Bytewax: python -m bytewax.run flows.orders_cdc",
+        epilog="A dataflow is started with Bytewax: python -m bytewax.run your_flow",
     )
     parser.add_argument("--version", action="version", version=f"pgoutput-source {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -1,9 +1,9 @@
 """The demonstration: a PostgreSQL, a shop that takes orders, a dataflow that captures them, and a check of its files.
 
-Everything is real and in processes of its own: an embedded server that is thrown away in the end, the shop's workload,
-and ``python -m bytewax.run flows.orders_cdc`` as anybody would start it. After some seconds the shop closes, the flow
-is asked to stop once it has acknowledged the last change, and SQL over both sides says whether the Parquet files and
-the tables agree.
+Everything is real and runs in its own process: an embedded server that is deleted at the end, the shop's workload, and
+`demo_flow` under ``python -m bytewax.run``, as anybody would start a dataflow. After some seconds the shop closes. Once
+the flow has acknowledged the last change it is asked to stop, and SQL on both sides says whether the Parquet files
+agree with the tables.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from pgoutput_source.errors import ConfigurationError, PgOutputError
 
 SLOT = "demo"
 
+FLOW = "pgoutput_source.cli.demo_flow"
+"""What ``python -m bytewax.run`` is asked to run."""
+
 RATE = 4000
 """Changed rows per second that the shop aims at."""
 
@@ -44,10 +47,12 @@ def run(seconds: float, folder: Path) -> int:
         0 when files and tables agree, 1 when they don't.
 
     Raises:
-        ConfigurationError: DuckDB is missing.
+        ConfigurationError: DuckDB or Bytewax is missing.
         EmbeddedError: There is no PostgreSQL to be had.
         PgOutputError: The flow or the shop ended early, or the flow did not catch up.
     """
+    import pgoutput_source.dataflow.needs_bytewax  # noqa: F401  (before a server is started)
+
     duck = _duckdb()
     out = _fresh(folder)
     began = time.monotonic()
@@ -156,7 +161,7 @@ def _flow(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
         "PGOUTPUT_PUBLICATION": shop.PUBLICATION,
         "PGOUTPUT_OUT": str(out.absolute()),
     }
-    command = [sys.executable, "-m", "bytewax.run", "flows.orders_cdc", "-s", "2"]
+    command = [sys.executable, "-m", "bytewax.run", FLOW, "-s", "2"]
     with (out / "flow.log").open("wb") as log:
         # A session of its own: Ctrl-C ends the demonstration, and that ends the flow.
         process = subprocess.Popen(

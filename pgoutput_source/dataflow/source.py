@@ -13,6 +13,9 @@ Bytewax also calls on errors, and at the end of a run before the last commit).
 
 from __future__ import annotations
 
+import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
+
+# isort: split
 import logging
 import threading
 import time

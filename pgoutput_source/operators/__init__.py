@@ -7,6 +7,9 @@ what Arrow needs to copy the rows that stay, and give with every run what they g
 
 from __future__ import annotations
 
+import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
+
+# isort: split
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias

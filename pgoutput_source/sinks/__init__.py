@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
+
+# isort: split
 from pgoutput_source.parquet.read import read
 from pgoutput_source.sinks.base import TwoPhaseSink
 from pgoutput_source.sinks.ipc import IpcSink

@@ -164,6 +164,7 @@ def test_what_is_not_ours_is_left_alone(lone: Database, tmp_path: Path) -> None:
 
 
 def test_a_state_is_found_as_bytewax_finds_it_and_nothing_strange_is_unpickled(tmp_path: Path) -> None:
+    pytest.importorskip("bytewax")
     subprocess.run([sys.executable, "-m", "bytewax.recovery", tmp_path, "2"], check=True)
     one, two = sorted(tmp_path.glob("*.sqlite3"))
 

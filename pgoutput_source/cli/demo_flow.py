@@ -1,0 +1,26 @@
+"""The demonstration's dataflow: every change of the shop's orders, and revenue per customer per minute, as Parquet.
+
+``python -m pgoutput_source demo`` runs it in a process of its own. `flows/orders_cdc.py` explains the same flow.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import bytewax.operators as op
+import pyarrow.compute as pc
+from bytewax.dataflow import Dataflow
+
+import pgoutput_source.operators as cdc
+from pgoutput_source import ParquetSink, PgOutputSource
+
+OUT = Path(os.environ.get("PGOUTPUT_OUT", "out"))
+
+flow = Dataflow("demo")
+changes = op.input("postgres", flow, PgOutputSource.from_env())
+orders = cdc.table("orders", changes, "public.orders")
+cdc.output("history", orders, ParquetSink(OUT / "orders"))
+
+paid = cdc.filter("paid", orders, pc.field("status") == "paid")
+revenue = cdc.window("revenue", paid, every=timedelta(minutes=1), by="customer_id", sum="amount")
+cdc.output("revenue_out", revenue, ParquetSink(OUT / "revenue"))
