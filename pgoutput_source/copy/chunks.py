@@ -28,6 +28,7 @@ from pgoutput_source.copy.keys import Key
 from pgoutput_source.copy.rows import Copied
 from pgoutput_source.copy.tables import Published, SourceTable, describe
 from pgoutput_source.copy.visibility import Snapshot
+from pgoutput_source.decode.copied import TEXT_OF
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.errors import ConnectionFailed, ServerError
 from pgoutput_source.postgres.connection import Connection, connect
@@ -158,7 +159,7 @@ class ChunkReader:
         condition = sql.SQL(" AND ").join(
             [where, *([sql.SQL("({})").format(sql.SQL(table.row_filter))] if table.row_filter else [])]
         )
-        values = [sql.SQL("{}::text" if c.as_text else "{}").format(sql.Identifier(c.name)) for c in table.columns]
+        values = [sql.SQL(TEXT_OF if c.as_text else "{}").format(sql.Identifier(c.name)) for c in table.columns]
         query = sql.SQL("COPY (SELECT {} FROM {} WHERE {}) TO STDOUT (FORMAT binary)").format(
             sql.SQL(", ").join(values), sql.SQL(table.sql_name), condition
         )
