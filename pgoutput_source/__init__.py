@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Position, TableSchema
     from pgoutput_source.changes.events import ChangeEvent
+    from pgoutput_source.dataflow.run import run
     from pgoutput_source.dataflow.source import PgOutputSource
     from pgoutput_source.errors import PgOutputError
     from pgoutput_source.parquet.current import current
@@ -44,8 +45,10 @@ _HOME: Final = {
     "TableSchema": "changes",
     "TwoPhaseSink": "sinks.base",
     "current": "parquet.current",
+    "gate": "dataflow.run",  # for programs that end their runs themselves
     "peek": "reader",
     "read": "parquet.read",
+    "run": "dataflow.run",
 }
 
 __all__ = [
@@ -68,6 +71,7 @@ __all__ = [
     "current",
     "peek",
     "read",
+    "run",
 ]
 
 

@@ -15,7 +15,7 @@ from harness.database import Database
 
 from pgoutput_source import types
 from pgoutput_source.changes.schema import METADATA_COLUMNS
-from pgoutput_source.dataflow import gate
+from pgoutput_source.dataflow.run import gate
 from pgoutput_source.embedded import shop
 
 ROOT = Path(__file__).parent.parent

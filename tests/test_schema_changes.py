@@ -24,7 +24,7 @@ from harness.notation import peeked, rendered
 import pgoutput_source.operators as cdc
 from pgoutput_source import ParquetSink, PgOutputSource, read
 from pgoutput_source.changes import ChangeSet
-from pgoutput_source.dataflow import gate
+from pgoutput_source.dataflow.run import gate
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.errors import SchemaChanged, SinkError
 from pgoutput_source.postgres.definitions import Definitions

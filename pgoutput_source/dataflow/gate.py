@@ -1,9 +1,9 @@
-"""The gate: the moment at which an epoch is known durable, and what hangs on it, within this process.
+"""The gate: the moment at which an epoch is known to be durable, and what this process does at that moment.
 
 Bytewax calls a source's ``next_batch()``, or its next ``snapshot()``, after a ``snapshot()`` only when that epoch is
-durable in the whole cluster. At this moment the source calls `opened`, *before* it acknowledges to PostgreSQL, and
-every sink part of the process publishes what it staged in that epoch. What a publisher raises goes to the source, which
-fails without acknowledging. Sources and sinks live in different worker threads: everything here runs under `lock`.
+durable in the whole cluster. The source then calls `Gate.opened`, *before* it acknowledges to PostgreSQL, and every
+sink part of the process publishes what it staged in that epoch. What a publisher raises reaches the source, which fails
+without acknowledging. Sources and sinks live in different worker threads: everything here runs under `Gate.lock`.
 
     source                                       sink part
     ------                                       ---------
@@ -14,32 +14,25 @@ fails without acknowledging. Sources and sinks live in different worker threads:
     close        source_closed("orders")
 
 **Several sources in one flow.** A gate proves all epochs that its source has closed, yet a sink behind another source
-may already have staged the epoch after. Every source counts its openings, which is an epoch number, because all of them
-start in the same epoch and take one snapshot in each; a publisher's files wait for an opening with a number that proves
-them. This needs the flow's sources in one process, or all of them upstream of the sink.
+may already have staged the next epoch. Each source counts its openings. The count is an epoch number, because all
+sources start in the same epoch and take one snapshot in each. A publisher's files wait for an opening whose number
+proves them. This needs all sources of the flow in one process, or all of them upstream of the sink.
 
 **The end of a bounded run.** After a source's StopIteration windows still emit, sinks stage once more and close, and no
-gate opens any more. These last files are durable only when ``run_main`` has returned; `finish` publishes them then, by
-itself at the interpreter's exit. It does nothing after an exception that ended the program or a source; a program that
-catches the exception of ``run_main`` and goes on calls `abandon`. What is not published here is published by the next
-start, from its resume state or because the files say that they may be.
+gate opens any more. These last files are durable only when Bytewax has returned. `Gate.finish` publishes them then:
+`pgoutput_source.run` calls it, and otherwise the interpreter's exit does. What is not published here is published by
+the next start.
 """
 
 from __future__ import annotations
 
-import atexit
-import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Protocol
-
-lock = threading.RLock()
-"""Held while the gate opens. A sink part holds it while it changes what `Publisher.committed` looks at."""
 
 
 class Publisher(Protocol):
-    """A sink part that stages in ``snapshot()`` and publishes behind the gate. Both methods run under `lock`."""
+    """A sink part that stages in ``snapshot()`` and publishes after the gate. Both methods run under `Gate.lock`."""
 
     def committed(self) -> None:
         """Everything up to the last snapshot is durable: remember it, and publish what is due."""
@@ -48,152 +41,129 @@ class Publisher(Protocol):
         """Publish everything committed, due or not, because the flow stops."""
 
 
-@dataclass
-class _Run:
-    """What is known of the current run of a dataflow in this process."""
+class Gate:
+    """The gate of the dataflow that this process runs."""
 
-    openings: dict[str, int] = field(default_factory=dict)  # of each source that is open
-    highest: int = 0
-    finished: set[str] = field(default_factory=set)
-    aborted: set[str] = field(default_factory=set)
-    needs: dict[Publisher, int] = field(default_factory=dict)  # the number of the opening that proves its last snapshot
-    ended: dict[Publisher, int] = field(default_factory=dict)  # the same, for parts that were closed at their end
-    expected: dict[object, Callable[[], None]] = field(default_factory=dict)  # what to do at the first opening
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Held while the gate opens. A sink part holds it while it changes what `Publisher.committed` looks at."""
+        self.abandon()
 
+    # -- sinks --------------------------------------------------------------------------------------------------
 
-_run = _Run()
+    def expect(self, sink: object, settle: Callable[[], None]) -> None:
+        """`sink` is part of the dataflow that starts: `settle` is called once, when the gate first opens.
 
+        Bytewax builds a sink's part without a resume state only when its first item comes. A sink that must look after
+        what an earlier run left, or wants to fail before any data comes, does it then.
+        """
+        with self.lock:
+            self._expected[sink] = settle
 
-def expect(sink: object, settle: Callable[[], None]) -> None:
-    """`sink` is part of the dataflow that starts: `settle` is called once, when the gate first opens.
+    def register(self, publisher: Publisher) -> None:
+        """A sink part begins: it hears of each opening from now on."""
+        with self.lock:
+            self._needs[publisher] = 0
 
-    Bytewax builds a sink's part without a resume state only when its first item comes. A sink that must look after
-    what an earlier run left, or wants to fail before any data comes, does it then.
-    """
-    with lock:
-        _run.expected[sink] = settle
+    def unregister(self, publisher: Publisher) -> None:
+        """A sink part is gone, and has nothing left to publish in this run."""
+        with self.lock:
+            self._needs.pop(publisher, None)
+            self._ended.pop(publisher, None)
 
+    def staged(self, publisher: Publisher) -> None:
+        """A sink part has staged its epoch: `Publisher.committed` is next called when an opening proves this epoch."""
+        with self.lock:
+            # Whoever sends to this part has closed the epoch but can't have opened the gate after it.
+            self._needs[publisher] = self._highest + 1
 
-def register(publisher: Publisher) -> None:
-    """A sink part begins: it hears of each opening from now on."""
-    with lock:
-        _run.needs[publisher] = 0
+    def ended(self, publisher: Publisher) -> None:
+        """A sink part was closed at the end of its input and still has staged files: `finish` will publish them."""
+        with self.lock:
+            self._ended[publisher] = self._needs.pop(publisher, 0)
 
+    def hosted(self) -> bool:
+        """Whether this process has a source, and so a gate, in the current run."""
+        with self.lock:
+            return bool(self._openings or self._finished)
 
-def unregister(publisher: Publisher) -> None:
-    """A sink part is gone, and has nothing left to publish in this run."""
-    with lock:
-        _run.needs.pop(publisher, None)
-        _run.ended.pop(publisher, None)
+    def finishing(self) -> bool:
+        """Whether a source has come to its end and none was aborted: a part that is closed now saw its last item."""
+        with self.lock:
+            return bool(self._finished) and not self._aborted
 
+    # -- sources ------------------------------------------------------------------------------------------------
 
-def staged(publisher: Publisher) -> None:
-    """A sink part has staged its epoch: `Publisher.committed` is next called when an opening proves this epoch."""
-    with lock:
-        # Whoever sends to this part has closed the epoch but can't have opened the gate behind it.
-        _run.needs[publisher] = _run.highest + 1
+    def source_opened(self, source: str = "") -> None:
+        """A source of this process begins; `source` is its name, unique in the process: the slot's."""
+        with self.lock:
+            if not self._openings or source in self._openings:
+                # A new run. Sink parts may have been built before this source, so those registered stay.
+                self._openings.clear()
+                self._finished.clear()
+                self._aborted.clear()
+                self._ended.clear()
+                self._highest = 0
+            self._openings[source] = 0
 
+    def opened(self, source: str = "") -> None:
+        """The last snapshot of `source` is durable. Call it once for each, before acknowledging.
 
-def ended(publisher: Publisher) -> None:
-    """A sink part was closed at the end of its input and still has staged files: `finish` will publish them."""
-    with lock:
-        _run.ended[publisher] = _run.needs.pop(publisher, 0)
-
-
-def source_opened(source: str = "") -> None:
-    """A source of this process begins; `source` is its name, unique in the process: the slot's."""
-    with lock:
-        if not _run.openings or source in _run.openings:
-            # A new run. Sink parts may have been built before this source, so those registered stay.
-            _run.openings.clear()
-            _run.finished.clear()
-            _run.aborted.clear()
-            _run.ended.clear()
-            _run.highest = 0
-        _run.openings[source] = 0
-
-
-def opened(source: str = "") -> None:
-    """The last snapshot of `source` is durable. Call it once for each, before acknowledging.
-
-    Raises:
-        SinkError: Files could not be published: don't acknowledge. Whatever else a publisher raises comes through, too.
-    """
-    with lock:
-        while _run.expected:
-            _run.expected.popitem()[1]()
-        number = _run.openings.get(source, 0) + 1
-        _run.openings[source] = number
-        _run.highest = max(_run.highest, number)
-        for publisher, needed in list(_run.needs.items()):
-            if needed <= number:
-                publisher.committed()
-        for publisher, needed in list(_run.ended.items()):
-            if needed <= number:
-                publisher.committed()
-                publisher.drain()
-                del _run.ended[publisher]
-
-
-def drain() -> None:
-    """Publish everything that was committed, due or not. A source that stops calls it after its last `opened`."""
-    with lock:
-        for publisher in list(_run.needs):
-            publisher.drain()
-
-
-def source_finished(source: str = "") -> None:
-    """`source` has come to its end and is about to raise StopIteration."""
-    with lock:
-        _run.finished.add(source)
-
-
-def source_closed(source: str = "") -> None:
-    """`source` was closed: regularly if it calls `source_finished` as well, otherwise because the run was aborted."""
-    with lock:
-        if _run.openings.pop(source, None) is not None and source not in _run.finished:
-            _run.aborted.add(source)
-
-
-def hosted() -> bool:
-    """Whether this process has a source, and so a gate, in the current run."""
-    with lock:
-        return bool(_run.openings or _run.finished)
-
-
-def finishing() -> bool:
-    """Whether a source has come to its end and none was aborted: a sink part that is closed now saw its last item."""
-    with lock:
-        return bool(_run.finished) and not _run.aborted
-
-
-def finish() -> None:
-    """Publish what sink parts staged at the end of a bounded run. Call it only after ``run_main`` returned normally.
-
-    Runs at the interpreter's exit, too. Tests and notebooks that start flows in their own process call it themselves.
-    """
-    with lock:
-        try:
-            if finishing() and not _run.openings:
-                for publisher in list(_run.ended):
+        Raises:
+            SinkError: Files could not be published: don't acknowledge. What else a publisher raises comes through, too.
+        """
+        with self.lock:
+            while self._expected:
+                self._expected.popitem()[1]()
+            number = self._openings.get(source, 0) + 1
+            self._openings[source] = number
+            self._highest = max(self._highest, number)
+            for publisher, needed in list(self._needs.items()):
+                if needed <= number:
+                    publisher.committed()
+            for publisher, needed in list(self._ended.items()):
+                if needed <= number:
                     publisher.committed()
                     publisher.drain()
-        finally:
-            abandon()
+                    del self._ended[publisher]
 
+    def drain(self) -> None:
+        """Publish everything that was committed, due or not. A source that stops calls it after its last `opened`."""
+        with self.lock:
+            for publisher in list(self._needs):
+                publisher.drain()
 
-def abandon() -> None:
-    """Forget the current run: nothing more is published in it, the next start does."""
-    global _run
-    with lock:
-        _run = _Run()
+    def source_finished(self, source: str = "") -> None:
+        """`source` has come to its end and is about to raise StopIteration."""
+        with self.lock:
+            self._finished.add(source)
 
+    def source_closed(self, source: str = "") -> None:
+        """`source` was closed: at its end if it called `source_finished` as well, otherwise because the run aborted."""
+        with self.lock:
+            if self._openings.pop(source, None) is not None and source not in self._finished:
+                self._aborted.add(source)
 
-def _at_exit() -> None:
-    # The interpreter keeps the exception that ended the program, KeyboardInterrupt included, in sys.last_value.
-    # sys.exit() leaves no trace there, and is how a program ends that went well as much as one that did not.
-    if getattr(sys, "last_value", None) is None:
-        finish()
+    # -- the run's owner ----------------------------------------------------------------------------------------
 
+    def finish(self) -> None:
+        """Publish what sink parts staged at the end of a bounded run, once Bytewax has returned normally."""
+        with self.lock:
+            try:
+                if self.finishing() and not self._openings:
+                    for publisher in list(self._ended):
+                        publisher.committed()
+                        publisher.drain()
+            finally:
+                self.abandon()
 
-atexit.register(_at_exit)
+    def abandon(self) -> None:
+        """Forget the current run: nothing more is published in it, the next start does."""
+        with self.lock:
+            self._openings: dict[str, int] = {}  # of each source that is open
+            self._highest = 0
+            self._finished: set[str] = set()
+            self._aborted: set[str] = set()
+            self._needs: dict[Publisher, int] = {}  # the number of the opening that proves its last snapshot
+            self._ended: dict[Publisher, int] = {}  # the same, for parts that were closed at their end
+            self._expected: dict[object, Callable[[], None]] = {}  # what to do at the first opening

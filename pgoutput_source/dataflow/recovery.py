@@ -12,13 +12,11 @@ that was, and everything comes twice to the key. `drop_void` removes such states
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import logging
 import os
 import sqlite3
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -37,8 +35,6 @@ Tables = dict[str, list[tuple[Any, ...]]]
 
 _OPEN: Final = 128
 """Whoever has a part open holds a shared lock on this byte of its wal-index: https://www.sqlite.org/walformat.html"""
-
-_cleared = False
 
 
 def parts(folder: Path) -> list[Path]:
@@ -143,17 +139,3 @@ def drop_void(folder: Path) -> int:
     if dropped:
         logger.info("%s: dropped %d states of an epoch that never became durable", folder, dropped)
     return dropped
-
-
-def clear() -> None:
-    """`drop_void` for the folder that ``python -m bytewax.run`` was given, once in this process."""
-    global _cleared
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if _cleared or spec is None or spec.name != "bytewax.run":
-        return
-    _cleared = True
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("-r", "--recovery-directory", default=os.environ.get("BYTEWAX_RECOVERY_DIRECTORY"))
-    folder = parser.parse_known_args(sys.argv[1:])[0].recovery_directory
-    if folder is not None:
-        drop_void(Path(folder))

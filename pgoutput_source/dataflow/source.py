@@ -27,7 +27,9 @@ from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourc
 
 from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeSet
-from pgoutput_source.dataflow import gate, recovery, shutdown
+from pgoutput_source.dataflow.run import gate, open_store, shutdown
+from pgoutput_source.dataflow.shutdown import Drained, show_log
+from pgoutput_source.dataflow.watchdog import Watchdog
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.postgres.connection import connect
 from pgoutput_source.postgres.system import identify
@@ -86,7 +88,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         self._settings: Callable[[], SourceSettings] = lambda: settings
         self._shown: SourceSettings | None = settings
         shutdown.catch_signals()
-        recovery.clear()
+        open_store()
 
     @classmethod
     def from_env(cls, **overrides: Any) -> PgOutputSource:
@@ -107,7 +109,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         source._settings = settings
         source._shown = None
         shutdown.catch_signals()
-        recovery.clear()
+        open_store()
         return source
 
     def __repr__(self) -> str:
@@ -120,15 +122,22 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         shutdown.joined()
         return [self._settings().slot]
 
-    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _Partition:
+    def build_part(
+        self, step_id: str, for_part: str, resume_state: State | None
+    ) -> StatefulSourcePartition[ChangeSet, State]:
         """Connect, compare the slot with the resume state, and start to stream."""
         shutdown.catch_signals()  # once more, because a notebook's kernel sets its own handlers for each cell
-        return _Partition(self._settings(), resume_state)
+        settings = self._settings()
+        try:
+            with shutdown.building(settings.slot):
+                return _Partition(settings, resume_state)
+        except Drained:
+            return _Interrupted(resume_state)
 
 
 class _Partition(StatefulSourcePartition[ChangeSet, State]):
     def __init__(self, settings: SourceSettings, state: State | None) -> None:
-        shutdown.show_log()
+        show_log()
         self.settings = settings
         self.slot = settings.slot
         self.dsn = connection_string(settings.dsn, shop=True)
@@ -140,9 +149,8 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.bytes_in_epoch = 0
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self._awake: datetime | None = None
-        shutdown.began(self)
         self.open = True
-        self.watchdog = shutdown.Watchdog(self.slot, self._behind, settings.stall_seconds)
+        self.watchdog = Watchdog(self.slot, self._behind, settings.stall_seconds)
         gate.source_opened(self.slot)
 
     # -- Bytewax calls these ------------------------------------------------------------------------------------
@@ -177,7 +185,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         if self.open:
             self.open = False
             self.watchdog.close()
-            shutdown.closed(self)
+            shutdown.closed(self.slot)
             gate.source_closed(self.slot)
         self.session.close()
 
@@ -211,14 +219,32 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
             gate.drain()
             gate.source_finished(self.slot)
             raise StopIteration
-        if not shutdown.left(self):
+        if not shutdown.left(self.slot):
             self._awake = datetime.now(UTC) + _IDLE
             return []
         gate.drain()
         # StopIteration would close all windows and keep them closed in the recovery store. An abort leaves the state
         # of the last epoch, which is all there is; in a cluster only an interrupt reaches the other workers.
-        raise AbortExecution if self.in_main_thread else shutdown.Drained
+        raise _abort()
 
     def _behind(self) -> bool:
         with connect(self.dsn) as conn:
             return identify(conn).lsn > self.session.acknowledged
+
+
+class _Interrupted(StatefulSourcePartition[ChangeSet, State]):
+    """In place of a partition that was still being built when a signal came: it ends the run."""
+
+    def __init__(self, state: State | None) -> None:
+        self.state = state
+
+    def next_batch(self) -> list[ChangeSet]:
+        raise _abort()
+
+    def snapshot(self) -> State:
+        return self.state  # type: ignore[return-value]
+
+
+def _abort() -> BaseException:
+    """What ends a run without a trace: in a cluster only an interrupt reaches the other workers."""
+    return AbortExecution() if threading.current_thread() is threading.main_thread() else Drained()

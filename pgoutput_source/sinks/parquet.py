@@ -26,7 +26,7 @@ import pyarrow as pa
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
 from pgoutput_source.changes.batches import ChangeBatch
-from pgoutput_source.dataflow import gate
+from pgoutput_source.dataflow.run import gate
 from pgoutput_source.errors import ConfigurationError, SinkError, StateError
 from pgoutput_source.parquet.folder import (
     COMMITTED,

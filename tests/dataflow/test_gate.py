@@ -16,7 +16,7 @@ from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 from bytewax.testing import run_main
 
-from pgoutput_source.dataflow import gate
+from pgoutput_source.dataflow.run import gate
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from harness.workload import Row, Workload, differences, tables
 
 import pgoutput_source.operators as cdc
 from pgoutput_source import ChangeBatch, ParquetSink, PgOutputSource, current, read
-from pgoutput_source.dataflow import gate
+from pgoutput_source.dataflow.run import gate
 from pgoutput_source.embedded import shop
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.testing import batch

@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pgoutput_source.changes import OPS, Column, TableSchema, metadata_fields
-from pgoutput_source.dataflow import gate
+from pgoutput_source.dataflow.run import gate
 from pgoutput_source.errors import ConfigurationError, SinkError, StateError
 from pgoutput_source.parquet import folder as folder_module
 from pgoutput_source.parquet import writer as writing_module

@@ -20,7 +20,7 @@ from harness.database import Database
 from harness.sqlite_sink import SqliteSink, orders
 
 from pgoutput_source import ChangeBatch, peek
-from pgoutput_source.dataflow import gate
+from pgoutput_source.dataflow.run import gate
 from pgoutput_source.errors import SinkError, StateError
 from pgoutput_source.sinks import IpcSink, JsonLinesSink
 from pgoutput_source.testing import batch

@@ -30,7 +30,7 @@ from hypothesis import settings as hypothesis_settings
 from pgoutput_source import peek
 from pgoutput_source.changes import ChangeBatch
 from pgoutput_source.copy.initial import InitialCopy
-from pgoutput_source.dataflow import gate
+from pgoutput_source.dataflow.run import gate
 from pgoutput_source.decode.copied import TEXT_OF, CopiedColumn, Tuples, as_text, decode_copied
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.embedded import Server

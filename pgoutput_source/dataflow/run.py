@@ -1,0 +1,150 @@
+"""One owner of a run: what this process knows of the dataflow that it runs, and `run`, which starts one and ends it.
+
+Bytewax builds sources and sinks in worker threads and tells them nothing of each other. They meet here: a process runs
+one dataflow at a time, so there is one `gate` and one `shutdown`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+
+from bytewax.dataflow import Dataflow
+from bytewax.recovery import RecoveryConfig, init_db_dir
+from bytewax.testing import cluster_main, run_main
+
+from pgoutput_source.dataflow.gate import Gate
+from pgoutput_source.dataflow.recovery import drop_void, parts
+from pgoutput_source.dataflow.shutdown import Shutdown, cause_of
+from pgoutput_source.errors import ConfigurationError, PgOutputError
+
+
+class Run:
+    """The dataflow that this process runs, if it runs one."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.shutdown = Shutdown()
+        self._store_opened = False
+        atexit.register(self._at_exit)
+        os.register_at_fork(after_in_child=self._forked)
+
+    def open_store(self) -> None:
+        """Drop the void states of the store that ``python -m bytewax.run`` was given, once in this process."""
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if self._store_opened or spec is None or spec.name != "bytewax.run":
+            return
+        self._store_opened = True
+        parser = argparse.ArgumentParser(add_help=False)
+        parser.add_argument("-r", "--recovery-directory", default=os.environ.get("BYTEWAX_RECOVERY_DIRECTORY"))
+        folder = parser.parse_known_args(sys.argv[1:])[0].recovery_directory
+        if folder is not None:
+            drop_void(Path(folder))
+
+    def abandon(self) -> None:
+        """Forget the dataflow: nothing more is published of it here, the next start does."""
+        self.gate.abandon()
+        self.shutdown.reset()
+
+    def _at_exit(self) -> None:
+        # The interpreter keeps the exception that ended the program, KeyboardInterrupt included, in sys.last_value.
+        # sys.exit() leaves no trace there, and is how a program ends that went well as much as one that did not.
+        if getattr(sys, "last_value", None) is None:
+            self.gate.finish()
+
+    def _forked(self) -> None:
+        # A child has none of the threads of the run, which may have held the locks, and the run is not its own.
+        self.gate.__init__()  # type: ignore[misc]
+        self.shutdown.reset()
+
+
+_run: Final = Run()
+gate: Final = _run.gate
+shutdown: Final = _run.shutdown
+open_store: Final = _run.open_store
+
+
+def run(
+    flow: Dataflow,
+    *,
+    recovery: str | Path | None = None,
+    epoch: timedelta = timedelta(seconds=10),
+    backup: timedelta = timedelta(0),
+    workers: int = 1,
+) -> None:
+    """Run a dataflow in this process until it ends or a signal stops it, as ``python -m bytewax.run`` does.
+
+    When it returns, all that its `PgOutputSource` delivered is published. SIGTERM and Ctrl-C drain if the main thread
+    calls it: what was read is published and acknowledged, and `run` returns normally. After an exception nothing is
+    left that disturbs the next run, which continues where this one was durable.
+
+    Args:
+        flow: The dataflow.
+        recovery: The folder of the recovery store, which is created if it does not exist or is empty. None keeps no
+            state: a run starts from the slot.
+        epoch: The time after which an epoch closes; zero closes one with each batch of the source.
+        backup: How long states are kept that are no longer needed, for backups of the recovery store.
+        workers: Threads.
+
+    Raises:
+        PgOutputError: What a source, a step or a sink of this package raised.
+        ConfigurationError: An argument has no meaning, or another dataflow runs in this process.
+        BytewaxRuntimeError: Whatever else ended the run; its cause is what was raised.
+
+    Example:
+        >>> import bytewax.operators as op
+        >>> from bytewax.testing import TestingSource
+        >>> from pgoutput_source import JsonLinesSink
+        >>> flow = Dataflow("greetings")
+        >>> op.output("out", op.input("in", flow, TestingSource([("key", {"hello": "world"})])), JsonLinesSink())
+        >>> run(flow)
+        {"hello": "world"}
+    """
+    if workers < 1:
+        raise ConfigurationError(f"workers is {workers}", hint="at least one thread works")
+    if epoch < timedelta(0) or backup < timedelta(0):
+        raise ConfigurationError("epoch and backup are times, and not negative")
+    if not _running.acquire(blocking=False):
+        raise ConfigurationError(
+            "a dataflow runs in this process already", hint="put both pipelines into one Dataflow, or use processes"
+        )
+    failure: BaseException | None = None
+    try:
+        _run.abandon()
+        config = None if recovery is None else _store(Path(recovery), backup)
+        try:
+            if workers == 1:
+                run_main(flow, epoch_interval=epoch, recovery_config=config)  # type: ignore[no-untyped-call]
+            else:
+                cluster_main(  # type: ignore[no-untyped-call]
+                    flow, [], 0, epoch_interval=epoch, recovery_config=config, worker_count_per_proc=workers
+                )
+        except BaseException as error:
+            if not shutdown.drained:
+                # Bytewax wraps what was raised, an interrupt included.
+                failure = cause_of(error, PgOutputError) or cause_of(error, KeyboardInterrupt) or error
+        if failure is not None:
+            raise failure
+        gate.finish()
+    finally:
+        _run.abandon()
+        shutdown.release_signals()
+        _running.release()
+
+
+_running: Final = threading.Lock()
+
+
+def _store(folder: Path, backup: timedelta) -> RecoveryConfig:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        init_db_dir(folder, 1)  # type: ignore[no-untyped-call]
+    if parts(folder):
+        drop_void(folder)
+    return RecoveryConfig(folder, backup)  # type: ignore[no-untyped-call]
