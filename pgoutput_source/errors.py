@@ -169,3 +169,16 @@ class StateError(PgOutputError):
 
 class SinkError(PgOutputError):
     """A destination can't be written, or holds something that must not be mixed with this run's output."""
+
+
+def check_version(state: object, version: int, whose: str) -> None:
+    """Raise unless a resume state is of this version, which it has under ``"v"``.
+
+    Raises:
+        StateError: It is not.
+    """
+    if not isinstance(state, dict) or state.get("v") != version:
+        raise StateError(
+            f"the state of {whose} is of another version",
+            hint="run the version that wrote it, or start afresh with a new recovery folder",
+        )

@@ -10,18 +10,18 @@ from __future__ import annotations
 import itertools
 import operator
 from abc import ABC, abstractmethod
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pgoutput_source.compute.grouping import numbers, operand
-from pgoutput_source.compute.keyed_rows import arrow, encode, plain
+from pgoutput_source.compute.columns import numbers, operand
+from pgoutput_source.compute.keys import arrow, encode, plain
+from pgoutput_source.compute.metadata import Ints
+from pgoutput_source.compute.state import AFRESH
 from pgoutput_source.errors import DecodeError, StateError
-
-Ints: TypeAlias = NDArray[np.int64]
 
 MOST_ROWS: Final = 1 << 20
 """So many rows may be added at once: bincount adds float64s, in which the sum of as many 32-bit limbs is exact."""
@@ -66,7 +66,7 @@ class Accumulator(ABC):
             raise StateError(
                 f"a column has changed its type from {self.field.type} to {field.type}",
                 column=field.name,
-                hint="start afresh with a new recovery folder, or another step name",
+                hint=AFRESH,
             )
         self.field = field
 

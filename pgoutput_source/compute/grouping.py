@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pgoutput_source.changes.schema import METADATA_COLUMNS
+from pgoutput_source.compute.columns import column_of, group_key, operand, refuse_misfits
+from pgoutput_source.compute.state import AFRESH
 from pgoutput_source.errors import ConfigurationError, DecodeError, StateError
 
 Columns: TypeAlias = str | Sequence[str]
@@ -30,7 +30,6 @@ PARTS: Final = {"count": ("count",), "sum": ("sum",), "min": ("min",), "max": ("
 ROWS: Final = "rows"
 _ADD_UP: Final = {"rows": "sum", "count": "sum", "sum": "sum", "min": "min", "max": "max", "nan": "max"}
 _FIRST: Final = {"nan": "max"}
-_TEXT_NUMERIC: Final = pa.decimal128(38, 18)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,7 @@ class Grouping:
         except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
             raise StateError(
                 f"a column has changed its type, and what is kept can't be added to what comes: {e}",
-                hint="start afresh with a new recovery folder, or another step name",
+                hint=AFRESH,
             ) from e
         keys = [*extra, *(f"by{i}" for i in range(len(self.by)))] or ["all"]
         functions = {n: _ADD_UP[n.partition(" ")[0]] for n in table.column_names if n not in keys}
@@ -225,222 +224,3 @@ def _most(kind: pa.DataType) -> int | None:
     if pa.types.is_integer(kind):
         return int(2**kind.bit_width)
     return int(10**kind.precision) if pa.types.is_decimal(kind) else None
-
-
-# ------------------------------------------------------------------------------------------------ columns and types
-
-
-def column_of(data: pa.RecordBatch, name: str) -> pa.Array:
-    """A column by its name.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
-    index = data.schema.get_field_index(name)
-    if index < 0:
-        own = [n for n in data.schema.names if n not in METADATA_COLUMNS]
-        raise ConfigurationError(
-            f"there is no column {name!r}",
-            table=_metadata(data.schema, b"pg.table"),
-            column=name,
-            hint=f"the table has {', '.join(own)}",
-        )
-    return data.column(index)
-
-
-def operand(part: str, values: pa.Array, field: pa.Field) -> pa.Array:
-    """A column as what `part` of a function works on: sums in the widest type, numerics that came as text as numbers.
-
-    Raises:
-        ConfigurationError: Values of this type can't be summed or compared.
-        DecodeError: A numeric without bounds that doesn't fit decimal128(38, 18).
-    """
-    if part == "count":
-        return values
-    values = numbers(values, field)
-    kind = values.type
-    if part == "sum":
-        if pa.types.is_integer(kind):
-            return values.cast(pa.int64())
-        if pa.types.is_floating(kind):
-            return values.cast(pa.float64())
-        if pa.types.is_decimal128(kind):
-            return values.cast(pa.decimal128(38, kind.scale))
-        if pa.types.is_decimal256(kind):
-            return values.cast(pa.decimal256(76, kind.scale))
-    elif is_plain(kind):
-        return values
-    raise ConfigurationError(
-        f"no {part} of values of type {_metadata(field, b'pg.type') or kind}",
-        column=field.name,
-        hint="cdc.map_batches can add a column of another type",
-    )
-
-
-def group_key(values: pa.Array, field: pa.Field) -> pa.Array:
-    """A column as what is grouped by: values that PostgreSQL takes for equal are equal.
-
-    Raises:
-        ConfigurationError: Values of this type can't be grouped.
-    """
-    values = numbers(values, field)
-    if pa.types.is_floating(values.type) and len(values):
-        valid = None if not values.null_count else pc.is_null(values).to_numpy(zero_copy_only=False)
-        plain = pc.fill_null(values, 0).to_numpy() + 0.0  # -0.0 becomes 0.0
-        plain[np.isnan(plain)] = np.nan
-        return pa.array(plain, values.type, mask=valid, from_pandas=False)
-    if is_plain(values.type):
-        return values
-    raise ConfigurationError(
-        f"no grouping by values of type {_metadata(field, b'pg.type') or values.type}",
-        column=field.name,
-        hint="cdc.map_batches can add a column of another type",
-    )
-
-
-def numbers(values: pa.Array, field: pa.Field) -> pa.Array:
-    """A `numeric` without declared precision comes as text: as decimal128(38, 18). Other columns as they are.
-
-    Raises:
-        DecodeError: A value that has more digits, or is NaN or infinite.
-    """
-    if not pa.types.is_string(values.type) or _metadata(field, b"pg.type") != "numeric":
-        return values
-    try:
-        return values.cast(_TEXT_NUMERIC)
-    except pa.ArrowInvalid as e:
-        raise DecodeError(
-            "a numeric beyond 20 digits before and 18 behind the point, NaN or infinity can't be computed with",
-            column=field.name,
-            type_name="numeric",
-            hint="declare the column numeric(p,s), or leave such rows out with where=",
-        ) from e
-
-
-def is_plain(kind: pa.DataType) -> bool:
-    """Whether values of this type are equal or ordered in Arrow as in PostgreSQL."""
-    t = pa.types
-    return bool(
-        t.is_primitive(kind) or t.is_decimal(kind) or t.is_string(kind) or t.is_binary(kind) or t.is_null(kind)
-    ) and not t.is_interval(kind)
-
-
-def referenced(where: pc.Expression | None, schema: pa.Schema) -> tuple[str, ...]:
-    """The columns that an expression is about.
-
-    Raises:
-        ConfigurationError: It is about a column that there is not.
-    """
-    if where is None:
-        return ()
-    try:
-        schema.empty_table().filter(where)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
-        raise _does_not_fit(e, schema) from e
-    names = []
-    for name in schema.names:
-        # An expression does not tell, but without a column that it needs it fails.
-        try:
-            schema.empty_table().drop_columns([name]).filter(where)
-        except pa.ArrowInvalid:
-            names.append(name)
-    return tuple(names)
-
-
-def filtered(data: pa.RecordBatch, where: pc.Expression) -> pa.RecordBatch:
-    """The rows for which an expression is true.
-
-    Raises:
-        ConfigurationError: It does not fit the columns.
-    """
-    try:
-        return data.filter(where)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
-        raise _does_not_fit(e, data.schema) from e
-
-
-def _does_not_fit(error: Exception, schema: pa.Schema) -> ConfigurationError:
-    return ConfigurationError(
-        f"the condition does not fit the table: {error}",
-        table=_metadata(schema, b"pg.table"),
-        hint="compare each column that there is with a value of its own type, a numeric with a Decimal",
-    )
-
-
-def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], prefix: str = "") -> None:
-    """Raise for a value that its column's Arrow type can't hold: its cell is null, but it is not NULL.
-
-    Raises:
-        DecodeError: There is one in one of these columns.
-    """
-    index = data.schema.get_field_index("_raw")
-    if index < 0 or data.column(index).null_count == data.num_rows:
-        return
-    wanted = {prefix + name for name in columns}
-    for row, texts in enumerate(data.column(index).to_pylist()):
-        for name, _ in texts or ():
-            if name in wanted:
-                kind = data.schema.field(name.removeprefix(prefix)).type
-                raise DecodeError(
-                    f"a value that {kind} can't hold can't be computed with",
-                    table=_metadata(data.schema, b"pg.table"),
-                    column=name.removeprefix(prefix),
-                    lsn=data.column("_lsn")[row].as_py() if "_lsn" in data.schema.names else None,
-                    hint='map_batches can give it a value; windows can leave it out: where=pc.field("_raw").is_null()',
-                )
-
-
-def _metadata(of: Any, name: bytes) -> str | None:
-    value = (of.metadata or {}).get(name)
-    return None if value is None else value.decode()
-
-
-def sorted_batch(columns: dict[str, Any], order: Sequence[str]) -> pa.RecordBatch:
-    """Result columns as one record batch, sorted, NULLs last as in PostgreSQL."""
-    table = pa.table(columns)
-    if order:
-        table = table.sort_by([(name, "ascending") for name in order])
-    batches = table.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema)
-
-
-# --------------------------------------------------------------------------------------------------- kept in a state
-
-
-def pack(table: pa.Table | None) -> bytes | None:
-    """A table as an Arrow IPC stream, for a state: immutable, and no larger than its rows."""
-    if table is None or not table.num_rows:
-        return None
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def unpack(packed: bytes | None) -> pa.Table | None:
-    """The table that `pack` wrote.
-
-    Raises:
-        StateError: These bytes are none.
-    """
-    if packed is None:
-        return None
-    try:
-        return pa.ipc.open_stream(packed).read_all()
-    except (pa.ArrowException, OSError) as e:
-        raise StateError(
-            f"what is kept can't be read: {e}", hint="the recovery folder is damaged: start afresh with a new one"
-        ) from e
-
-
-def check_version(state: Any, version: int, step_id: str) -> None:
-    """Raise unless a resume state is of this version.
-
-    Raises:
-        StateError: It is not.
-    """
-    if not isinstance(state, dict) or state.get("v") != version:
-        raise StateError(
-            f"the state of step {step_id!r} is of another version",
-            hint="run the version that wrote it, or start afresh with a new recovery folder",
-        )

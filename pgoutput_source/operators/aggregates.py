@@ -1,6 +1,6 @@
 """`cdc.aggregate`: a GROUP BY that stays right while rows are updated and deleted.
 
-What a change takes away comes from `_before` where the replica identity is FULL, and else from rows that are kept.
+What a change takes away comes from `_before` where the replica identity is FULL, and from kept rows where it is not.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ from bytewax.dataflow import Stream, operator
 from bytewax.operators import StatefulBatchLogic
 
 from pgoutput_source.changes.batches import ChangeBatch
-from pgoutput_source.changes.schema import METADATA_COLUMNS, OP_CODE, OPS
+from pgoutput_source.changes.schema import OPS
 from pgoutput_source.compute.accumulators import (
     MOST_ROWS,
     Accumulator,
     Count,
     FloatSum,
-    Ints,
     Sum,
     Values,
     counted,
     goes_with,
     grown,
 )
-from pgoutput_source.compute.grouping import (
-    Columns,
-    Grouping,
-    check_version,
+from pgoutput_source.compute.columns import (
     column_of,
     group_key,
     operand,
@@ -41,18 +37,22 @@ from pgoutput_source.compute.grouping import (
     refuse_misfits,
     sorted_batch,
 )
-from pgoutput_source.compute.keyed_rows import (
-    KeptRows,
-    Segment,
-    arrow,
-    encode,
-    joined,
-    keys_of,
+from pgoutput_source.compute.grouping import Columns, Grouping
+from pgoutput_source.compute.kept_rows import joined
+from pgoutput_source.compute.keyed_changes import Found, KeyedChanges
+from pgoutput_source.compute.keys import KeyColumns, arrow, encode
+from pgoutput_source.compute.metadata import (
+    DELETE,
+    INSERT,
+    TRUNCATE,
+    UPDATE,
+    Ints,
     operations,
-    segments,
-    unsent,
+    own_columns,
 )
-from pgoutput_source.errors import ConfigurationError, StateError
+from pgoutput_source.compute.old_rows import OldRows
+from pgoutput_source.compute.state import AFRESH
+from pgoutput_source.errors import StateError, check_version
 
 STATE_VERSION: Final = 1
 
@@ -60,8 +60,6 @@ POSITION: Final = ("_op", "_commit_lsn", "_seq", "_commit_ts")
 """Columns that stand behind an aggregate's own: what happened to the group, and as of which change."""
 
 _OPS: Final = pa.array(OPS, pa.utf8())
-_INSERT, _UPDATE, _DELETE, _TRUNCATE = (OP_CODE[name] for name in "IUDT")
-_FULL = "f"
 
 
 @operator
@@ -168,7 +166,7 @@ class _Groups:
                 raise StateError(
                     f"a column has changed its type from {known.type} to {field.type}",
                     column=name,
-                    hint="start afresh with a new recovery folder, or another step name",
+                    hint=AFRESH,
                 )
             self.fields[name] = field
             for key, accumulator in self._accumulators(field):
@@ -197,7 +195,7 @@ class _Groups:
         keys = [group_key(_array(rows, name), self.fields[name]) for name in self.grouping.by]
         if keys:
             group, some = encode(keys)
-            names = keys_of(keys, some)
+            names = KeyColumns([key.take(pa.array(some)) for key in keys], {}).objects()
         else:
             group, names = np.zeros(rows.num_rows, np.int64), [()]
         slots = self._slots(names)
@@ -303,46 +301,46 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
     ) -> None:
         self.step_id, self.where = step_id, where
         self.groups = _Groups(grouping)
-        self.table: str | None = None
-        self.kept: KeptRows | None = None
-        self.kept_all = True  # as long as every row that was seen is kept
         self._schema: pa.Schema | None = None
         self._columns: tuple[str, ...] = ()
         if state is not None:
-            check_version(state, STATE_VERSION, step_id)
-            self.table, self.kept_all = state["table"], state["kept_all"]
+            check_version(state, STATE_VERSION, f"step {step_id!r}")
             self.groups.restore(state["groups"])
-            self.kept = None if state["kept"] is None else KeptRows.restore(state["kept"])
+        self.old = OldRows(state)
 
     def on_batch(self, values: list[ChangeBatch]) -> tuple[Iterable[pa.RecordBatch], bool]:
         results = [self._changed(batch) for batch in values if len(batch)]
         return [batch for batch in results if batch is not None], self.RETAIN
 
     def snapshot(self) -> dict[str, Any]:
-        return {
-            "v": STATE_VERSION,
-            "table": self.table,
-            "kept_all": self.kept_all,
-            "groups": self.groups.state(),
-            "kept": None if self.kept is None else self.kept.snapshot(),
-        }
+        return {"v": STATE_VERSION, "groups": self.groups.state(), **self.old.snapshot()}
 
     def _changed(self, batch: ChangeBatch) -> pa.RecordBatch | None:
         self._know(batch)
-        groups = self.groups
+        groups, data = self.groups, batch.data
+        refuse_misfits(data, self._columns)
         touched = []
-        for truncated, parts in self._parts(batch):
-            if truncated:
-                touched.append(groups.reset())
+        truncates = np.flatnonzero(operations(data) == TRUNCATE)
+        if len(truncates):
+            self.old.clear()
+            touched.append(groups.reset())
+            data = data.slice(int(truncates[-1]) + 1)
+        if len(data):
+            parts = self._from_kept(data) if self.old.kept is not None else self._from_before(data)
             counting = [rows if self.where is None else rows.filter(self.where) for rows in parts]
             rows = joined(counting)
             sign = np.repeat([1, -1][: len(parts)], [part.num_rows for part in counting])
             for low in range(0, len(sign), MOST_ROWS):
                 touched.append(groups.add(rows.slice(low, MOST_ROWS), sign[low : low + MOST_ROWS]))
+        return self._results(batch, touched)
+
+    def _results(self, batch: ChangeBatch, touched: list[Ints]) -> pa.RecordBatch | None:
+        """What the groups are now that were touched; None if none of them is or was there."""
+        groups = self.groups
         slots = np.unique(np.concatenate(touched)) if touched else np.zeros(0, np.int64)
         there, shown = groups.rows[slots] != 0, groups.shown[slots]
         slots, there, shown = (array[there | shown] for array in (slots, there, shown))
-        code = np.where(there, np.where(shown, _UPDATE, _INSERT), _DELETE).astype(np.int8)
+        code = np.where(there, np.where(shown, UPDATE, INSERT), DELETE).astype(np.int8)
         results = None
         if len(slots):
             last = batch.data.slice(len(batch) - 1)
@@ -362,101 +360,26 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
             ConfigurationError: It is of another table than those before, or its columns don't fit.
             StateError: Old rows are needed that were not kept.
         """
-        schema = batch.schema
-        if self.table not in (None, schema.table):
-            raise ConfigurationError(
-                f"step {self.step_id!r} has aggregated {self.table} and now gets changes of {schema.table}",
-                hint="one step for each table; partitions: publish_via_partition_root makes them one table",
-            )
-        self.table = schema.table
+        self.old.know(self.step_id, batch.schema, operations(batch.data))
         if batch.data.schema is not self._schema:
-            own = pa.schema(
-                [
-                    batch.data.schema.field(name)
-                    for name in batch.data.schema.names
-                    if name[:1] != "_" or name not in METADATA_COLUMNS
-                ]
-            )
+            own = pa.schema([batch.data.schema.field(name) for name in own_columns(batch.data.schema)])
             self._columns = tuple(dict.fromkeys([*self.groups.grouping.columns, *referenced(self.where, own)]))
             self.groups.know(batch.data.schema)
             self._schema = batch.data.schema
-        if schema.replica_identity == _FULL or not schema.key:
-            self.kept, self.kept_all = None, False
-            return
-        if not self.kept_all and np.isin(operations(batch.data), (_UPDATE, _DELETE)).any():
-            raise StateError(
-                "the replica identity was FULL and is not any more: old rows are not sent, and were not kept",
-                table=schema.table,
-                hint=f"ALTER TABLE {schema.table} REPLICA IDENTITY FULL, or start afresh with a new recovery folder",
-            )
-        if self.kept is None:
-            self.kept = KeptRows(schema.key)
-        elif self.kept.key != schema.key:
-            self.kept.rekey(schema.key)
 
-    def _parts(self, batch: ChangeBatch) -> Iterator[tuple[bool, list[pa.Table]]]:
-        """Whether a truncate comes first; then the rows that are there now, and those that are no more if there are."""
-        refuse_misfits(batch.data, self._columns)
-        if self.kept is None:
-            yield from self._from_before(batch)
-            return
-        kept_columns = tuple(dict.fromkeys([*self.kept.key, *self._columns]))
-        for segment in segments(batch.data, self.kept.key):
-            if segment.truncated:
-                self.kept.clear()
-            old, found = segment.found(self.kept)
-            new = self._filled(batch, segment, kept_columns, old, found)
-            self.kept.drop(segment.dropped)
-            self.kept.put(segment.there, new)
-            yield segment.truncated, [new] if old is None else [new, old.select(new.column_names)]
+    def _from_kept(self, data: pa.RecordBatch) -> list[pa.Table]:
+        """The rows of all keys that changed, as they are now and as they were."""
+        assert self.old.kept is not None
+        columns = tuple(dict.fromkeys([*self.old.kept.key, *self._columns]))
+        changes = KeyedChanges(data, self.old.kept.key)
+        found = Found(self.old.kept, changes)
+        new = self.old.filled(changes, columns, changes.there[1], found)
+        self.old.keep(changes, new)
+        return [new] if found.rows is None else [new, found.rows.select(new.column_names)]
 
-    def _filled(
-        self, batch: ChangeBatch, segment: Segment, columns: tuple[str, ...], old: pa.Table | None, found: Ints
-    ) -> pa.Table:
-        filled = segment.filled(columns, old, found)
-        for name, (_, unknown) in filled.items():
-            if unknown is not None:
-                raise _not_sent(batch, name)
-        return pa.table({name: values for name, (values, _) in filled.items()})
-
-    def _from_before(self, batch: ChangeBatch) -> Iterator[tuple[bool, list[pa.Table]]]:
-        refuse_misfits(batch.data, self._columns, "_before.")
-        data, ops = batch.data, operations(batch.data)
-        has_before = pc.is_valid(data.column("_before")).to_numpy(zero_copy_only=False)
-        if (np.isin(ops, (_UPDATE, _DELETE)) & ~has_before).any():
-            raise StateError(
-                "an update or delete came without its old row",
-                table=batch.table,
-                hint=f"ALTER TABLE {batch.table} REPLICA IDENTITY FULL, and don't drop _before on the way here",
-            )
-        missing = {*self._columns} - {field.name for field in data.schema.field("_before").type}
-        if missing:
-            raise ConfigurationError(
-                f"_before has no column {', '.join(sorted(missing))}",
-                table=batch.table,
-                hint="what is aggregated must be in the old rows as well: a column that map_batches adds is not",
-            )
-        for name in unsent(data, self._columns):
-            raise _not_sent(batch, name)
-        truncates = np.flatnonzero(ops == _TRUNCATE).tolist()
-        start = 0
-        for end in [*truncates, len(data)]:
-            piece, before, op = data.slice(start, end - start), has_before[start:end], ops[start:end]
-            new = piece.select(self._columns) if self._columns else piece.select(["_op"])
-            is_new = pa.array(op != _DELETE)
-            parts = [pa.Table.from_batches([new.filter(is_new)])]
-            if before.any():
-                olds = piece.column("_before").filter(pa.array(before))
-                columns = {name: pc.struct_field(olds, name) for name in self._columns}
-                parts.append(pa.table(columns or {"_op": piece.column("_op").filter(pa.array(before))}))
-            yield start > 0, parts
-            start = end + 1
-
-
-def _not_sent(batch: ChangeBatch, name: str) -> StateError:
-    return StateError(
-        "an unchanged TOASTed value was not sent, and the flow has never seen it",
-        table=batch.table,
-        column=name,
-        hint=f"ALTER TABLE {batch.table} REPLICA IDENTITY FULL, or begin with a snapshot",
-    )
+    def _from_before(self, data: pa.RecordBatch) -> list[pa.Table]:
+        """The new row of each change, and its old one."""
+        has_before, old = self.old.sent(data, self._columns)
+        new = data.select(self._columns) if self._columns else data.select(["_op"])
+        parts = [pa.Table.from_batches([new.filter(pa.array(operations(data) != DELETE))])]
+        return [*parts, old] if has_before.any() else parts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -13,14 +14,18 @@ from bytewax.dataflow import Stream, operator
 from bytewax.operators import StatefulBatchLogic
 
 from pgoutput_source.changes.batches import ChangeBatch
-from pgoutput_source.changes.schema import OP_CODE, OPS, TableSchema
-from pgoutput_source.compute.grouping import check_version
-from pgoutput_source.compute.keyed_rows import KNOWN, KeptRows, Segment, operations, segments
-from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.changes.schema import OPS, TableSchema
+from pgoutput_source.compute.kept_rows import KNOWN, KeptRows
+from pgoutput_source.compute.keyed_changes import Filled, Found, KeyedChanges
+from pgoutput_source.compute.metadata import BEFORE, DELETE, TRUNCATE, operations, own_columns, row_texts, unsent
+from pgoutput_source.compute.net_effect import Standing
+from pgoutput_source.errors import ConfigurationError, check_version
+
+logger = logging.getLogger(__name__)
 
 STATE_VERSION: Final = 1
 
-_DELETE, _TRUNCATE = OP_CODE["D"], OP_CODE["T"]
+_FULL = "f"
 
 
 @operator
@@ -29,16 +34,16 @@ def latest(
 ) -> Stream[ChangeBatch]:
     """The last change of each key, for whoever mirrors a table: insert or update means put, delete means remove.
 
-    Of each batch it gives at most one row per key, in position order: what the key's row is now (`I`, `U`, `R`), or
-    that it is gone (`D`). An update that changes the key gives a `D` of the old key as well, at the same position. A
-    truncate gives its `T` first and nothing of what was before it. Put and remove these rows in order, and after the
-    last change of each transaction you have the source's table.
+    Each batch gives at most one row per key, in position order: what the key's row is now (`I`, `U`, `R`), or that it
+    is gone (`D`). An update that changes the key also gives a `D` of the old key, at the same position. A truncate
+    gives its `T` first and nothing from before it. Put and remove these rows in order, and after the last change of
+    each transaction you have the source's table, also where keys moved onto each other (``SET id = id + 1``).
 
     Rows are whole: a TOASTed value that an update left unchanged, and that PostgreSQL therefore did not send, comes
-    from the change before. What was never seen stays named in `_unchanged`: it is not known, so leave it alone, as
-    its null is no NULL.
+    from an earlier change. A value that was never seen stays named in `_unchanged`: it is not known, so leave it
+    alone; its null is no NULL.
 
-    It must see every change: conditions belong behind it, not before.
+    It must see every change: put conditions after it, not before.
 
     Args:
         step_id: Unique name of the step; the state is kept under it.
@@ -50,7 +55,8 @@ def latest(
         With `fill`, and unless the identity is FULL: per key one row with the columns that can be TOASTed (text,
         bytea, json, arrays, numeric …), as large as their values and about 200 bytes. It is in memory on one worker per
         table, and written into the recovery store in each epoch in which the table changes. A table of only integers,
-        floats, times and booleans needs none. A column that changes its type makes it forget all.
+        floats, times and booleans needs none. A column that changes its type makes it forget all. With identity FULL:
+        about 200 bytes for each row that the last transaction inserted or moved to another key.
 
     Example:
         >>> from bytewax.dataflow import Dataflow
@@ -84,67 +90,55 @@ class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
     def __init__(self, step_id: str, key: tuple[str, ...] | None, fill: bool, state: dict[str, Any] | None) -> None:
         self.step_id, self.key, self.fill = step_id, key, fill
         self.kept: KeptRows | None = None
+        self.standing = Standing()
         if state is not None:
-            check_version(state, STATE_VERSION, step_id)
+            check_version(state, STATE_VERSION, f"step {step_id!r}")
             self.kept = None if state["kept"] is None else KeptRows.restore(state["kept"])
+            self.standing = Standing(*state.get("standing", ()))
 
     def on_batch(self, values: list[ChangeBatch]) -> tuple[Iterable[ChangeBatch], bool]:
-        return [self._thin(batch) for batch in values if len(batch)], self.RETAIN
+        thinned = [self._thin(batch) for batch in values if len(batch)]
+        return [batch for batch in thinned if len(batch)], self.RETAIN
 
     def snapshot(self) -> dict[str, Any]:
-        return {"v": STATE_VERSION, "kept": None if self.kept is None else self.kept.snapshot()}
+        return {
+            "v": STATE_VERSION,
+            "kept": None if self.kept is None else self.kept.snapshot(),
+            "standing": (self.standing.commit_lsn, dict(self.standing.rows)),
+        }
 
     def _thin(self, batch: ChangeBatch) -> ChangeBatch:
-        key = self._key(batch.schema)
-        kept_columns, added = self._kept_columns(batch.schema, key)
-        own = [c.name for c in batch.schema.columns]
-        pieces: list[tuple[list[Hashable], pa.RecordBatch]] = []
-        for segment in segments(batch.data, key):
-            if segment.truncated:
-                pieces.clear()
-                if self.kept is not None:
-                    self.kept.clear()
-            old, found = (None, segment.last) if self.kept is None else segment.found(self.kept)
-            there, whole = _whole(segment, own, old, found)
+        data = batch.data
+        key = _key(self.step_id, self.key, batch.schema)
+        whole = batch.schema.replica_identity == _FULL
+        kept_columns = self._kept_columns(batch.schema, key)
+        truncates = np.flatnonzero(operations(data) == TRUNCATE)
+        head = []
+        if len(truncates):
+            last = int(truncates[-1])
+            head, data = [data.slice(last, 1)], data.slice(last + 1)
+            self.standing = Standing()
             if self.kept is not None:
-                self.kept.drop(segment.keys)
-                known = pc.and_(pc.is_null(there.column("_unchanged")), pc.is_null(there.column("_raw")))
-                mask = known.to_numpy(zero_copy_only=False).tolist()
-                rows = pa.Table.from_batches([there.select(kept_columns).filter(known)])
-                for name in added:
-                    rows = rows.append_column(KNOWN + name, pa.array(np.ones(len(rows), np.bool_)))
-                self.kept.put([k for k, is_known in zip(segment.there, mask, strict=True) if is_known], rows)
-            pieces.append(whole)
-        truncates = np.flatnonzero(operations(batch.data) == _TRUNCATE)
-        head = [batch.data.slice(int(truncates[-1]), 1)] if len(truncates) else []
-        return batch.replace(pa.concat_batches([*head, *_last(pieces)]))
+                self.kept.clear()
+            if not len(data):
+                return batch.replace(head[0])
+        changes = KeyedChanges(data, key, whole=whole, standing=self.standing if whole else None)
+        found = Found(self.kept, changes)
+        there, unknown = _whole(changes, found)
+        if self.kept is not None:
+            self.kept.drop(changes.keys)
+            self.kept.put(changes.names(changes.there[0]), _to_keep(there, kept_columns, unknown))
+        if whole:
+            self.standing = changes.standing_after()
+        return batch.replace(pa.concat_batches([*head, _outcomes(changes, there)]))
 
-    def _key(self, schema: TableSchema) -> tuple[str, ...]:
-        full = schema.replica_identity == "f"
-        if self.key is None and (full or not schema.key):
-            raise ConfigurationError(
-                f"step {self.step_id!r} does not know what identifies a row",
-                table=schema.table,
-                hint='the replica identity does not say it: pass key="id"',
-            )
-        key = schema.key if self.key is None else self.key
-        own = {c.name for c in schema.columns}
-        sent = own if full or schema.replica_identity == "n" else own & set(schema.key)
-        if not set(key) <= sent:
-            raise ConfigurationError(
-                f"step {self.step_id!r}: deletes come without {', '.join(sorted(set(key) - sent))}",
-                table=schema.table,
-                hint=f"the replica identity sends {', '.join(schema.key)}: choose among these, or set it to FULL",
-            )
-        return key
-
-    def _kept_columns(self, schema: TableSchema, key: tuple[str, ...]) -> tuple[list[str], list[str]]:
-        """The columns to keep, as what has a fixed width is never TOASTed; and which of them were added later."""
+    def _kept_columns(self, schema: TableSchema, key: tuple[str, ...]) -> list[str]:
+        """The columns to keep: a type of fixed width is never TOASTed."""
         wide = {c.name: c.arrow for c in schema.columns if not pa.types.is_primitive(c.arrow) and c.name not in key}
-        if not self.fill or schema.replica_identity == "f" or not wide:
+        if not self.fill or schema.replica_identity == _FULL or not wide:
             # With FULL the old row brings what the new one leaves out. What was kept would be out of date later on.
             self.kept = None
-            return [], []
+            return []
         if self.kept is None:
             self.kept = KeptRows(key)
         elif self.kept.key != key:
@@ -153,59 +147,97 @@ class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
         if any(have.get(name, kind) != kind for name, kind in wide.items()):
             # ALTER COLUMN … TYPE may have made other values, which are not streamed.
             self.kept.clear()
-            have = {}
-        added = [name for name in wide if have and (name not in have or KNOWN + name in have)]
-        return [*key, *wide], added
+        return [*key, *wide]
 
 
-def _whole(
-    segment: Segment, own: Sequence[str], old: pa.Table | None, found: Any
-) -> tuple[pa.RecordBatch, tuple[list[Hashable], pa.RecordBatch]]:
-    """The rows that are there in the end, in the order of their keys; and all outcomes with their keys, in order."""
-    data = segment.data
-    there = data.take(pa.array(segment.last[~segment.gone]))
-    unknown: dict[str, Any] = {}
-    for name, (values, not_known) in segment.filled(own, old, found).items():
-        there = there.set_column(there.schema.get_field_index(name), data.schema.field(name), values)
-        if not_known is not None:
-            unknown[name] = not_known
-    if data.column("_unchanged").null_count < len(data):
-        names = [[n for n, mask in unknown.items() if mask[i]] or None for i in range(len(there))]
-        index = there.schema.get_field_index("_unchanged")
-        there = there.set_column(index, data.schema.field(index), pa.array(names, data.schema.field(index).type))
-    moved = dict(zip((old for old, _ in segment.renames), segment.moved, strict=True))
-    away = [code for code, row in moved.items() if segment.gone[code] and segment.last[code] == row]
-    gone = np.setdiff1d(np.flatnonzero(segment.gone), away)
-    parts = [there, data.take(pa.array(segment.last[gone]))]
-    codes = [*np.flatnonzero(~segment.gone).tolist(), *gone.tolist(), *away]
-    # The end of an old key comes before the change that brought the new one.
-    order = np.concatenate([segment.last[~segment.gone] * 2 + 1, segment.last[gone] * 2 + 1, segment.last[away] * 2])
-    if away:
-        parts.append(_deletes(data.take(pa.array(segment.last[away])), own))
-    sort = np.argsort(order, kind="stable")
-    keys = [segment.keys[codes[i]] for i in sort.tolist()]
-    return there, (keys, pa.concat_batches(parts).take(pa.array(sort)))
+def _key(step_id: str, asked: tuple[str, ...] | None, schema: TableSchema) -> tuple[str, ...]:
+    """The columns that identify a row.
+
+    Raises:
+        ConfigurationError: Nothing says it, or PostgreSQL does not send it of deleted rows.
+    """
+    full = schema.replica_identity == _FULL
+    if asked is None and (full or not schema.key):
+        raise ConfigurationError(
+            f"step {step_id!r} does not know what identifies a row",
+            table=schema.table,
+            hint='the replica identity does not say it: pass key="id"',
+        )
+    key = schema.key if asked is None else asked
+    own = {c.name for c in schema.columns}
+    sent = own if full or schema.replica_identity == "n" else own & set(schema.key)
+    if not set(key) <= sent:
+        raise ConfigurationError(
+            f"step {step_id!r}: deletes come without {', '.join(sorted(set(key) - sent))}",
+            table=schema.table,
+            hint=f"the replica identity sends {', '.join(schema.key)}: choose among these, or set it to FULL",
+        )
+    return key
 
 
-def _deletes(updates: pa.RecordBatch, own: Sequence[str]) -> pa.RecordBatch:
+def _whole(changes: KeyedChanges, found: Found) -> tuple[pa.RecordBatch, dict[str, Any]]:
+    """The last change of each key that has a row, as a whole row; and by column where its value is not known."""
+    data, rows = changes.data, changes.there[1]
+    there = data.take(pa.array(rows))
+    partly = [name for name in own_columns(data.schema) if name in unsent(data, data.schema.names)]
+    filled = changes.filled(partly, rows, found)
+    for name, column in filled.items():
+        there = there.set_column(there.schema.get_field_index(name), data.schema.field(name), column.values)
+    unknown = {name: column.unknown for name, column in filled.items() if column.unknown is not None}
+    if partly:
+        named = [[n for n, mask in unknown.items() if mask[i]] or None for i in range(len(there))]
+        there = _with(there, "_unchanged", named)
+    if any(column.texts for column in filled.values()):
+        there = _with(there, "_raw", _texts(there.column("_raw").to_pylist(), filled))
+    return there, unknown
+
+
+def _texts(raw: list[list[tuple[str, str]] | None], filled: dict[str, Filled]) -> list[list[tuple[str, str]] | None]:
+    for name, column in filled.items():
+        for row, text in column.texts.items():
+            raw[row] = [*(raw[row] or ()), (name, text)]
+    return raw
+
+
+def _with(rows: pa.RecordBatch, name: str, values: list[Any]) -> pa.RecordBatch:
+    index = rows.schema.get_field_index(name)
+    return rows.set_column(index, rows.schema.field(index), pa.array(values, rows.schema.field(index).type))
+
+
+def _to_keep(there: pa.RecordBatch, columns: list[str], unknown: dict[str, Any]) -> pa.Table:
+    rows = pa.Table.from_batches([there.select(columns)])
+    for name, mask in unknown.items():
+        if name in columns:
+            rows = rows.append_column(KNOWN + name, pa.array(~mask))
+    raw = row_texts(there.column("_raw"))
+    return rows if raw.null_count == len(raw) else rows.append_column("_raw", raw)
+
+
+def _outcomes(changes: KeyedChanges, there: pa.RecordBatch) -> pa.RecordBatch:
+    """What became of each key, in order: a row, or a delete."""
+    deleted, left = changes.deleted[1], changes.left[1]
+    # The end of an old key comes before the change that brings its row to the new one.
+    order = np.concatenate([changes.there[1] * 2 + 1, deleted * 2 + 1, left * 2])
+    parts = [there, changes.data.take(pa.array(deleted))]
+    if len(left):
+        parts.append(_deletes(changes.data.take(pa.array(left))))
+    return pa.concat_batches(parts).take(pa.array(np.argsort(order, kind="stable")))
+
+
+def _deletes(updates: pa.RecordBatch) -> pa.RecordBatch:
     """The deletes of the old keys of updates."""
-    before = updates.column("_before")
-    columns = {name: pc.struct_field(before, name) for name in own}
+    before, raw = updates.column("_before"), updates.column("_raw")
+    columns = {name: pc.struct_field(before, name) for name in own_columns(updates.schema)}
     ops = pa.array(OPS, pa.utf8())
-    columns["_op"] = pa.DictionaryArray.from_arrays(pa.array(np.full(len(updates), _DELETE, np.int8)), ops)
-    for name in ("_unchanged", "_raw"):
-        columns[name] = pa.nulls(len(updates), updates.schema.field(name).type)
+    columns["_op"] = pa.DictionaryArray.from_arrays(pa.array(np.full(len(updates), DELETE, np.int8)), ops)
+    columns["_unchanged"] = pa.nulls(len(updates), updates.schema.field("_unchanged").type)
+    if raw.null_count < len(raw):
+        columns["_raw"] = pa.array([_of_old_row(known) for known in raw.to_pylist()], raw.type)
     arrays = [columns.get(name, updates.column(name)) for name in updates.schema.names]
     return pa.RecordBatch.from_arrays(arrays, schema=updates.schema)
 
 
-def _last(pieces: Sequence[tuple[list[Hashable], pa.RecordBatch]]) -> list[pa.RecordBatch]:
-    """Outcomes that no later piece has another of."""
-    if len(pieces) < 2:
-        return [rows for _, rows in pieces]
-    seen: set[Hashable] = set()
-    out = []
-    for keys, rows in reversed(pieces):
-        out.append(rows.filter(pa.array([key not in seen for key in keys], pa.bool_())))
-        seen.update(keys)
-    return out[::-1]
+def _of_old_row(known: list[tuple[str, str]] | None) -> list[tuple[str, str]] | None:
+    """What `_raw` says of an old row, which is the row of a delete."""
+    olds = [(name, text) for name, text in known or () if name.startswith(BEFORE)]
+    return [*((name.removeprefix(BEFORE), text) for name, text in olds), *olds] or None

@@ -18,13 +18,12 @@ from bytewax.dataflow import Stream, operator
 
 from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.changes.schema import METADATA_COLUMNS, Column, TableSchema
-from pgoutput_source.compute.grouping import column_of
+from pgoutput_source.compute.columns import column_of
+from pgoutput_source.compute.metadata import BEFORE, own_columns
 from pgoutput_source.errors import ConfigurationError
 
 Mask: TypeAlias = Callable[[pa.Array], pa.Array]
 """Makes other values of a column's, one for each, in order."""
-
-_BEFORE = "_before."
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,7 @@ def _reshaper(named: Mapping[str, Kept], *, others: bool) -> Callable[[ChangeBat
         data = batch.data
         for name in named:
             column_of(data, name)
-        own = [name for name in data.schema.names if name not in METADATA_COLUMNS]
+        own = own_columns(data.schema)
         kept = {name: named.get(name, Kept(name)) for name in (own if others else named)}
         names = [column.name for column in kept.values()]
         if len(set(names)) < len(names) or set(names) & set(METADATA_COLUMNS):
@@ -229,7 +228,7 @@ def _named(column: pa.Array, change: Callable[[Any], list[Any]]) -> pa.Array:
 def _texts(texts: list[tuple[str, str]], kept: dict[str, Kept]) -> list[tuple[str, str]]:
     out = []
     for name, text in texts:
-        prefix = _BEFORE if name.startswith(_BEFORE) and name not in kept else ""
+        prefix = BEFORE if name.startswith(BEFORE) and name not in kept else ""
         column = kept.get(name.removeprefix(prefix))
         if column is not None and column.raw:
             out.append((prefix + column.name, text))

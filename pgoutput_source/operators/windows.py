@@ -23,17 +23,11 @@ from bytewax.operators import StatefulBatchLogic
 from bytewax.operators.windowing import UTC_MAX, UTC_MIN, Clock, ClockLogic
 
 from pgoutput_source.changes.batches import ChangeBatch
-from pgoutput_source.compute.grouping import (
-    ROWS,
-    Columns,
-    Grouping,
-    check_version,
-    filtered,
-    pack,
-    sorted_batch,
-    unpack,
-)
-from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.compute.columns import filtered, sorted_batch
+from pgoutput_source.compute.grouping import ROWS, Columns, Grouping
+from pgoutput_source.compute.metadata import of_operations
+from pgoutput_source.compute.state import pack, unpack
+from pgoutput_source.errors import ConfigurationError, check_version
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +307,7 @@ def windows(
     def part(data: pa.RecordBatch) -> Part:
         times = data.column("_commit_ts").cast(pa.int64()).to_numpy()
         newest = int(times.max())
-        data = _of_ops(data.append_column("_window", pa.array(spans.panes(times))), ops)
+        data = of_operations(data.append_column("_window", pa.array(spans.panes(times))), ops)
         if where is not None:
             data = filtered(data, where)
         return Part(newest, spans.spread(grouping.partial(data, {"window": data.column("_window")})))
@@ -328,12 +322,6 @@ def windows(
     return WindowOut(
         op.map("down", split.falses, lambda item: item[1]), op.map("late", split.trues, lambda item: item[1])
     )
-
-
-def _of_ops(data: pa.RecordBatch, ops: frozenset[str]) -> pa.RecordBatch:
-    column = data.column("_op")
-    wanted = np.array([op in ops for op in column.dictionary.to_pylist()])[column.indices.to_numpy()]
-    return data if wanted.all() else data.filter(pa.array(wanted))
 
 
 def _split(part: Part, grouping: Grouping, shards: int) -> list[tuple[str, Part]]:
@@ -368,7 +356,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         self.closed: int | None = None  # windows that end here or earlier are closed for ever
         self.open: list[pa.Table] = []
         if state is not None:
-            check_version(state, STATE_VERSION, step_id)
+            check_version(state, STATE_VERSION, f"step {step_id!r}")
             self.newest, self.closed = state["newest"], state["closed"]
             kept = unpack(state["open"])
             self.open = [] if kept is None else [kept]

@@ -1,34 +1,24 @@
-"""`current`: a table as its changes leave it, from a folder of Parquet files, without replaying row by row.
-
-A key's changes, in order, are cut into *lives*: one begins with an insert, or when an update brings the row from
-another key, and ends with a delete, or when an update takes it to another key. The last change of a key's last life is
-its row. A large value that PostgreSQL did not send again comes from earlier in the same life, or from the life that the
-row had under its old key. All of that is sorting and accumulating over whole columns.
-"""
+"""`current`: a table as its changes leave it, from a folder of Parquet files, without replaying row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pgoutput_source.changes.schema import OP_CODE
-from pgoutput_source.compute.keyed_rows import Ints, encode
+from pgoutput_source.compute.keys import KeyColumns, moved
+from pgoutput_source.compute.metadata import BEFORE, DELETE, TRUNCATE, Bools, Ints, own_columns, texts
+from pgoutput_source.compute.net_effect import Crowd, Lives, digests, lives
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.parquet.folder import table_of
-from pgoutput_source.parquet.read import read
-
-Bools = NDArray[np.bool_]
+from pgoutput_source.parquet.history import History
 
 _NEEDED: Final = ("_op", "_commit_lsn", "_seq")
-_OLD: Final = "_before."
 
 
 def current(folder: str | Path, *, key: str | Sequence[str], table: str | None = None) -> pa.Table:
@@ -36,11 +26,18 @@ def current(folder: str | Path, *, key: str | Sequence[str], table: str | None =
 
     It equals ``SELECT * FROM`` the table at that change's position, as far as the files have its history: rows that
     never changed since the slot was made are not there. A large value that did not change, and that PostgreSQL
-    therefore did not send, is filled in from before; what the files never had stays named in `_unchanged`, for its null
-    is no NULL. Changes that are in the files twice count once.
+    therefore did not send, is filled in from an earlier change; what the files never had stays named in `_unchanged`,
+    because its null is no NULL. Changes that are in the files twice count once. Keys that moved onto each other within
+    a transaction are right after its end.
 
-    It works on what `cdc.latest` and `cdc.aggregate` wrote as well. In memory are the keys of all changes, and the
-    result.
+    The table is the one that has the name in the newest file. Rows of a table that was dropped, or renamed away, are
+    not its rows; changes that it had under an earlier name are. Columns are those of the newest file. A renamed column
+    keeps its values. What ALTER TABLE does to rows without sending them is told as far as it can be known: a column
+    that was added has its default in older rows; a column that changed its type (but to a wider varchar or numeric) is
+    not known of rows that were not sent again, as USING may have computed anything, and is named in `_unchanged`.
+    ``UPDATE t SET c = c`` sends them again.
+
+    It also works on what `cdc.latest` and `cdc.aggregate` wrote. In memory are the keys of all changes, and the result.
 
     Args:
         folder: The folder of a `ParquetSink`.
@@ -53,7 +50,6 @@ def current(folder: str | Path, *, key: str | Sequence[str], table: str | None =
 
     Raises:
         ConfigurationError: The folder has changes of several tables, or none at all, or no such key.
-        SinkError: The files have a column of types that can't be brought together.
 
     Example:
         >>> import pyarrow.parquet as pq, tempfile
@@ -66,146 +62,127 @@ def current(folder: str | Path, *, key: str | Sequence[str], table: str | None =
         [{'id': 1, 'status': 'paid'}]
     """
     keys = (key,) if isinstance(key, str) else tuple(key)
-    files = read(folder, table=_the_table(Path(folder), table))
-    _check_columns(files.schema, keys, folder)
-    lives = _lives(files, keys)
-    found = lives.current()
-    own = [name for name in files.schema.names if name != "_before"]
-    result = files.scanner(columns=own).take(pa.array(lives.place[found.row]))
+    history = History(Path(folder), table)
+    _check_columns(history.schema, keys, folder)
+    changes = _changes(history, keys)
+    own = [name for name in history.schema.names if name != "_before"]
+    result = history.take(changes.place[changes.last], own)
     if "_unchanged" in own:
-        result = _filled(files, lives, found, result)
+        result = _filled(history, changes, result)
     return result
-
-
-# -- the files ------------------------------------------------------------------------------------------------------
-
-
-def _the_table(folder: Path, table: str | None) -> str | None:
-    tables = {table_of(pq.read_schema(file)) for file in folder.glob("*.parquet")}
-    if not tables or (table is not None and table not in tables):
-        raise ConfigurationError(
-            f"there are no changes of {table or 'any table'} in {folder}",
-            hint=f"it has changes of {', '.join(sorted(tables))}" if tables else "it has no published files (yet)",
-        )
-    if table is None and len(tables) > 1:
-        raise ConfigurationError(
-            f"{folder} has changes of several tables", hint=f"pass table=, one of {', '.join(sorted(tables))}"
-        )
-    return table
 
 
 def _check_columns(schema: pa.Schema, keys: tuple[str, ...], folder: str | Path) -> None:
     missing = [name for name in (*_NEEDED, *keys) if name not in schema.names]
     if missing or not keys:
-        own = ", ".join(name for name in schema.names if not name.startswith("_"))
+        own = ", ".join(own_columns(schema))
         raise ConfigurationError(
             f"the files in {folder} have no column {missing[0]!r}" if missing else "key is empty",
             hint=f"pass key= with columns that identify a row; there are {own}",
         )
 
 
-# -- lives ----------------------------------------------------------------------------------------------------------
+# -- changes --------------------------------------------------------------------------------------------------------
 
 
-class _Current(NamedTuple):
-    """The last change of each row that is there: which event it is, and which change, in position order."""
-
-    event: Ints
-    row: Ints
-
-
-class _Lives(NamedTuple):
-    """Changes in position order, and *events*: changes by key, where an update of the key is one of its old key, too.
+class _Changes(NamedTuple):
+    """The changes that count, in position order, and what became of each key.
 
     Attributes:
-        place: Of each change, where in the files it stands.
-        code: Of each event, its key.
-        row: Of each event, its change.
-        leaves: Of each event, whether it takes the row to another key.
-        ends: Of each event, whether its key has no row any more.
-        start: Of each event, the first event of its life.
-        parent: Of each event, the event at the old key if this one brings the row from there, or -1.
+        place: Where in the history each change stands.
+        lives: The lives that they make.
+        event: Of each row that is there, the event that made it what it is; in the order of these changes.
+        last: The changes of these events.
     """
 
     place: Ints
-    code: Ints
-    row: Ints
-    leaves: Bools
-    ends: Bools
-    start: Ints
-    parent: Ints
-
-    def current(self) -> _Current:
-        if not len(self.code):
-            return _Current(self.row, self.row)
-        last = np.append(self.code[1:] != self.code[:-1], True) & ~self.ends
-        event = np.flatnonzero(last)
-        event = event[np.argsort(self.row[event], kind="stable")]
-        return _Current(event, self.row[event])
-
-    def sources(self, sent: Bools, event: Ints) -> Ints:
-        """The change that last sent a column's value, for the rows after these events; -1 if none did."""
-        here = np.where(sent[self.row] & ~self.leaves, np.arange(len(self.row)), -1)
-        latest = np.maximum.accumulate(here)
-        found = np.full(len(event), -1, np.int64)
-        open_ = np.arange(len(event))
-        at = event
-        while len(open_):
-            known = latest[at] >= self.start[at]
-            found[open_[known]] = self.row[latest[at[known]]]
-            at = self.parent[self.start[at]]
-            again = ~known & (at >= 0)
-            open_, at = open_[again], at[again]
-        return found
+    lives: Lives
+    event: Ints
+    last: Ints
 
 
-def _lives(files: ds.FileSystemDataset, keys: tuple[str, ...]) -> _Lives:
-    columns = {name: pc.field(name) for name in (*_NEEDED, *keys)}
-    olds = _old_keys(files.schema, keys)
-    table = files.to_table(columns=columns | olds)
-    lsn, seq = (table.column(name).to_numpy() for name in ("_commit_lsn", "_seq"))
+def _changes(history: History, keys: tuple[str, ...]) -> _Changes:
+    schema = history.schema
+    olds = keys if "_before" in schema.names and all(_in_before(schema, name) for name in keys) else ()
+    names = [*_NEEDED, *keys, *(["_raw"] if "_raw" in schema.names else [])]
+    table = history.columns(names, olds, keys)
     ops = _operations(table.column("_op"))
-    place = np.lexsort((seq, lsn))
-    truncates = np.flatnonzero(ops[place] == OP_CODE["T"])
+    place = _in_order(table)
+    truncates = np.flatnonzero(ops[place] == TRUNCATE)
     if len(truncates):
         place = place[truncates[-1] + 1 :]
-    ops = ops[place]
     taken = table.take(pa.array(place))
-    new = [taken.column(name).combine_chunks() for name in keys]
-    # What `cdc.aggregate` wrote has no LSN of changes, and there NULL is a group that may go like any other.
-    if "_lsn" in files.schema.names:
-        _check_deletes(ops, new, keys)
-    moved, old = _moved(ops, new, [taken.column(name).combine_chunks() for name in olds])
+    ops = ops[place]
+    known = texts(_array(taken, "_raw") if "_raw" in names else None)
+    news = KeyColumns.of({name: _array(taken, name) for name in keys}, known)
+    before = KeyColumns.of({name: _array(taken, BEFORE + name) for name in keys}, known, BEFORE) if olds else None
+    # What `cdc.aggregate` wrote has no LSN of changes. NULL is a group there that may go like any other.
+    if "_lsn" in schema.names:
+        _check_deletes(news.known()[ops == DELETE], keys, history.whole()[place][ops == DELETE])
+    is_whole = history.whole()[place]
+    sent = taken.column(BEFORE).to_numpy() if olds else np.zeros(len(place), np.bool_)
+    moves = moved(ops, news, before, sent, is_whole)
+    together = news if before is None else news.followed_by(before.take(moves))
+    code, _ = together.encode()
     n = len(place)
-    codes, _ = encode([pa.concat_arrays([a, b.cast(a.type)]) for a, b in zip(new, old, strict=True)] if old else new)
-    row = np.concatenate([np.arange(n), moved])
-    leaves = np.arange(len(row)) >= n
-    if n:
-        # What is in the files twice is next to itself in the order of key, position and kind.
-        position = np.cumsum(np.append(False, (np.diff(lsn[place]) != 0) | (np.diff(seq[place]) != 0)))
-        order = np.lexsort((row, leaves, ops[row], position[row], codes))
-        same = np.stack([codes[order], position[row[order]], ops[row[order]], leaves[order]])
-        order = order[np.append(True, (np.diff(same, axis=1) != 0).any(axis=0))]
-        order = order[np.lexsort((row[order], codes[order]))]
-        codes, row, leaves = codes[order], row[order], leaves[order]
-    ends = leaves | (ops[row] == OP_CODE["D"])
-    back = np.full(n, -1, np.int64)
-    back[row[leaves]] = np.flatnonzero(leaves)
-    parent = np.where(leaves, -1, back[row])
-    begins = np.isin(ops[row], (OP_CODE["I"], OP_CODE["R"])) | (parent >= 0)
-    begins[:1] = True
-    begins[1:] |= (codes[1:] != codes[:-1]) | ends[:-1]
-    start = np.maximum.accumulate(np.where(begins, np.arange(len(row)), 0))
-    return _Lives(place, codes, row, leaves, ends, start, parent)
+    twice = _twice(taken, code[:n], ops)
+    if twice.any():
+        once = np.flatnonzero(~twice)
+        stays = ~twice[moves]
+        code = np.concatenate([code[:n][once], code[n:][stays]])
+        moves = (np.cumsum(~twice) - 1)[moves[stays]]
+        place, ops, is_whole, n = place[once], ops[once], is_whole[once], len(once)
+        taken = taken.select(["_commit_lsn"]).take(pa.array(once))
+    crowd = None
+    if olds and is_whole.any():
+        crowd = _crowd(history, taken.column("_commit_lsn").to_numpy().astype(np.int64), is_whole, place)
+    found = lives(ops, code[:n], moves, code[n:], crowd)
+    event = found.last()
+    event = event[~found.ends[event]]
+    event = event[np.argsort(found.row[event], kind="stable")]
+    return _Changes(place, found, event, found.row[event])
 
 
-def _old_keys(schema: pa.Schema, keys: tuple[str, ...]) -> dict[str, pc.Expression]:
-    if "_before" not in schema.names:
-        return {}
-    before = schema.field("_before").type
-    if not all(before.get_field_index(name) >= 0 for name in keys):
-        return {}
-    return {_OLD + name: pc.field("_before", name) for name in keys}
+def _in_before(schema: pa.Schema, name: str) -> bool:
+    return bool(schema.field("_before").type.get_field_index(name) >= 0)
+
+
+def _in_order(table: pa.Table) -> Ints:
+    """The places of all changes in position order."""
+    lsn, seq = (table.column(name).to_numpy() for name in ("_commit_lsn", "_seq"))
+    place: Ints = np.lexsort((seq, lsn)).astype(np.int64)
+    return place
+
+
+def _twice(taken: pa.Table, code: Ints, ops: NDArray[np.int8]) -> Bools:
+    """Which changes are in the files already: the same of the same key at the same position."""
+    n = len(code)
+    lsn, seq = (taken.column(name).to_numpy() for name in ("_commit_lsn", "_seq"))
+    again = np.zeros(n, np.bool_)
+    again[1:] = (lsn[1:] == lsn[:-1]) & (seq[1:] == seq[:-1])
+    if again.any():
+        # The delete of an old key has the position of the update that brings its row to the new key.
+        position = np.cumsum(~again)
+        order = np.lexsort((ops, code, position))
+        same = np.stack([position[order], code[order], ops[order]])
+        again[order] = np.append(False, (np.diff(same, axis=1) == 0).all(axis=0))
+    return again
+
+
+def _crowd(history: History, transaction: Ints, is_whole: Bools, place: Ints) -> Crowd:
+    names = [n for n in own_columns(history.schema) if _in_before(history.schema, n)]
+
+    def contents(rows: Ints, prefix: str) -> list[bytes]:
+        raw = ["_raw"] if "_raw" in history.schema.names else []
+        table = history.take(place[rows], [*([] if prefix else names), *raw], names if prefix else ())
+        found = digests([_array(table, prefix + name) for name in sorted(names)])
+        for name, odd in texts(_array(table, "_raw") if raw else None).items():
+            if name.startswith(BEFORE) == bool(prefix):
+                for row, text in zip(odd.rows.tolist(), odd.texts, strict=True):
+                    found[row] += f"{name.removeprefix(BEFORE)}={text}".encode()
+        return found
+
+    return Crowd(transaction, is_whole, lambda rows: contents(rows, ""), lambda rows: contents(rows, BEFORE))
 
 
 def _operations(column: pa.ChunkedArray) -> NDArray[np.int8]:
@@ -214,85 +191,63 @@ def _operations(column: pa.ChunkedArray) -> NDArray[np.int8]:
     return found
 
 
-def _check_deletes(ops: NDArray[np.int8], new: list[pa.Array], keys: tuple[str, ...]) -> None:
-    deletes = pa.array(np.flatnonzero(ops == OP_CODE["D"]))
-    for name, column in zip(keys, new, strict=True):
-        if column.null_count and column.take(deletes).null_count:
-            raise ConfigurationError(
-                f"deletes come without {name}",
-                hint="the replica identity does not send it: choose other columns for key=, or set it to FULL",
-            )
+def _array(table: pa.Table, name: str) -> pa.Array:
+    return table.column(name).combine_chunks()
 
 
-def _moved(ops: NDArray[np.int8], new: list[pa.Array], old: list[pa.Array]) -> tuple[Ints, list[pa.Array]]:
-    """The updates that changed the key, and their old keys."""
-    differs, known = np.zeros(len(ops), np.bool_), ops == OP_CODE["U"]
-    for now, before in zip(new, old, strict=bool(old)):
-        known &= before.is_valid().to_numpy(zero_copy_only=False)
-        differs |= ~pc.fill_null(pc.equal(now, before), False).to_numpy(zero_copy_only=False)
-    moved = np.flatnonzero(differs & known)
-    return moved, [before.take(pa.array(moved)) for before in old]
+def _check_deletes(known: Bools, keys: tuple[str, ...], is_whole: Bools) -> None:
+    if (~known & ~is_whole).any():
+        raise ConfigurationError(
+            f"deletes come without {', '.join(keys)}",
+            hint="the replica identity does not send it: choose other columns for key=, or set it to FULL",
+        )
 
 
 # -- values that were not sent --------------------------------------------------------------------------------------
 
 
-def _filled(files: ds.FileSystemDataset, lives: _Lives, found: _Current, result: pa.Table) -> pa.Table:
-    """The result with the values that PostgreSQL did not send again; those that no file has stay in `_unchanged`."""
-    unchanged = result.column("_unchanged").combine_chunks()
-    if unchanged.null_count == len(unchanged):
-        return result
-    rows = pc.list_parent_indices(unchanged).to_numpy()
-    names = pc.list_flatten(unchanged).to_numpy(zero_copy_only=False)
-    history = files.to_table(columns=["_unchanged"]).column("_unchanged").combine_chunks()
-    of_change = pc.list_parent_indices(history).to_numpy()
-    of_name = pc.list_flatten(history).dictionary_encode()
+def _filled(history: History, changes: _Changes, result: pa.Table) -> pa.Table:
+    """The result with the values that its changes did not bring; those that no file has are named in `_unchanged`."""
+    unchanged = _array(history.columns(["_unchanged"]), "_unchanged")
+    of_change = pc.list_parent_indices(unchanged).to_numpy()
+    of_name = pc.list_flatten(unchanged).dictionary_encode()
+    codes = {name: code for code, name in enumerate(of_name.dictionary.to_pylist())}
+    own = [name for name in own_columns(history.schema) if name in codes or not history.known(name).all()]
     raw: dict[int, dict[str, str]] = {}
     unknown: dict[int, list[str]] = {}
-    for code, name in enumerate(of_name.dictionary.to_pylist()):
-        missing = rows[names == name]
+    open_: set[int] = set()
+    for name in own:
+        sent = history.known(name)
+        if name in codes:
+            sent[of_change[of_name.indices.to_numpy() == codes[name]]] = False
+        sent = sent[changes.place]
+        missing = np.flatnonzero(~sent[changes.last])
         if not len(missing):
             continue
-        sent = _with_column(files, name)
-        sent[of_change[of_name.indices.to_numpy() == code]] = False
-        source = lives.sources(sent[lives.place], found.event[missing])
+        open_.update(missing.tolist())
+        source = changes.lives.origins(sent, changes.event[missing]).change
         for row in missing[source < 0].tolist():
             unknown.setdefault(row, []).append(name)
         missing, source = missing[source >= 0], source[source >= 0]
-        index = result.schema.get_field_index(name)
-        columns = [name, "_raw"] if "_raw" in files.schema.names else [name]
-        values = files.scanner(columns=columns).take(pa.array(lives.place[source]))
+        columns = [name, *(["_raw"] if "_raw" in history.schema.names else [])]
+        values = history.take(changes.place[source], columns)
         where = np.arange(len(result))
         where[missing] = len(result) + np.arange(len(missing))
+        index = result.schema.get_field_index(name)
         both = pa.chunked_array([*result.column(index).chunks, *values.column(name).chunks], result.field(index).type)
         result = result.set_column(index, result.field(index), both.take(pa.array(where)))
-        for row, text in _texts(values, name):
-            raw.setdefault(int(missing[row]), {})[name] = text
-    result = _with_values(result, "_unchanged", {row: unknown.get(row) for row in set(rows.tolist())})
+        odd = texts(_array(values, "_raw") if len(columns) > 1 else None).get(name)
+        for at, text in zip(odd.rows.tolist(), odd.texts, strict=True) if odd else ():
+            raw.setdefault(int(missing[at]), {})[name] = text
+    if open_:
+        result = _with_values(result, "_unchanged", {row: unknown.get(row) for row in open_})
     if raw:
         old = result.column("_raw")
-        result = _with_values(result, "_raw", {i: {**dict(old[i].as_py() or ()), **texts} for i, texts in raw.items()})
+        result = _with_values(result, "_raw", {i: {**dict(old[i].as_py() or ()), **more} for i, more in raw.items()})
     return result
 
 
-def _with_column(files: ds.FileSystemDataset, name: str) -> Bools:
-    """Of each change, whether its file has a column: where it has not, the column was added later."""
-    counts, has = [], []
-    for fragment in files.get_fragments():
-        counts.append(fragment.count_rows())
-        has.append(name in fragment.physical_schema.names)
-    return np.repeat(np.array(has, np.bool_), counts)
-
-
-def _texts(values: pa.Table, name: str) -> list[tuple[int, str]]:
-    """The exact texts of a column's values that its type can't hold, by row."""
-    if "_raw" not in values.column_names or values.column("_raw").null_count == len(values):
-        return []
-    texts = enumerate(values.column("_raw").to_pylist())
-    return [(i, dict(known)[name]) for i, known in texts if known and name in dict(known)]
-
-
-def _with_values(table: pa.Table, name: str, values: dict[int, Any]) -> pa.Table:
+def _with_values(table: pa.Table, name: str, values: Mapping[int, Any]) -> pa.Table:
     index = table.schema.get_field_index(name)
     cells = table.column(index).to_pylist()
     for row, value in values.items():

@@ -2,40 +2,179 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow import fs
 
-from pgoutput_source.errors import SinkError
-from pgoutput_source.parquet.folder import table_of
+from pgoutput_source.parquet.folder import FOOTER, INDEX, table_of
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = ds.ParquetFileFormat()
 
 
-def read(folder: str | Path, *, table: str | None = None) -> ds.FileSystemDataset:
+def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
     """The published files of a `ParquetSink` as one dataset, with a schema that fits all versions of the table.
 
-    A column that a file does not have is null in its rows. The dataset is what is published now; call again for more.
+    A column that a file does not have is null in its rows. A column that has changed its type has the type that holds
+    the values of all files: the wider number, or text. Where there is none (text became an array), it has the type of
+    the newest file, and the values of other files are in a second column, named like ``tags (text)`` after the type
+    that PostgreSQL gave it; the files that have these are read into memory.
+
+    Columns are told by name. `current` tells them by their identity, so that a renamed one keeps its values.
+
+    The dataset is what is published now; call again for more. Only files of the table are opened, and of the files
+    that the index lists only one of each version.
 
     Args:
         folder: The folder.
         table: Schema and table: only the files of its changes.
 
-    Raises:
-        SinkError: Two files have a column of types that can't be brought together: read them one by one.
-
     Example:
         >>> read("out/nothing-yet").count_rows()
         0
     """
+    schemas = schemas_of(Path(folder), table)
+    if not schemas:
+        return ds.dataset([], schema=pa.schema([]), format=_FORMAT)
+    schema, apart = _together(list(schemas.values()))
+    plain = [file for file, kind in schemas.items() if not _splits(kind, apart)]
+    whole: ds.Dataset = ds.dataset([str(file) for file in plain], schema=schema, format=_FORMAT)
+    if len(plain) == len(schemas):
+        return whole
+    names = ", ".join(sorted(apart))
+    logger.warning(
+        "%s: %s changed to a type that does not hold older values: these are in columns of their own", folder, names
+    )
+    split = [_split(pq.read_table(file), apart, schema) for file, kind in schemas.items() if _splits(kind, apart)]
+    return ds.dataset([whole, ds.dataset(pa.concat_tables(split))])
+
+
+def schemas_of(folder: Path, table: str | None = None) -> dict[Path, pa.Schema]:
+    """The published files and their schemas, in the order of their first changes.
+
+    What the index says of a file need not be read from it: files of one version have the same schema.
+    """
+    listed = _index(folder)
+    versions: dict[str, pa.Schema] = {}
+    found = {}
+    for file in sorted(folder.glob("*.parquet")):
+        named, version = listed.get(file.name, (None, ""))
+        if named is not None and table is not None and named != table:
+            continue
+        schema = versions.get(version)
+        if schema is None:
+            schema = _FORMAT.inspect(str(file), fs.LocalFileSystem())
+            metadata = schema.metadata or {}
+            schema = schema.with_metadata({k: v for k, v in metadata.items() if k != FOOTER.encode()})
+            if version:
+                versions[version] = schema
+        if table is None or table_of(schema) == table:
+            found[file] = schema
+    return found
+
+
+def _index(folder: Path) -> dict[str, tuple[str, str]]:
+    """By file, the table and the digest of the schema that the index has for it."""
+    index = folder / INDEX
+    found = {}
+    for line in index.read_bytes().splitlines() if index.exists() else ():
+        try:
+            entry = json.loads(line)
+            found[entry["file"]] = entry["table"], entry["schema"]
+        except (ValueError, KeyError, TypeError):
+            continue  # a crash tore this line: the file itself says it
+    return found
+
+
+# -- types that changed ---------------------------------------------------------------------------------------------
+
+
+def common_type(kinds: Iterable[pa.DataType]) -> pa.DataType | None:
+    """A type that holds the values of all these, None if there is none.
+
+    >>> common_type([pa.int32(), pa.int64()]), common_type([pa.int64(), pa.utf8()])
+    (DataType(int64), DataType(string))
+    >>> common_type([pa.utf8(), pa.list_(pa.utf8())]) is None
+    True
+    """
+    kinds = list(dict.fromkeys(kinds))
     try:
-        schemas = {file: pq.read_schema(file) for file in sorted(Path(folder).glob("*.parquet"))}
-        if table is not None:
-            schemas = {file: kind for file, kind in schemas.items() if table_of(kind) == table}
-        schema = pa.unify_schemas([*schemas.values()] or [pa.schema([])], promote_options="permissive")
-    except pa.ArrowTypeError as e:
-        raise SinkError(
-            f"the files in {folder} don't fit together: {e}",
-            hint="a column has changed its type; read the files of each version by themselves",
-        ) from e
-    return ds.dataset([str(file) for file in schemas], schema=schema, format="parquet")
+        fields = [pa.schema([pa.field("", kind)]) for kind in kinds]
+        return pa.unify_schemas(fields, promote_options="permissive").field(0).type
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return pa.utf8() if all(map(_has_text, kinds)) else None
+
+
+def _has_text(kind: pa.DataType) -> bool:
+    """Whether Arrow writes values of this type as a text that says the same."""
+    t = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return False
+    return bool(
+        t.is_string(kind) or t.is_integer(kind) or t.is_floating(kind) or t.is_decimal(kind) or t.is_boolean(kind)
+        or t.is_date(kind) or t.is_time(kind) or t.is_timestamp(kind) or t.is_null(kind)
+    )  # fmt: skip
+
+
+def _together(schemas: Sequence[pa.Schema]) -> tuple[pa.Schema, dict[str, pa.DataType]]:
+    """A schema for all of these, and the columns that they can't share, with their newest types."""
+    versions: dict[str, dict[pa.DataType, pa.Field]] = {}
+    for schema in schemas:
+        for field in schema:
+            versions.setdefault(field.name, {}).pop(field.type, None)
+            versions[field.name][field.type] = field
+    fields, apart, more = [], {}, []
+    for name, by_type in versions.items():
+        newest = list(by_type.values())[-1]
+        kind = common_type(by_type) if len(by_type) > 1 else newest.type
+        if kind is None and name == "_before":
+            kind = pa.struct(_together([pa.schema(list(old.type)) for old in by_type.values()])[0])
+        elif kind is None:
+            apart[name], kind = newest.type, newest.type
+            more += [old.with_name(second_name(old)) for old in by_type.values() if old.type != newest.type]
+        fields.append(newest.with_type(kind))
+    return pa.schema([*fields, *more], metadata=schemas[-1].metadata), apart
+
+
+def second_name(field: pa.Field) -> str:
+    """The name of the column for values that the newest type can't hold."""
+    name = (field.metadata or {}).get(b"pg.type", str(field.type).encode()).decode()
+    return f"{field.name} ({name})"
+
+
+def _splits(schema: pa.Schema, apart: Mapping[str, pa.DataType]) -> bool:
+    return any(name in schema.names and schema.field(name).type != kind for name, kind in apart.items())
+
+
+def _split(table: pa.Table, apart: Mapping[str, pa.DataType], schema: pa.Schema) -> pa.Table:
+    """A file's rows with the values that don't go together in columns of their own."""
+    columns = _apart(dict(zip(table.column_names, table.columns, strict=True)), list(table.schema), apart)
+    if "_before" in columns:
+        before = columns["_before"].combine_chunks()
+        children = [before.field(i) for i in range(before.type.num_fields)]
+        named = dict(zip([f.name for f in before.type], children, strict=True))
+        inner = _apart(named, list(before.type), apart)
+        kind = schema.field("_before").type
+        arrays = [_as(inner.get(f.name), f.type, len(before)) for f in kind]
+        columns["_before"] = pa.StructArray.from_arrays(arrays, fields=list(kind), mask=before.is_null())
+    return pa.table([_as(columns.get(f.name), f.type, len(table)) for f in schema], schema=schema)
+
+
+def _apart(
+    columns: dict[str, pa.Array], fields: Sequence[pa.Field], apart: Mapping[str, pa.DataType]
+) -> dict[str, pa.Array]:
+    odd = {f.name: second_name(f) for f in fields if f.name in apart and f.type != apart[f.name]}
+    return {odd.get(name, name): column for name, column in columns.items()}
+
+
+def _as(column: pa.Array | None, kind: pa.DataType, length: int) -> pa.Array:
+    if column is None:
+        return pa.nulls(length, kind)
+    return column if column.type == kind else column.cast(kind)

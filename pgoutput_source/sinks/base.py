@@ -21,7 +21,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
 from pgoutput_source.dataflow.run import gate
-from pgoutput_source.errors import StateError
+from pgoutput_source.errors import check_version
 
 logger = logging.getLogger(__name__)
 
@@ -130,11 +130,8 @@ class _Partition(StatefulSinkPartition[Item, State]):
     """Knows which epochs are staged and not yet published. What the gate looks at changes only under its lock."""
 
     def __init__(self, sink: TwoPhaseSink[Item], step_id: str, resume: State | None) -> None:
-        if resume is not None and resume.get("v") != STATE_VERSION:
-            raise StateError(
-                f"the resume state of step {step_id!r} is of another version",
-                hint="run the version that wrote it, or start afresh with a new recovery folder",
-            )
+        if resume is not None:
+            check_version(resume, STATE_VERSION, f"step {step_id!r}")
         self.sink = sink
         # Of each run another: the state of an epoch that never became durable may be given to a later run as the last
         # before its own, and must not list a token that was used again.

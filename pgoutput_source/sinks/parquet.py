@@ -27,7 +27,7 @@ from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
 from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.dataflow.run import gate
-from pgoutput_source.errors import ConfigurationError, SinkError, StateError
+from pgoutput_source.errors import ConfigurationError, SinkError, check_version
 from pgoutput_source.parquet.folder import (
     COMMITTED,
     MERGING,
@@ -139,11 +139,8 @@ class _Partition(StatefulSinkPartition[Item, State]):
     """Owns the folder. What the gate looks at changes only under the gate's lock."""
 
     def __init__(self, sink: ParquetSink, resume: State | None) -> None:
-        if resume is not None and resume.get("v") != STATE_VERSION:
-            raise StateError(
-                f"the resume state of {sink} is of another version",
-                hint="run the version that wrote it, or start afresh with a new recovery folder",
-            )
+        if resume is not None:
+            check_version(resume, STATE_VERSION, str(sink))
         self.sink = sink
         sink._built = True
         self.folder: Folder = Folder(sink.folder)

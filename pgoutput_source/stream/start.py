@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pgoutput_source.changes.schema import Position
-from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError
+from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError, check_version
 from pgoutput_source.postgres import checks, connection, creation
 from pgoutput_source.postgres.connection import Connection
 from pgoutput_source.postgres.remedies import resync_hint
@@ -166,11 +166,7 @@ def positions(state: State, system: System) -> tuple[Position | None, Lsn]:
     Raises:
         StateError: The state has another shape, or belongs to another database system.
     """
-    if not isinstance(state, dict) or state.get("v") != STATE_VERSION:
-        raise StateError(
-            "the resume state is of another version",
-            hint="run the version that wrote it, or start afresh with a new recovery folder",
-        )
+    check_version(state, STATE_VERSION, "the source")
     if state["system"] != system.system_id:
         raise StateError(
             f"the resume state belongs to database system {state['system']}, this server is {system.system_id}",

@@ -108,12 +108,7 @@ class Workload:
 
     def frames(self) -> list[bytes]:
         """What the slot holds: XLogData frames. They are consumed."""
-        query = """
-            SELECT lsn - '0/0'::pg_lsn, data
-            FROM pg_logical_slot_get_binary_changes(%s, NULL, NULL, 'proto_version', '1', 'publication_names', 'p')
-        """
-        rows = self.connection.execute(query, [self.slot], binary=True).fetchall()
-        return [b"w" + struct.pack(">QQq", int(lsn), int(lsn), 0) + data for lsn, data in rows]
+        return consumed(self.connection, self.slot)
 
     def feed(self, assembler: Assembler, frames: Sequence[bytes]) -> Iterator[ChangeSet]:
         """Change sets of the frames, cut at random."""
@@ -124,6 +119,16 @@ class Workload:
             at += size
             if len(changes):
                 yield changes
+
+
+def consumed(connection: psycopg.Connection[Any], slot: str) -> list[bytes]:
+    """What a slot holds, for publication `p`, as XLogData frames; the slot forgets it."""
+    query = """
+        SELECT lsn - '0/0'::pg_lsn, data
+        FROM pg_logical_slot_get_binary_changes(%s, NULL, NULL, 'proto_version', '1', 'publication_names', 'p')
+    """
+    rows = connection.execute(query, [slot], binary=True).fetchall()
+    return [b"w" + struct.pack(">QQq", int(lsn), int(lsn), 0) + data for lsn, data in rows]
 
 
 def plain(value: Any) -> Any:

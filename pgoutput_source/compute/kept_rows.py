@@ -1,0 +1,191 @@
+"""The last row of each key as kept state.
+
+With a replica identity of only the key PostgreSQL sends no old rows, so whoever needs them must remember them.
+`KeptRows` does: an append-only log of Arrow tables, and a dict that says where in it each key's row lies.
+
+https://www.postgresql.org/docs/current/logical-replication-publication.html#LOGICAL-REPLICATION-PUBLICATION-REPLICA-IDENTITY
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pgoutput_source.compute.keys import KeyColumns
+from pgoutput_source.compute.metadata import Bools, Ints, texts
+from pgoutput_source.compute.state import AFRESH, pack, unpack
+from pgoutput_source.errors import StateError
+
+KNOWN = "_known "
+"""Stands before the name of a column of which not every kept row knows the value, and names a column of booleans."""
+
+_MERGED_BYTES = 256 << 20  # far below the 2 GiB that an Arrow string array can hold
+_GARBAGE_ROWS = 16384
+
+
+class KeptRows:
+    """The last row of each key: some columns, and `_raw` where a value's type can't hold it. In memory.
+
+    A row costs its Arrow values and about 150 bytes for the index. Rows that were replaced stay until there are as
+    many of them as of those that count.
+    """
+
+    def __init__(self, key: tuple[str, ...]) -> None:
+        self.key = key
+        self._index: dict[Hashable, int] = {}
+        self._chunks: list[pa.Table] = []
+        self._end = 0
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """The columns that are kept, empty while no row is."""
+        return {field.name: field.type for chunk in self._chunks for field in chunk.schema}
+
+    def find(self, keys: Sequence[Hashable]) -> Ints:
+        """Where each key's row lies, -1 for a key that has none."""
+        return np.fromiter(map(self._index.get, keys, itertools.repeat(-1)), np.int64, len(keys))
+
+    def take(self, places: Ints) -> pa.Table | None:
+        """The rows at these places, in this order; None if nothing was ever kept."""
+        if not self._chunks:
+            return None
+        if len(self._chunks) == 1:
+            return self._chunks[0].take(pa.array(places))
+        starts = np.cumsum([0, *(c.num_rows for c in self._chunks[:-1])])
+        chunk = np.searchsorted(starts, places, "right") - 1
+        order = np.argsort(chunk, kind="stable")
+        parts = []
+        for i in np.unique(chunk).tolist() or [0]:
+            parts.append(self._chunks[i].take(pa.array(places[chunk == i] - starts[i])))
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return joined(parts).take(pa.array(back))
+
+    def put(self, keys: Sequence[Hashable], rows: pa.Table) -> None:
+        """Keep the rows of these keys, in place of those they had."""
+        if not rows.num_rows:
+            return
+        self._index.update(zip(keys, range(self._end, self._end + rows.num_rows), strict=True))
+        self._end += rows.num_rows
+        self._chunks.append(rows)
+        # A chunk is at least twice as large as the next: there are few, and a row is copied few times.
+        while len(self._chunks) > 1:
+            last, before = self._chunks[-1], self._chunks[-2]
+            if before.num_rows > 2 * last.num_rows or before.nbytes + last.nbytes > _MERGED_BYTES:
+                break
+            self._chunks[-2:] = [joined([before, last])]
+        if self._end > 2 * len(self._index) + _GARBAGE_ROWS:
+            self._collect()
+
+    def drop(self, keys: Sequence[Hashable]) -> None:
+        """Forget these keys."""
+        for key in keys:
+            self._index.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._index.clear()
+        self._chunks.clear()
+        self._end = 0
+
+    def rekey(self, key: tuple[str, ...]) -> None:
+        """Keep the same rows by other columns.
+
+        Raises:
+            StateError: These columns are not kept.
+        """
+        table = self.table()
+        if table is not None and not set(key) <= set(table.column_names):
+            raise StateError(
+                f"the replica identity has changed from ({', '.join(self.key)}) to ({', '.join(key)}), "
+                "and the rows that are kept don't have its columns",
+                hint=AFRESH,
+            )
+        self.key = key
+        self.replace(table)
+
+    def replace(self, table: pa.Table | None) -> None:
+        """Keep exactly these rows."""
+        self.clear()
+        if table is not None:
+            columns = {name: table.column(name).combine_chunks() for name in self.key}
+            raw = table.column("_raw").combine_chunks() if "_raw" in table.column_names else None
+            self.put(KeyColumns.of(columns, texts(raw)).objects(), table)
+
+    def table(self) -> pa.Table | None:
+        """All rows; None if nothing is kept."""
+        self._collect()
+        return None if not self._chunks else joined(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
+
+    def snapshot(self) -> dict[str, Any]:
+        """Builtins that `restore` takes."""
+        return {"key": self.key, "rows": pack(self.table())}
+
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> KeptRows:
+        """What `snapshot` gave."""
+        kept = cls(tuple(state["key"]))
+        kept.replace(unpack(state["rows"]))
+        return kept
+
+    def _collect(self) -> None:
+        """Drop the rows that were replaced."""
+        if self._end == len(self._index):
+            return
+        places = np.fromiter(self._index.values(), np.int64, len(self._index))
+        places_in_order = np.sort(places)
+        rows = self.take(places_in_order)
+        assert rows is not None
+        keys = list(self._index)
+        ranks = np.searchsorted(places_in_order, places)
+        self._index = dict(zip(keys, ranks.tolist(), strict=True))
+        self._chunks = [rows] if rows.num_rows else []
+        self._end = rows.num_rows
+
+
+def known(rows: pa.Table, name: str) -> Bools:
+    """Which kept rows know the value of a column."""
+    if name not in rows.column_names:
+        return np.zeros(rows.num_rows, np.bool_)
+    if KNOWN + name not in rows.column_names:
+        return np.ones(rows.num_rows, np.bool_)
+    found: Bools = pc.fill_null(rows.column(KNOWN + name), False).to_numpy()
+    return found
+
+
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all tables, in types that hold the values of each; a column that one lacks is not known there.
+
+    Raises:
+        StateError: There is no such type for a column.
+    """
+    if all(table.schema.equals(tables[0].schema) for table in tables):
+        return pa.concat_tables(tables).combine_chunks()
+    names = {name for table in tables for name in table.column_names if name != "_raw" and not name.startswith(KNOWN)}
+    marked = {n for n in names if any(n not in t.column_names or KNOWN + n in t.column_names for t in tables)}
+    decimals = {field.name for table in tables for field in table.schema if pa.types.is_decimal(field.type)}
+    try:
+        return pa.concat_tables(
+            [_alike(table, marked, decimals) for table in tables], promote_options="permissive"
+        ).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as e:
+        raise StateError(
+            f"a column has changed its type, and what is kept does not go with what comes: {e}", hint=AFRESH
+        ) from e
+
+
+def _alike(table: pa.Table, marked: set[str], decimals: set[str]) -> pa.Table:
+    """A table that can be joined: with what it knows, and integers as decimals, which Arrow does not do by itself."""
+    columns = {
+        name: column.cast(pa.decimal128(20, 0)) if name in decimals and pa.types.is_integer(column.type) else column
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
+    return pa.table(columns | {KNOWN + name: pa.array(known(table, name)) for name in sorted(marked)})

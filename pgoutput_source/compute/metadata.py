@@ -1,0 +1,112 @@
+"""What the metadata columns of a batch say of its rows: `_op`, `_unchanged` and `_raw`, as masks and spans."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pgoutput_source.changes.schema import METADATA_COLUMNS, OP_CODE
+
+Ints: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
+
+INSERT, UPDATE, DELETE, READ, TRUNCATE = (OP_CODE[op] for op in "IUDRT")
+
+BEFORE = "_before."
+"""Stands before a column's name in `_raw` where the text belongs to the old row."""
+
+
+class Span(NamedTuple):
+    """Rows without a truncate among them; `truncated` says that one comes right before."""
+
+    truncated: bool
+    start: int
+    end: int
+
+
+class Texts(NamedTuple):
+    """The exact texts of one column's values that its Arrow type can't hold, and the rows that they stand in."""
+
+    rows: Ints
+    texts: list[str]
+
+    def column(self, length: int) -> pa.Array:
+        """The texts as a column, null where the cell says it all."""
+        index = np.full(length, -1, np.int64)
+        index[self.rows] = np.arange(len(self.rows))
+        return pa.array(self.texts, pa.utf8()).take(pa.array(index, mask=index < 0))
+
+
+def own_columns(schema: pa.Schema) -> list[str]:
+    """Names of the table's own columns."""
+    return [name for name in schema.names if name not in METADATA_COLUMNS]
+
+
+def operations(data: pa.RecordBatch) -> NDArray[np.int8]:
+    """`_op` of each row as its index in `OPS`."""
+    column = data.column("_op")
+    codes: NDArray[np.int8] = np.array([OP_CODE[op] for op in column.dictionary.to_pylist()], np.int8)
+    found: NDArray[np.int8] = codes[column.indices.to_numpy()]
+    return found
+
+
+def of_operations(data: pa.RecordBatch, ops: Collection[str]) -> pa.RecordBatch:
+    """The rows of some operations."""
+    column = data.column("_op")
+    wanted = np.array([op in ops for op in column.dictionary.to_pylist()])[column.indices.to_numpy()]
+    return data if wanted.all() else data.filter(pa.array(wanted))
+
+
+def spans(ops: NDArray[np.int8]) -> Iterator[Span]:
+    """Rows cut at the truncates. One that comes last is followed by an empty span."""
+    start = 0
+    for end in [*np.flatnonzero(ops == TRUNCATE).tolist(), len(ops)]:
+        if end > start or (start and end == len(ops)):
+            yield Span(start > 0, start, end)
+        start = end + 1
+
+
+def unsent(data: pa.RecordBatch, columns: Sequence[str]) -> dict[str, Bools]:
+    """By column, the rows for which PostgreSQL did not send its value: unchanged TOAST."""
+    unchanged = data.column("_unchanged")
+    if unchanged.null_count == len(unchanged):
+        return {}
+    rows = pc.list_parent_indices(unchanged).to_numpy()
+    names = pc.list_flatten(unchanged).dictionary_encode()
+    masks: dict[str, Bools] = {}
+    for code, name in enumerate(names.dictionary.to_pylist()):
+        if name in columns:
+            mask = np.zeros(len(data), np.bool_)
+            mask[rows[names.indices.to_numpy() == code]] = True
+            masks[name] = mask
+    return masks
+
+
+def texts(raw: pa.Array | None) -> dict[str, Texts]:
+    """A `_raw` column by the names in it, old rows' under ``_before.name``."""
+    if raw is None or raw.null_count == len(raw):
+        return {}
+    rows = np.flatnonzero(raw.is_valid().to_numpy(zero_copy_only=False))
+    found: dict[str, tuple[list[int], list[str]]] = {}
+    for row, known in zip(rows.tolist(), raw.drop_null().to_pylist(), strict=True):
+        for name, text in known:
+            at, values = found.setdefault(name, ([], []))
+            at.append(row)
+            values.append(text)
+    return {name: Texts(np.array(at, np.int64), values) for name, (at, values) in found.items()}
+
+
+def row_texts(raw: pa.Array) -> pa.Array:
+    """A `_raw` column without what it says of old rows."""
+    if raw.null_count == len(raw):
+        return raw
+    cells = [
+        None if known is None else [(name, text) for name, text in known if not name.startswith(BEFORE)] or None
+        for known in raw.to_pylist()
+    ]
+    return pa.array(cells, raw.type)

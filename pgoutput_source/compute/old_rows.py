@@ -1,0 +1,142 @@
+"""What a row was before a change: sent as `_before` where the replica identity is FULL, and kept where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pgoutput_source.changes.schema import TableSchema
+from pgoutput_source.compute.columns import refuse_misfits
+from pgoutput_source.compute.kept_rows import KeptRows
+from pgoutput_source.compute.keyed_changes import Found, KeyedChanges
+from pgoutput_source.compute.metadata import BEFORE, DELETE, UPDATE, Bools, Ints, operations, row_texts, unsent
+from pgoutput_source.compute.state import AFRESH
+from pgoutput_source.errors import ConfigurationError, StateError
+
+FULL = "f"
+
+
+class OldRows:
+    """Of one table, what a step must remember of its rows: nothing while the identity is FULL.
+
+    `kept` has the last row of each key, None while the identity is FULL. `kept_all` says whether every row that was
+    seen is in it.
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self.table: str | None = None
+        self.kept: KeptRows | None = None
+        self.kept_all = True
+        if state is not None:
+            self.table, self.kept_all = state["table"], state["kept_all"]
+            self.kept = None if state["kept"] is None else KeptRows.restore(state["kept"])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Builtins that the next `OldRows` takes."""
+        return {
+            "table": self.table,
+            "kept_all": self.kept_all,
+            "kept": None if self.kept is None else self.kept.snapshot(),
+        }
+
+    def know(self, step_id: str, schema: TableSchema, ops: NDArray[np.int8]) -> None:
+        """Take note of a batch's table and identity.
+
+        Raises:
+            ConfigurationError: It is of another table than those before.
+            StateError: Old rows are needed that were not kept.
+        """
+        if self.table not in (None, schema.table):
+            raise ConfigurationError(
+                f"step {step_id!r} has seen {self.table} and now gets changes of {schema.table}",
+                hint="one step for each table; partitions: publish_via_partition_root makes them one table",
+            )
+        self.table = schema.table
+        if schema.replica_identity == FULL or not schema.key:
+            self.kept, self.kept_all = None, False
+            return
+        if not self.kept_all and np.isin(ops, (UPDATE, DELETE)).any():
+            raise StateError(
+                "the replica identity was FULL and is not any more: old rows are not sent, and were not kept",
+                table=schema.table,
+                hint=f"ALTER TABLE {schema.table} REPLICA IDENTITY FULL, or {AFRESH}",
+            )
+        if self.kept is None:
+            self.kept = KeptRows(schema.key)
+        elif self.kept.key != schema.key:
+            self.kept.rekey(schema.key)
+
+    def clear(self) -> None:
+        """The table is empty."""
+        if self.kept is not None:
+            self.kept.clear()
+
+    # -- kept -------------------------------------------------------------------------------------------------------
+
+    def filled(self, changes: KeyedChanges, columns: Sequence[str], rows: Ints | None, found: Found) -> pa.Table:
+        """Columns of some changes' rows, whole; all changes' for None.
+
+        Raises:
+            StateError: A value was not sent and never seen.
+        """
+        filled = changes.filled(columns, rows, found)
+        for name, column in filled.items():
+            if column.unknown is not None:
+                raise self._not_sent(name)
+        return pa.table({name: column.values for name, column in filled.items()})
+
+    def keep(self, changes: KeyedChanges, rows: pa.Table) -> None:
+        """Keep the rows that are there after these changes."""
+        assert self.kept is not None
+        codes, at = changes.there
+        self.kept.drop(changes.names(np.concatenate([changes.deleted[0], changes.left[0]])))
+        if changes.texts:
+            raw = row_texts(changes.data.column("_raw").take(pa.array(at)))
+            if raw.null_count < len(raw):
+                rows = rows.append_column("_raw", raw)
+        self.kept.put(changes.names(codes), rows)
+
+    # -- sent -------------------------------------------------------------------------------------------------------
+
+    def sent(self, data: pa.RecordBatch, columns: Sequence[str]) -> tuple[Bools, pa.Table]:
+        """Which changes bring an old row, and these columns of those rows.
+
+        Raises:
+            StateError: An old row is missing, or a value was not sent.
+            ConfigurationError: Old rows don't have these columns.
+            DecodeError: A value that its column's Arrow type can't hold.
+        """
+        refuse_misfits(data, columns, BEFORE)
+        ops = operations(data)
+        has_before = data.column("_before").is_valid().to_numpy(zero_copy_only=False)
+        if (np.isin(ops, (UPDATE, DELETE)) & ~has_before).any():
+            raise StateError(
+                "an update or delete came without its old row",
+                table=self.table,
+                hint=f"ALTER TABLE {self.table} REPLICA IDENTITY FULL, and don't drop _before on the way here",
+            )
+        missing = {*columns} - {field.name for field in data.schema.field("_before").type}
+        if missing:
+            raise ConfigurationError(
+                f"_before has no column {', '.join(sorted(missing))}",
+                table=self.table,
+                hint="the old rows must have it as well: a column that map_batches adds is not in them",
+            )
+        for name in unsent(data, columns):
+            raise self._not_sent(name)
+        olds = data.column("_before").filter(pa.array(has_before))
+        found = {name: pc.struct_field(olds, name) for name in columns}
+        return has_before, pa.table(found or {"_op": data.column("_op").filter(pa.array(has_before))})
+
+    def _not_sent(self, name: str) -> StateError:
+        return StateError(
+            "an unchanged TOASTed value was not sent, and the flow has never seen it",
+            table=self.table,
+            column=name,
+            hint=f"ALTER TABLE {self.table} REPLICA IDENTITY FULL, or begin with a snapshot",
+        )

@@ -1,0 +1,139 @@
+"""Versions of a table: which relation it is, and what rows of an earlier version say of a column that it has now.
+
+What is compared is the metadata of Arrow schemas: ``pg.relation_id`` of the table, ``pg.attnum``, ``pg.oid`` and
+``pg.typmod`` of a column.
+
+https://www.postgresql.org/docs/current/sql-altertable.html
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from pgoutput_source.types import type_of
+
+
+class Relation(NamedTuple):
+    """A table by what it is, not by its name; `told` if the system and database are known in which it is one."""
+
+    relation_id: str
+    system: str
+    database: str
+
+    @property
+    def told(self) -> bool:
+        """Whether it may be recognized under another name."""
+        return bool(self.system)
+
+
+class Past(NamedTuple):
+    """What rows of an earlier version say of a column.
+
+    Attributes:
+        name: The column that it was in them, None if there was none.
+        known: Whether they say its value, be it by that column or by `value`.
+        value: The value, an Arrow scalar, that it had in every row from before it was added; None is NULL.
+        reason: If it is not known, why.
+    """
+
+    name: str | None
+    known: bool
+    value: Any = None
+    reason: str = ""
+
+
+def relation_of(schema: pa.Schema) -> Relation | None:
+    """The relation that a schema's metadata name, None where they don't say."""
+    metadata = schema.metadata or {}
+    if b"pg.relation_id" not in metadata:
+        return None
+    return Relation(*(metadata.get(key, b"").decode() for key in (b"pg.relation_id", b"pg.system", b"pg.database")))
+
+
+def column_in(schema: pa.Schema, field: pa.Field) -> Past:
+    """What a schema of an earlier version says of a column of the newest, `field`."""
+    old = _same_column(schema, field)
+    if old is None:
+        return _before_it_was_added(field)
+    if _same_values(old, field):
+        return Past(old.name, True)
+    return Past(old.name, False, reason=f"changed its type from {_type(old)} to {_type(field)}")
+
+
+def _before_it_was_added(field: pa.Field) -> Past:
+    text = _said(field, b"pg.missing")
+    if text is None:
+        known = _oid(field) is not None and _said(field, b"pg.attnum") is None
+        return Past(None, known, reason="was added later, and what older rows hold in it was not recorded")
+    value = json.loads(text)
+    if value is None:
+        return Past(None, True)
+    try:
+        cell = type_of(int(_oid(field) or 0)).decode(pa.array([value.encode()], pa.binary()), field.type)
+        cell = cell if cell.type == field.type else cell.cast(field.type)
+    except (ValueError, pa.ArrowException):
+        cell = pa.nulls(1, field.type)
+    if cell.null_count:
+        return Past(None, False, reason=f"was added with the default {value}, which {field.type} can't hold")
+    return Past(None, True, cell[0])
+
+
+def _same_column(schema: pa.Schema, field: pa.Field) -> pa.Field | None:
+    number = _said(field, b"pg.attnum")
+    if number is not None and any(_said(old, b"pg.attnum") for old in schema):
+        return next((old for old in schema if _said(old, b"pg.attnum") == number), None)
+    index = schema.get_field_index(field.name)
+    return None if index < 0 else schema.field(index)
+
+
+def _same_values(old: pa.Field, new: pa.Field) -> bool:
+    """Whether values of the old type are those of the new one: PostgreSQL did not make others of them.
+
+    ALTER COLUMN … TYPE … USING may compute anything, and nothing on the wire tells. Only where PostgreSQL leaves the
+    table as it is, because the new type only allows more, are old values taken for the new ones.
+    """
+    if old.type == new.type and (_oid(old) is None or _oid(new) is None):
+        return True
+    if _oid(old) is not None and _oid(old) == _oid(new) and _said(old, b"pg.typmod") == _said(new, b"pg.typmod"):
+        return True
+    was, now = _modified(old), _modified(new)
+    if was is None or now is None:
+        return False
+    (kind, length), (new_kind, new_length) = was, now
+    texts = ("character varying", "text")
+    if kind in texts and new_kind in texts:
+        return new_length is None or (length is not None and length <= new_length)
+    if kind == new_kind == "numeric":
+        if new_length is None:
+            return True
+        return length is not None and length[1:] == new_length[1:] and length <= new_length
+    return False
+
+
+def _modified(field: pa.Field) -> tuple[str, Any] | None:
+    """A type's name and the modifier behind it: ``numeric(12,2)`` is ('numeric', (12, 2))."""
+    found = re.fullmatch(r"([a-z ]+)(?:\((\d+)(?:,(\d+))?\))?", _type(field))
+    if found is None:
+        return None
+    name, *modifier = found.groups()
+    numbers = tuple(int(part) for part in modifier if part is not None)
+    return name, numbers or None
+
+
+def _oid(field: pa.Field) -> str | None:
+    """The type's OID, None where it is not known: "0" stands for a column that PostgreSQL does not have."""
+    oid = _said(field, b"pg.oid")
+    return None if oid == "0" else oid
+
+
+def _type(field: pa.Field) -> str:
+    return _said(field, b"pg.type") or str(field.type)
+
+
+def _said(field: pa.Field, key: bytes) -> str | None:
+    value = (field.metadata or {}).get(key)
+    return None if value is None else value.decode()

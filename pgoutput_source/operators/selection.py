@@ -1,0 +1,74 @@
+"""`cdc.table` and `cdc.messages`: what a dataflow takes from the source's change sets."""
+
+from __future__ import annotations
+
+from bytewax import operators as op
+from bytewax.dataflow import Stream, operator
+
+from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message
+from pgoutput_source.errors import ConfigurationError
+
+
+@operator
+def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]:
+    """The changes of one table, as batches in position order; a change of its schema starts a new batch.
+
+    Args:
+        step_id: Unique name of the step.
+        up: What `PgOutputSource` gives.
+        name: Schema and table: ``public.orders``.
+
+    Raises:
+        ConfigurationError: `name` has no schema.
+
+    Example:
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> from pgoutput_source.testing import batch
+        >>> poll = ChangeSet((batch("public.orders", [("I", {"id": 1})]), batch("public.items", [("I", {"id": 7})])))
+        >>> flow, out = Dataflow("shop"), []
+        >>> op.output("out", table("orders", op.input("in", flow, TestingSource([poll])), "public.orders"),
+        ...           TestingSink(out))
+        >>> run_main(flow)
+        >>> [(batch.table, batch.data["id"].to_pylist()) for batch in out]
+        [('public.orders', [1])]
+    """
+    if "." not in name:
+        raise ConfigurationError(f"table {name!r} has no schema", hint=f"write 'public.{name}'")
+
+    def of_table(sets: list[ChangeSet]) -> list[ChangeBatch]:
+        return [batch for s in sets for batch in s.of(name)]
+
+    return op.flat_map_batch("of_table", up, of_table)
+
+
+@operator
+def messages(step_id: str, up: Stream[ChangeSet], *, prefix: str = "") -> Stream[Message]:
+    """Logical decoding messages: what ``pg_logical_emit_message(transactional, prefix, content)`` wrote.
+
+    A transactional one comes with its transaction, and only if this commits; the others come at once. Within a set
+    they stand in the order of the WAL. With `streaming`, a transactional message that was written behind a savepoint
+    which was rolled back comes nevertheless: PostgreSQL does not say of which subtransaction a message is.
+
+    Args:
+        step_id: Unique name of the step.
+        up: What `PgOutputSource` gives.
+        prefix: Only messages whose prefix begins with this; "" for all.
+
+    Example:
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> from pgoutput_source.protocol.wire import Lsn
+        >>> made = [Message(Lsn(n), prefix, b"hello", False) for n, prefix in enumerate(["audit.login", "beat"])]
+        >>> flow, out = Dataflow("shop"), []
+        >>> changes = op.input("changes", flow, TestingSource([ChangeSet((), tuple(made))]))
+        >>> op.output("out", messages("audit", changes, prefix="audit."), TestingSink(out))
+        >>> run_main(flow)
+        >>> [(message.prefix, message.content) for message in out]
+        [('audit.login', b'hello')]
+    """
+
+    def of_prefix(sets: list[ChangeSet]) -> list[Message]:
+        return [message for s in sets for message in s.messages if message.prefix.startswith(prefix)]
+
+    return op.flat_map_batch("of_prefix", up, of_prefix)

@@ -1,0 +1,241 @@
+"""The history of one table in a folder of Parquet files, seen through the table as it is now.
+
+A table is a relation, not a name: files from before it was dropped and recreated, or from before another table took
+its name, belong to another one. A column is a number within its relation, not a name: a column that was renamed keeps
+its values, and one that took another's name does not get them. Files of a version before say for each column that the
+table has now: here it is, it had this value in every row, or they can't know.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from pgoutput_source.compute.metadata import BEFORE, Bools, Ints, own_columns
+from pgoutput_source.compute.versions import Past, column_in, relation_of
+from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.parquet.folder import table_of
+from pgoutput_source.parquet.read import common_type, schemas_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Files of one version of the table that follow each other.
+
+    Attributes:
+        data: The files.
+        rows: How many changes are in them.
+        schema: Their schema.
+        past: By name of a column that the table has now: what these files say of it.
+    """
+
+    data: ds.FileSystemDataset
+    rows: int
+    schema: pa.Schema
+    past: dict[str, Past]
+
+    @property
+    def whole(self) -> bool:
+        """Whether old rows come with all their columns."""
+        return (self.schema.metadata or {}).get(b"pg.identity") == b"f"
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Today's names of columns by those in the files, where any differs."""
+        names = {past.name: name for name, past in self.past.items() if past.name is not None}
+        return {} if all(old == new for old, new in names.items()) else names
+
+
+class History:
+    """All changes of a table that a folder has, in the order of its files.
+
+    `schema` is that of the newest version; columns that the table has no longer are not in it.
+    """
+
+    def __init__(self, folder: Path, table: str | None) -> None:
+        files = _of_relation(_of_table(folder, table), folder)
+        newest = list(files.values())[-1]
+        self.schema = newest
+        self.runs: list[Run] = []
+        for schema, group in _runs(files):
+            data = ds.dataset([str(file) for file in group], schema=schema, format="parquet")
+            past = {name: column_in(schema, newest.field(name)) for name in own_columns(newest)}
+            self.runs.append(Run(data, data.count_rows(), schema, past))
+        self._starts = np.cumsum([0, *(run.rows for run in self.runs)])
+        self._say_what_is_unknown(table_of(newest) or str(folder))
+
+    def columns(self, names: Sequence[str], olds: Sequence[str] = (), keys: Sequence[str] = ()) -> pa.Table:
+        """Columns of all changes; those of old rows have `BEFORE` in front, and `BEFORE` itself says if there is one.
+
+        A value that the files can't know is null. `keys` are taken for known whatever their type was, and have a type
+        that holds the values of all versions.
+        """
+        kinds = {name: self._key_type(name) for name in keys}
+        return pa.concat_tables([_read(run, self.schema, names, olds, kinds) for run in self.runs])
+
+    def take(self, places: Ints, names: Sequence[str], olds: Sequence[str] = ()) -> pa.Table:
+        """Columns of the changes at these places, in this order."""
+        of = np.searchsorted(self._starts, places, "right") - 1
+        order = np.argsort(of, kind="stable")
+        parts = []
+        for i, run in enumerate(self.runs):
+            inside = pa.array(places[order][of[order] == i] - self._starts[i])
+            if len(inside) or not i:
+                parts.append(_read(run, self.schema, names, olds, {}, inside))
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return pa.concat_tables(parts).take(pa.array(back))
+
+    def known(self, name: str) -> Bools:
+        """Of each change, whether its file can know the value of a column."""
+        return np.repeat([run.past[name].known for run in self.runs], [run.rows for run in self.runs])
+
+    def whole(self) -> Bools:
+        """Of each change, whether an old row would come with all its columns."""
+        return np.repeat([run.whole for run in self.runs], [run.rows for run in self.runs])
+
+    def _key_type(self, name: str) -> pa.DataType:
+        kinds = [run.schema.field(past.name).type for run in self.runs if (past := run.past[name]).name is not None]
+        kind = common_type(kinds) if kinds else pa.null()
+        if kind is None:
+            raise ConfigurationError(
+                f"the key {name} has had types without a common one: {', '.join(map(str, dict.fromkeys(kinds)))}",
+                column=name,
+                hint="read() gives all changes; files of versions before can be moved to a folder of their own",
+            )
+        return kind
+
+    def _say_what_is_unknown(self, table: str) -> None:
+        reasons: dict[str, str] = {}
+        for run in self.runs:
+            for name, past in run.past.items():
+                if not past.known:
+                    reasons[name] = past.reason
+        for name, reason in reasons.items():
+            logger.warning(
+                "%s: column %s %s: its value in rows that have not been sent since is not known (_unchanged)",
+                table, name, reason,
+            )  # fmt: skip
+
+
+def _of_table(folder: Path, table: str | None) -> tuple[str, dict[Path, pa.Schema]]:
+    """The table that is asked for, and all files of the folder."""
+    files = schemas_of(folder)
+    tables = {table_of(schema) for schema in files.values()}
+    if not tables or (table is not None and table not in tables):
+        raise ConfigurationError(
+            f"there are no changes of {table or 'any table'} in {folder}",
+            hint=f"it has changes of {', '.join(sorted(tables))}" if tables else "it has no published files (yet)",
+        )
+    if table is None and len(tables) > 1:
+        raise ConfigurationError(
+            f"{folder} has changes of several tables", hint=f"pass table=, one of {', '.join(sorted(tables))}"
+        )
+    return table if table is not None else tables.pop(), files
+
+
+def _of_relation(asked: tuple[str, dict[Path, pa.Schema]], folder: Path) -> dict[Path, pa.Schema]:
+    """The files of the relation that has the table's name now."""
+    table, files = asked
+    named = [file for file, schema in files.items() if table_of(schema) == table]
+    relation = relation_of(files[named[-1]])
+    if relation is None:
+        return {file: files[file] for file in named}
+    found = {f: s for f, s in files.items() if relation_of(s) == relation and (relation.told or table_of(s) == table)}
+    others = [file for file in named if file not in found]
+    if others:
+        logger.warning(
+            "%s: the table that is called %s now was made, or renamed, after %d files of another one were written: "
+            "their rows are not its rows",
+            folder, table, len(others),
+        )  # fmt: skip
+    return found
+
+
+def _runs(files: Mapping[Path, pa.Schema]) -> Iterator[tuple[pa.Schema, list[Path]]]:
+    group: list[Path] = []
+    last: pa.Schema | None = None
+    for file, schema in files.items():
+        if last is not None and not schema.equals(last, check_metadata=True):
+            yield last, group
+            group = []
+        group.append(file)
+        last = schema
+    if last is not None:
+        yield last, group
+
+
+def _read(
+    run: Run,
+    newest: pa.Schema,
+    names: Sequence[str],
+    olds: Sequence[str],
+    kinds: Mapping[str, pa.DataType],
+    places: pa.Array | None = None,
+) -> pa.Table:
+    expressions: dict[str, pc.Expression] = {}
+    for name in names:
+        expressions[name] = _expression(run, newest, name, kinds.get(name))
+    if olds:
+        there = "_before" in run.schema.names
+        expressions[BEFORE] = pc.field("_before").is_valid() if there else pc.scalar(False)
+    for name in olds:
+        past = run.past[name]
+        kind = kinds.get(name, newest.field(name).type)
+        here = past.name is not None and "_before" in run.schema.names and _has(run.schema, past.name)
+        if here and (past.known or name in kinds):
+            expressions[BEFORE + name] = pc.field("_before", past.name).cast(kind)
+        else:
+            expressions[BEFORE + name] = pc.scalar(pa.scalar(None, kind))
+    scanner = run.data.scanner(columns=expressions)
+    table = scanner.to_table() if places is None else scanner.take(places)
+    for name in ("_unchanged", "_raw"):
+        if name in names and name in run.schema.names and run.renamed:
+            index = table.schema.get_field_index(name)
+            table = table.set_column(index, name, _renamed(table.column(name), run.renamed))
+    return table
+
+
+def _has(schema: pa.Schema, name: str) -> bool:
+    return bool(schema.field("_before").type.get_field_index(name) >= 0)
+
+
+def _expression(run: Run, newest: pa.Schema, name: str, kind: pa.DataType | None) -> pc.Expression:
+    target = newest.field(name).type if kind is None else kind
+    past = run.past.get(name)
+    if past is None:  # a metadata column
+        return pc.field(name) if name in run.schema.names else pc.scalar(pa.scalar(None, target))
+    if past.name is not None and (past.known or kind is not None):
+        here = run.schema.field(past.name).type
+        return pc.field(past.name) if here == target else pc.field(past.name).cast(target)
+    return pc.scalar(pa.scalar(None, target) if past.value is None else past.value)
+
+
+def _renamed(column: pa.ChunkedArray, names: Mapping[str, str]) -> pa.ChunkedArray:
+    """`_unchanged` or `_raw` with the names that the columns have now; columns that are gone are left out."""
+    if column.null_count == len(column):
+        return column
+    cells: list[Any] = []
+    for cell in column.to_pylist():
+        if cell is None:
+            cells.append(None)
+        elif pa.types.is_map(column.type):
+            texts = [(*_split(name), text) for name, text in cell]
+            cells.append([(prefix + names[name], text) for prefix, name, text in texts if name in names] or None)
+        else:
+            cells.append([names[name] for name in cell if name in names] or None)
+    return pa.chunked_array([pa.array(cells, column.type)])
+
+
+def _split(name: str) -> tuple[str, str]:
+    return (BEFORE, name.removeprefix(BEFORE)) if name.startswith(BEFORE) else ("", name)
