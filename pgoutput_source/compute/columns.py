@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pgoutput_source.compute.keys import one_zero_one_nan
-from pgoutput_source.compute.metadata import own_columns, texts
+from pgoutput_source.compute.metadata import Bools, own_columns, texts
 from pgoutput_source.errors import ConfigurationError, DecodeError
 
 _TEXT_NUMERIC: Final = pa.decimal128(38, 18)
@@ -142,6 +143,22 @@ def filtered(data: pa.RecordBatch, where: pc.Expression) -> pa.RecordBatch:
         return data.filter(where)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
         raise _does_not_fit(e, data.schema) from e
+
+
+def matching(rows: pa.Table, where: pc.Expression) -> Bools:
+    """For which rows an expression is true.
+
+    Raises:
+        ConfigurationError: It does not fit the columns.
+    """
+    numbered = rows.append_column("_row number", pa.array(np.arange(rows.num_rows)))
+    try:
+        found = numbered.filter(where).column("_row number").to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        raise _does_not_fit(e, rows.schema) from e
+    mask = np.zeros(rows.num_rows, np.bool_)
+    mask[found] = True
+    return mask
 
 
 def _does_not_fit(error: Exception, schema: pa.Schema) -> ConfigurationError:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pgoutput_source.compute.keys import KeyColumns
-from pgoutput_source.compute.metadata import Bools, Ints, texts
+from pgoutput_source.compute.metadata import Bools, Ints
 from pgoutput_source.compute.state import AFRESH, pack, unpack
 from pgoutput_source.errors import StateError
 
@@ -118,7 +118,7 @@ class KeptRows:
         if table is not None:
             columns = {name: table.column(name).combine_chunks() for name in self.key}
             raw = table.column("_raw").combine_chunks() if "_raw" in table.column_names else None
-            self.put(KeyColumns.of(columns, texts(raw)).objects(), table)
+            self.put(KeyColumns.of(columns, table.schema, raw).objects(), table)
 
     def table(self) -> pa.Table | None:
         """All rows; None if nothing is kept."""
@@ -184,8 +184,12 @@ def joined(tables: Sequence[pa.Table]) -> pa.Table:
 
 def _alike(table: pa.Table, marked: set[str], decimals: set[str]) -> pa.Table:
     """A table that can be joined: with what it knows, and integers as decimals, which Arrow does not do by itself."""
-    columns = {
-        name: column.cast(pa.decimal128(20, 0)) if name in decimals and pa.types.is_integer(column.type) else column
-        for name, column in zip(table.column_names, table.columns, strict=True)
-    }
-    return pa.table(columns | {KNOWN + name: pa.array(known(table, name)) for name in sorted(marked)})
+    arrays, fields = list(table.columns), list(table.schema)
+    for i, field in enumerate(fields):
+        if field.name in decimals and pa.types.is_integer(field.type):
+            fields[i] = field.with_type(pa.decimal128(20, 0))
+            arrays[i] = arrays[i].cast(fields[i].type)
+    known_columns = [KNOWN + name for name in sorted(marked)]
+    keep = [i for i, field in enumerate(fields) if field.name not in known_columns]
+    arrays = [*(arrays[i] for i in keep), *(pa.array(known(table, name)) for name in sorted(marked))]
+    return pa.table(arrays, pa.schema([*(fields[i] for i in keep), *(pa.field(n, pa.bool_()) for n in known_columns)]))

@@ -78,14 +78,15 @@ class KeyedChanges:
     ) -> None:
         self.data, self.key, self.whole, self.standing = data, key, whole, standing
         self.ops = operations(data)
-        self.texts: dict[str, Texts] = texts(data.column("_raw"))
+        raw = data.column("_raw")
+        self.texts: dict[str, Texts] = texts(raw)
         self.crowd: Crowd | None = None
-        news = KeyColumns.of({name: column_of(data, name) for name in key}, self.texts)
+        news = KeyColumns.of({name: column_of(data, name) for name in key}, data.schema, raw)
         before = data.column("_before")
         sent = before.is_valid().to_numpy(zero_copy_only=False)
         olds = None
         if before.null_count < len(before):
-            olds = KeyColumns.of({name: pc.struct_field(before, name) for name in key}, self.texts, BEFORE)
+            olds = KeyColumns.of({name: pc.struct_field(before, name) for name in key}, data.schema, raw, BEFORE)
         self.moves = moved(self.ops, news, olds, sent, sent & whole)
         self._keys = news
         if len(self.moves):
@@ -230,7 +231,8 @@ class KeyedChanges:
     def _key_digests(self, codes: Ints) -> list[bytes]:
         keys = self._keys.take(self._some[codes])
         none = pa.nulls(len(codes), pa.utf8())
-        return digests([*keys.cells, *(keys.texts.get(i, none) for i in range(len(keys.cells)))])
+        parts = [part for column in keys.columns for part in (column.cells, column.texts)]
+        return digests([none if part is None else part for part in parts])
 
     def standing_after(self) -> Standing:
         """What the last transaction has brought so far: it may go on in the next batch."""

@@ -1,7 +1,6 @@
-"""Keys: when two rows have the same one, as PostgreSQL sees it, and what a key is as a Python object.
+"""Keys of several columns and of many rows: codes that are equal where the keys are, keys as Python objects, moves.
 
-A key is its cells *and* their exact text where the Arrow type can't hold a value: '-infinity' and 'infinity' leave the
-same null cell. Floats compare as PostgreSQL compares them: both zeros are one key, and so are all NaNs.
+When two values are equal is what `types.keys` says.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pgoutput_source.compute.metadata import UPDATE, Bools, Ints, Texts
+from pgoutput_source.compute.metadata import UPDATE, Bools, Ints
+from pgoutput_source.types.keys import KeyColumn, joined, key_column
 
 Objects: TypeAlias = list[Hashable]
 
@@ -67,81 +67,68 @@ def encode(columns: Sequence[pa.Array]) -> tuple[Ints, Ints]:
 
 
 class KeyColumns:
-    """The columns of a key, cells and texts, for some rows."""
+    """The keys of some rows: of each column that belongs to it, what PostgreSQL's ``=`` looks at."""
 
-    def __init__(self, cells: Sequence[pa.Array], texts: Mapping[int, pa.Array]) -> None:
-        """`texts` holds, by index of the column, what `_raw` says; most keys have none."""
-        self.cells = [one_zero_one_nan(c) if pa.types.is_floating(c.type) and len(c) else c for c in cells]
-        self.texts = dict(texts)
+    def __init__(self, columns: Sequence[KeyColumn]) -> None:
+        self.columns = list(columns)
 
     @classmethod
-    def of(cls, columns: Mapping[str, pa.Array], texts: Mapping[str, Texts], prefix: str = "") -> KeyColumns:
-        """From columns by name and what `metadata.texts` found, old rows' under `prefix`."""
-        known = {i: texts[prefix + n].column(len(columns[n])) for i, n in enumerate(columns) if prefix + n in texts}
-        return cls(list(columns.values()), known)
+    def of(cls, cells: Mapping[str, pa.Array], schema: pa.Schema, raw: pa.Array | None, prefix: str = "") -> KeyColumns:
+        """From columns by name, their fields, and what `_raw` says of them; of old rows under `prefix`."""
+        return cls([key_column(values, schema.field(name), raw, prefix + name) for name, values in cells.items()])
 
     def __len__(self) -> int:
-        return len(self.cells[0]) if self.cells else 0
+        return len(self.columns[0].cells) if self.columns else 0
 
     def take(self, rows: Ints) -> KeyColumns:
         """The keys of some rows."""
-        index = pa.array(rows)
-        return KeyColumns([c.take(index) for c in self.cells], {i: t.take(index) for i, t in self.texts.items()})
+        return KeyColumns([column.take(pa.array(rows)) for column in self.columns])
 
     def followed_by(self, others: KeyColumns) -> KeyColumns:
         """These keys and others after them."""
-        cells = [
-            pa.concat_arrays([a, b.cast(a.type) if a.type != b.type else b])
-            for a, b in zip(self.cells, others.cells, strict=True)
-        ]
-        texts = {}
-        for i in self.texts.keys() | others.texts.keys():
-            texts[i] = pa.concat_arrays(
-                [keys.texts.get(i, pa.nulls(len(keys), pa.utf8())) for keys in (self, others)],
-            )
-        return KeyColumns(cells, texts)
+        return KeyColumns([joined([a, b]) for a, b in zip(self.columns, others.columns, strict=True)])
 
     def encode(self) -> tuple[Ints, Ints]:
         """A code for each key, equal where PostgreSQL takes them for equal; and a row of each code."""
-        return encode([*self.cells, *self.texts.values()])
+        return encode([part for column in self.columns for part in column.columns])
 
     def known(self) -> Bools:
         """The keys that hold a value in each column."""
         found = np.ones(len(self), np.bool_)
-        for i, cells in enumerate(self.cells):
-            if cells.null_count:
-                valid = cells.is_valid().to_numpy(zero_copy_only=False)
-                if i in self.texts:
-                    valid = valid | self.texts[i].is_valid().to_numpy(zero_copy_only=False)
+        for column in self.columns:
+            if column.cells.null_count:
+                valid = column.cells.is_valid().to_numpy(zero_copy_only=False)
+                if column.texts is not None:
+                    valid = valid | column.texts.is_valid().to_numpy(zero_copy_only=False)
                 found &= valid
         return found
 
     def differ(self, others: KeyColumns) -> Bools:
         """Where these keys are not those of others, row by row; NULL is equal to itself."""
         found = np.zeros(len(self), np.bool_)
-        pairs = [(a, b.cast(a.type) if a.type != b.type else b) for a, b in zip(self.cells, others.cells, strict=True)]
-        for i in self.texts.keys() | others.texts.keys():
-            none = pa.nulls(len(self), pa.utf8())
-            pairs.append((self.texts.get(i, none), others.texts.get(i, none)))
-        for a, b in pairs:
-            same = pc.fill_null(pc.equal(a, b), False).to_numpy(zero_copy_only=False)
-            if pa.types.is_floating(a.type):
-                same = same | pc.fill_null(pc.and_(pc.is_nan(a), pc.is_nan(b)), False).to_numpy(zero_copy_only=False)
-            if a.null_count and b.null_count:
-                same = same | pc.and_(a.is_null(), b.is_null()).to_numpy(zero_copy_only=False)
-            found |= ~same
+        none = pa.nulls(len(self), pa.utf8())
+        for one, two in zip(self.columns, others.columns, strict=True):
+            pairs = [(one.cells, two.cells)]
+            if one.texts is not None or two.texts is not None:
+                pairs.append((none if one.texts is None else one.texts, none if two.texts is None else two.texts))
+            for a, b in pairs:
+                same = pc.fill_null(pc.equal(a, b), False).to_numpy(zero_copy_only=False)
+                if pa.types.is_floating(a.type):
+                    nans = pc.fill_null(pc.and_(pc.is_nan(a), pc.is_nan(b)), False)
+                    same = same | nans.to_numpy(zero_copy_only=False)
+                if a.null_count and b.null_count:
+                    same = same | pc.and_(a.is_null(), b.is_null()).to_numpy(zero_copy_only=False)
+                found |= ~same
         return found
 
     def objects(self) -> Objects:
-        """The keys as Python objects: a value, or a tuple of values. A text stands in a tuple of its own."""
-        lists = []
-        for i, cells in enumerate(self.cells):
-            values = plain(cells)
-            if i in self.texts:
-                known = self.texts[i].to_pylist()
-                values = [v if text is None else (text,) for v, text in zip(values, known, strict=True)]
-            lists.append(values)
-        return lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
+        """The keys as builtins: a value, or a tuple of values. A text stands in a tuple of its own."""
+        return as_keys([column.objects() for column in self.columns])
+
+
+def as_keys(columns: Sequence[Objects]) -> Objects:
+    """The keys that columns of values make: values, or tuples of them."""
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
 def moved(ops: NDArray[np.int8], news: KeyColumns, olds: KeyColumns | None, sent: Bools, whole: Bools) -> Ints:

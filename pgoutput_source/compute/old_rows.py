@@ -88,7 +88,8 @@ class OldRows:
         for name, column in filled.items():
             if column.unknown is not None:
                 raise self._not_sent(name)
-        return pa.table({name: column.values for name, column in filled.items()})
+        fields = [changes.data.schema.field(name) for name in filled]
+        return pa.table([column.values for column in filled.values()], pa.schema(fields))
 
     def keep(self, changes: KeyedChanges, rows: pa.Table) -> None:
         """Keep the rows that are there after these changes."""

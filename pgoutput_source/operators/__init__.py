@@ -15,6 +15,7 @@ from pgoutput_source.operators.outputs import output
 from pgoutput_source.operators.projections import mask, rename, select
 from pgoutput_source.operators.rows import events, key_by, map_batches
 from pgoutput_source.operators.selection import messages, table
+from pgoutput_source.operators.transitions import entered, left
 from pgoutput_source.operators.windows import CommitClock, WindowStream, window
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "WindowStream",
     "aggregate",
     "deletes",
+    "entered",
     "events",
     "filter",
     "inserts",
     "key_by",
     "latest",
+    "left",
     "map_batches",
     "mask",
     "messages",

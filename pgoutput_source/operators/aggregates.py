@@ -40,7 +40,7 @@ from pgoutput_source.compute.columns import (
 from pgoutput_source.compute.grouping import Columns, Grouping
 from pgoutput_source.compute.kept_rows import joined
 from pgoutput_source.compute.keyed_changes import Found, KeyedChanges
-from pgoutput_source.compute.keys import KeyColumns, arrow, encode
+from pgoutput_source.compute.keys import arrow, as_keys, encode, plain
 from pgoutput_source.compute.metadata import (
     DELETE,
     INSERT,
@@ -195,7 +195,7 @@ class _Groups:
         keys = [group_key(_array(rows, name), self.fields[name]) for name in self.grouping.by]
         if keys:
             group, some = encode(keys)
-            names = KeyColumns([key.take(pa.array(some)) for key in keys], {}).objects()
+            names = as_keys([plain(key.take(pa.array(some))) for key in keys])
         else:
             group, names = np.zeros(rows.num_rows, np.int64), [()]
         slots = self._slots(names)

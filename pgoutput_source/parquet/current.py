@@ -113,9 +113,9 @@ def _changes(history: History, keys: tuple[str, ...]) -> _Changes:
         place = place[truncates[-1] + 1 :]
     taken = table.take(pa.array(place))
     ops = ops[place]
-    known = texts(_array(taken, "_raw") if "_raw" in names else None)
-    news = KeyColumns.of({name: _array(taken, name) for name in keys}, known)
-    before = KeyColumns.of({name: _array(taken, BEFORE + name) for name in keys}, known, BEFORE) if olds else None
+    raw = _array(taken, "_raw") if "_raw" in names else None
+    news = KeyColumns.of({name: _array(taken, name) for name in keys}, schema, raw)
+    before = KeyColumns.of({n: _array(taken, BEFORE + n) for n in keys}, schema, raw, BEFORE) if olds else None
     # What `cdc.aggregate` wrote has no LSN of changes. NULL is a group there that may go like any other.
     if "_lsn" in schema.names:
         _check_deletes(news.known()[ops == DELETE], keys, history.whole()[place][ops == DELETE])

@@ -29,6 +29,8 @@ class Table:
         self.changes: list[Change] = []
         self.unchanged: dict[int, list[str]] = {}
         self.values = 0
+        self.steps: list[tuple[Row | None, Row | None]] = []
+        """Of each change since the last batch, the row before and after it."""
 
     def value(self) -> Row:
         self.values += 1
@@ -44,6 +46,7 @@ class Table:
         if self.random.random() < 0.02:
             self.rows.clear()
             self.changes.append(("T", None))
+            self.steps.append((None, None))
 
     def _insert(self) -> None:
         self._add(self._free(), self.value())
@@ -52,6 +55,7 @@ class Table:
         row = {"id": key, **value}
         self.rows.append(row)
         self.changes.append(("I", dict(row)))
+        self.steps.append((None, dict(row)))
 
     def _update(self) -> None:
         for row in self._some():
@@ -62,6 +66,7 @@ class Table:
             self.rows.remove(row)
             old = dict(row) if self.identity == "f" else {"id": row["id"]}
             self.changes.append(("D", old, old))
+            self.steps.append((dict(row), None))
 
     def _move(self) -> None:
         for row in self._some():
@@ -95,11 +100,13 @@ class Table:
                 self._add(two["id"], self.value())
                 self.rows.remove(two)
                 self.changes.append(("D", dict(two), dict(two)))
+                self.steps.append((dict(two), None))
 
     def _change(self, row: Row, to: Row) -> None:
         old = dict(row)
         row.update(to)
         new = dict(row)
+        self.steps.append((old, dict(row)))
         if self.identity == "f":
             self.changes.append(("U", new, old))
             return
