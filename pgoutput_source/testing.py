@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pgoutput_source.changes.batches import ChangeBatch
-from pgoutput_source.changes.schema import OPS, Column, TableSchema
+from pgoutput_source.changes.schema import OPS, Column, TableName, TableSchema
 
 Row = Mapping[str, Any]
 START = datetime(2024, 1, 1, 12, 0, tzinfo=UTC)
@@ -56,8 +56,7 @@ def batch(
     arrow = dict(types) if types else {n: pa.array([row.get(n) for row in rows]).type for n in names}
     keys = (key,) if isinstance(key, str) else tuple(key)
     columns = tuple(Column(n, 0, -1, identity == "f" or n in keys, str(arrow[n]), arrow[n]) for n in names)
-    namespace, _, name = table.partition(".")
-    schema = TableSchema(1, namespace, name, identity, columns)
+    schema = TableSchema(1, *TableName.parse(table), identity, columns)
     times = [at + every * i for i in range(len(rows))] if isinstance(at, datetime) else list(at)
     kinds = {f.name: f.type for f in schema.arrow}
 

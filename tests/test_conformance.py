@@ -98,7 +98,7 @@ def test_case_6_7_a_relation_comes_once_a_connection_and_is_no_change_of_the_sch
 
     slot.run("INSERT INTO t VALUES (3, 'c')")
     slot.assembler.reconnected()
-    known = slot.assembler.relations.current(frame_relation(frames))
+    known = slot.assembler.relations.current(frame_relation(frames)).schema
     again = slot.assembler.feed(slot.frames())
 
     assert rendered([again]) == "+t{3,c}"

@@ -193,7 +193,8 @@ def test_files_over_all_versions_of_a_table(any_db: Database, tmp_path: Path, do
     schemas = {file.name: pq.read_schema(file) for file in capture.files}
     assert [line["file"] for line in index] == list(schemas)
     by_version = {line["schema"]: schemas[line["file"]] for line in index}
-    assert len(by_version) == VERSIONS
+    # A version that goes on in a transaction that drops `extra` does not know the number of `extra` there.
+    assert len(by_version) == VERSIONS + down
     for line in index:
         kind = schemas[line["file"]]
         assert kind.equals(by_version[line["schema"]], check_metadata=True)

@@ -1,13 +1,16 @@
-"""What a change is of and where it stands: positions, columns and the versions of a table.
+"""Where a change stands and what it is of: positions, names of tables, columns, and the versions of a table.
 
-Nothing here holds rows: those are in `changes`, columnar, and in `events`, one by one.
+Nothing here holds rows: `batches` holds them columnar, `events` one by one.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import pyarrow as pa
 
@@ -39,12 +42,97 @@ class Position(NamedTuple):
         return f"{self.commit_lsn}#{self.seq}"
 
 
+class TableName(NamedTuple):
+    """The name of a table: its schema and its own name. The pair is the identity; no text is.
+
+    `str()` writes ``schema.name``. A part that a dot or a quote would make ambiguous is quoted as in SQL, and `parse`
+    reads exactly what `str()` writes. Parts without quotes are taken as they are: upper case stays upper case.
+
+    >>> str(TableName("public", "orders")), str(TableName("a", "b.c"))
+    ('public.orders', 'a."b.c"')
+    >>> TableName.parse('"a.b".c')
+    TableName(namespace='a.b', name='c')
+    """
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return ".".join('"' + part.replace('"', '""') + '"' if _AMBIGUOUS.search(part) else part for part in self)
+
+    @classmethod
+    def parse(cls, text: str) -> TableName:
+        """The table that `text` names.
+
+        >>> TableName.parse("a.b.c")
+        Traceback (most recent call last):
+        pgoutput_source.errors.ConfigurationError: table 'a.b.c' can be read in several ways
+        hint: quote the part that holds a dot, as in SQL: 'a."b.c"' or '"a.b".c'
+
+        Raises:
+            ConfigurationError: It has no schema, or dots that can be read in several ways.
+        """
+        match = _TABLE_NAME.fullmatch(text)
+        if match is not None:
+            quoted_schema, schema, quoted_name, name = match.groups()
+            return cls(
+                schema if quoted_schema is None else quoted_schema.replace('""', '"'),
+                name if quoted_name is None else quoted_name.replace('""', '"'),
+            )
+        if '"' in text:
+            raise ConfigurationError(
+                f"table {text!r} is not a schema and a name",
+                hint="""write each part plain, or in double quotes with a quote inside doubled: 'public."a ""b"" c"'""",
+            )
+        parts = text.split(".")
+        if len(parts) == 1:
+            raise ConfigurationError(f"table {text!r} has no schema", hint=f"write 'public.{text}'")
+        if not all(parts):
+            raise ConfigurationError(
+                f"table {text!r} is not a schema and a name", hint="write schema and table: 'public.orders'"
+            )
+        ways = (cls(".".join(parts[:i]), ".".join(parts[i:])) for i in range(1, len(parts)))
+        raise ConfigurationError(
+            f"table {text!r} can be read in several ways",
+            hint=f"quote the part that holds a dot, as in SQL: {' or '.join(repr(str(way)) for way in ways)}",
+        )
+
+    @classmethod
+    def of(cls, table: str | tuple[str, str]) -> TableName:
+        """A table's name from its text, or from the pair of schema and name."""
+        return cls.parse(table) if isinstance(table, str) else cls(*table)
+
+    def written(self, text: str | None) -> bool:
+        """Whether a state or file that names its table as `text` may mean this one.
+
+        Version 0.1.0 joined the two parts with a dot, whatever they held.
+        """
+        return text in (str(self), f"{self.namespace}.{self.name}")
+
+
+_AMBIGUOUS = re.compile(r'[."]|^$')
+_PART = r'(?:"((?:[^"]|"")+)"|([^."]+))'
+_TABLE_NAME = re.compile(rf"{_PART}\.{_PART}", re.DOTALL)
+
+
+class Missing(NamedTuple):
+    """What a column holds in the rows that are older than the column: the text of a value, None for NULL."""
+
+    text: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """A published column: what the Relation message says, and the Arrow type that holds its values.
 
-    `key` says whether it belongs to the replica identity (with REPLICA IDENTITY FULL every column does); `metadata` is
-    what its type adds to the Arrow field's.
+    Attributes:
+        key: Whether it belongs to the replica identity. With REPLICA IDENTITY FULL every column does.
+        metadata: What its type adds to the Arrow field's metadata.
+        attnum: The column's number in its table, None where it can't be known. A renamed column keeps its number, and
+            a column that was dropped and added again gets another.
+        missing: What the rows hold that are older than the column, None where it can't be known. PostgreSQL sends no
+            change for these rows when it adds a column.
+            https://www.postgresql.org/docs/current/catalog-pg-attribute.html (`attmissingval`)
     """
 
     name: str
@@ -54,31 +142,115 @@ class Column:
     type_name: str
     arrow: pa.DataType
     metadata: tuple[tuple[str, str], ...] = ()
+    attnum: int | None = None
+    missing: Missing | None = field(default=None, compare=False)
 
     @property
     def field(self) -> pa.Field:
-        """The Arrow field: always nullable, with `pg.oid`, `pg.type` and `pg.typmod` as metadata."""
+        """The Arrow field: always nullable, with `pg.oid`, `pg.type` and `pg.typmod` as metadata.
+
+        Where they are known, `pg.attnum` and `pg.missing` stand there too: see `attnum_of` and `missing_of`.
+        """
         meta = {"pg.oid": str(self.type_oid), "pg.type": self.type_name, "pg.typmod": str(self.typmod)}
+        if self.attnum is not None:
+            meta["pg.attnum"] = str(self.attnum)
+        if self.missing is not None:
+            meta["pg.missing"] = json.dumps(self.missing.text, ensure_ascii=False)
         return pa.field(self.name, self.arrow, nullable=True, metadata=meta | dict(self.metadata))
 
 
-def metadata_fields(table: pa.DataType) -> list[pa.Field]:
-    """The fields that stand behind a table's own columns in each batch; `table` is the struct of these columns."""
+def attnum_of(field: pa.Field) -> int | None:
+    """The number that a column has in its table, from its Arrow field; None where the field does not say.
+
+    >>> attnum_of(Column("id", 20, -1, True, "bigint", pa.int64(), attnum=1).field)
+    1
+    """
+    found = (field.metadata or {}).get(b"pg.attnum")
+    return None if found is None else int(found)
+
+
+def missing_of(field: pa.Field) -> Missing | None:
+    """What rows hold that are older than a column, from its Arrow field; None where the field does not say.
+
+    >>> missing_of(Column("n", 23, -1, False, "integer", pa.int32(), missing=Missing("42")).field)
+    Missing(text='42')
+    """
+    found = (field.metadata or {}).get(b"pg.missing")
+    return None if found is None else Missing(json.loads(found))
+
+
+class MetadataNames(NamedTuple):
+    """The names of the columns that follow a table's own in every batch, file and frame.
+
+    They begin with a prefix that can be chosen (`metadata_prefix`), for tables that have a column of such a name. Take
+    the names from a `TableSchema` or, with `of`, from an Arrow schema: these know their prefix.
+
+    >>> MetadataNames.with_prefix("pg_").op, MetadataNames.of(pa.schema([])).op
+    ('pg_op', '_op')
+    """
+
+    op: str
+    commit_lsn: str
+    seq: str
+    lsn: str
+    xid: str
+    commit_ts: str
+    before: str
+    unchanged: str
+    raw: str
+
+    @classmethod
+    def with_prefix(cls, prefix: str) -> MetadataNames:
+        """The names that begin with `prefix`."""
+        return _names(prefix)
+
+    @classmethod
+    def of(cls, schema: pa.Schema) -> MetadataNames:
+        """The names that an Arrow schema uses; a schema that does not say uses the prefix "_"."""
+        return _names((schema.metadata or {}).get(_PREFIX_KEY, _PREFIX.encode()).decode())
+
+    @property
+    def prefix(self) -> str:
+        """What each name begins with."""
+        return self.op.removesuffix("op")
+
+    @property
+    def old(self) -> str:
+        """What a column's name begins with where `raw` means its value in `before`: ``_before.``"""
+        return f"{self.before}."
+
+    def clash(self, columns: Iterable[str]) -> tuple[str, ...]:
+        """Which of these columns of a table have the name of a metadata column."""
+        return tuple(name for name in columns if name in self)
+
+
+@functools.cache
+def _names(prefix: str) -> MetadataNames:
+    return MetadataNames(*(prefix + name for name in MetadataNames._fields))
+
+
+_PREFIX: Final = "_"
+_PREFIX_KEY: Final = b"pg.metadata_prefix"
+
+
+def metadata_fields(table: pa.DataType, prefix: str = _PREFIX) -> list[pa.Field]:
+    """The fields that follow a table's own columns in each batch; `table` is the struct of these columns."""
+    names = _names(prefix)
     return [
-        pa.field("_op", pa.dictionary(pa.int8(), pa.utf8()), nullable=False),
-        pa.field("_commit_lsn", pa.uint64(), nullable=False),
-        pa.field("_seq", pa.uint64(), nullable=False),
-        pa.field("_lsn", pa.uint64(), nullable=False),
-        pa.field("_xid", pa.uint32(), nullable=False),
-        pa.field("_commit_ts", pa.timestamp("us", "UTC"), nullable=False),
-        pa.field("_before", table),
-        pa.field("_unchanged", pa.list_(pa.utf8())),
-        pa.field("_raw", pa.map_(pa.utf8(), pa.utf8())),
+        pa.field(names.op, pa.dictionary(pa.int8(), pa.utf8()), nullable=False),
+        pa.field(names.commit_lsn, pa.uint64(), nullable=False),
+        pa.field(names.seq, pa.uint64(), nullable=False),
+        pa.field(names.lsn, pa.uint64(), nullable=False),
+        pa.field(names.xid, pa.uint32(), nullable=False),
+        pa.field(names.commit_ts, pa.timestamp("us", "UTC"), nullable=False),
+        pa.field(names.before, table),
+        pa.field(names.unchanged, pa.list_(pa.utf8())),
+        pa.field(names.raw, pa.map_(pa.utf8(), pa.utf8())),
     ]
 
 
-METADATA_COLUMNS = tuple(f.name for f in metadata_fields(pa.struct([])))
-"""Names of the columns that stand behind a table's own in every batch, file and frame."""
+METADATA_COLUMNS = tuple(_names(_PREFIX))
+"""The names of the metadata columns with the default prefix; see `MetadataNames` for others."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +259,8 @@ class TableSchema:
 
     `replica_identity` is PostgreSQL's letter: 'd' default (the primary key), 'f' full, 'i' index, 'n' nothing.
     `origin` names where it comes from (`system`, `database`, `slot`) and is written into the metadata of each batch,
-    so that files tell whose changes they hold. Two versions are equal if and only if their `fingerprint` is.
+    so that files tell whose changes they hold. `metadata_prefix` begins the names of the metadata columns.
+    Two versions are equal if and only if their `fingerprint` is.
 
     Example:
         >>> columns = (Column("id", 20, -1, True, "bigint", pa.int64()), Column("v", 25, -1, False, "text", pa.utf8()))
@@ -102,11 +275,17 @@ class TableSchema:
     replica_identity: str
     columns: tuple[Column, ...]
     origin: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    metadata_prefix: str = field(default=_PREFIX, compare=False)
 
-    @property
+    @functools.cached_property
+    def full_name(self) -> TableName:
+        """Schema and name: what tells this table from others."""
+        return TableName(self.namespace, self.name)
+
+    @functools.cached_property
     def table(self) -> str:
-        """Schema and table: ``public.orders``."""
-        return f"{self.namespace}.{self.name}"
+        """Schema and name as text: ``public.orders``, or ``a."b.c"`` where a dot would be ambiguous."""
+        return str(self.full_name)
 
     @property
     def fingerprint(self) -> tuple[object, ...]:
@@ -118,6 +297,11 @@ class TableSchema:
         """Names of the columns of the replica identity."""
         return tuple(c.name for c in self.columns if c.key)
 
+    @property
+    def metadata_names(self) -> MetadataNames:
+        """The names of the columns that follow the table's own."""
+        return _names(self.metadata_prefix)
+
     @functools.cached_property
     def row_type(self) -> pa.StructType:
         """The table's own columns as an Arrow struct: the type of `_before`."""
@@ -125,16 +309,27 @@ class TableSchema:
 
     @functools.cached_property
     def arrow(self) -> pa.Schema:
-        """The schema of this version's batches: the table's columns, then the metadata columns."""
-        names = [c.name for c in self.columns]
-        clash = sorted(set(names) & set(METADATA_COLUMNS))
+        """The schema of this version's batches: the table's columns, then the metadata columns.
+
+        Raises:
+            ConfigurationError: A column of the table has the name of a metadata column.
+        """
+        clash = self.metadata_names.clash(c.name for c in self.columns)
         if clash:
             raise ConfigurationError(
                 f"column {clash[0]!r} has the name of a metadata column",
                 table=self.table,
                 column=clash[0],
-                hint="leave it out of the publication with a column list (PostgreSQL 15 or newer)",
+                hint="give the metadata columns other names: metadata_prefix='pg_' (PGOUTPUT_METADATA_PREFIX)",
             )
-        meta = {"pg.table": self.table, "pg.relation_id": str(self.relation_id), "pg.identity": self.replica_identity}
+        meta = {
+            "pg.table": self.table,
+            "pg.namespace": self.namespace,
+            "pg.name": self.name,
+            "pg.relation_id": str(self.relation_id),
+            "pg.identity": self.replica_identity,
+            _PREFIX_KEY.decode(): self.metadata_prefix,
+        }
         meta |= {f"pg.{k}": v for k, v in self.origin}
-        return pa.schema([c.field for c in self.columns] + metadata_fields(self.row_type), metadata=meta)
+        fields = [c.field for c in self.columns] + metadata_fields(self.row_type, self.metadata_prefix)
+        return pa.schema(fields, metadata=meta)

@@ -157,7 +157,7 @@ def describe(conn: Connection, wanted: Published, relations: Relations) -> Sourc
     in_identity = {"f": {c[1] for c in live}, "n": set[str]()}.get(identity, set(place))
     announced = tuple(messages.RelationColumn(c[1] in in_identity, c[1], c[2], c[3]) for c in live)
     relations.announce(messages.Relation(wanted.relation_id, namespace, name, identity, announced))
-    schema = relations.current(wanted.relation_id)
+    schema = relations.current(wanted.relation_id).schema
     arrow = {column.name: column.arrow for column in schema.columns}
     key = [
         KeyColumn(c[1], c[6], c[7])

@@ -18,10 +18,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pgoutput_source.changes.batches import HEARTBEAT, ChangeBatch, ChangeSet, Message, Position, TableSchema, Truncate
+from pgoutput_source.changes.batches import HEARTBEAT, ChangeBatch, ChangeSet, Message, Truncate
+from pgoutput_source.changes.schema import Position
 from pgoutput_source.decode.columns import Frames, Rows, decode
 from pgoutput_source.decode.in_progress import StreamedTransactions
-from pgoutput_source.decode.relations import LookUp, Relations, nameless
+from pgoutput_source.decode.relations import LookUp, Relations, TableVersion, nameless
 from pgoutput_source.errors import ProtocolError, SchemaChanged
 from pgoutput_source.protocol import messages
 from pgoutput_source.protocol.wire import PG_EPOCH_US, Lsn, pg_datetime
@@ -40,7 +41,7 @@ _LEGAL = np.zeros((len(STATES), 256), np.bool_)
 for _state, _row in TRANSITIONS.items():
     _LEGAL[STATES.index(_state), [ord(t) for t in _row]] = True
 
-_Cut = tuple[int, TableSchema | None]
+_Cut = tuple[int, TableVersion | None]
 """The frame with which a version of a table begins; None has no name."""
 
 _Truncates = dict[int, tuple[messages.Truncate, tuple[str, ...]]]
@@ -48,7 +49,7 @@ _Truncates = dict[int, tuple[messages.Truncate, tuple[str, ...]]]
 
 _BEGIN_SIZE, _COMMIT_SIZE = 21, 26
 _LAST_MOMENT = 2**63 - 1 - PG_EPOCH_US
-_B, _C, _I, _U, _D, _T = b"BCIUDT"
+_B, _C, _I, _U, _D, _T, _R = b"BCIUDTR"
 _RARE = np.zeros(256, np.bool_)
 _RARE[list(b"RYOTM")] = True
 _ROW = np.zeros(256, np.bool_)
@@ -78,8 +79,9 @@ class Assembler:
         streamed: StreamedTransactions | None = None,
         known_tables: Mapping[str, Sequence[str]] | None = None,
         types: Mapping[int, PgType] = TYPES,
+        metadata_prefix: str = "_",
     ) -> None:
-        self.relations = Relations(origin, look_up, known_tables, types)
+        self.relations = Relations(origin, look_up, known_tables, types, metadata_prefix)
         self._streamed = streamed
         self.on_misfit = on_misfit
         self.position = skip_until
@@ -214,13 +216,15 @@ class Assembler:
         versions: dict[int, list[_Cut]] = {}
         truncates: _Truncates = {}
         found: list[Message] = []
-        for i in np.flatnonzero(_RARE[f.tag]).tolist():
+        rare = np.flatnonzero(_RARE[f.tag])
+        self.relations.expect(_announced(f, rare[f.tag[rare] == _R]))
+        for i in rare.tolist():
             try:
                 match messages.decode(f.message(i)):
                     case messages.Relation() as relation:
-                        for relation_id, before, schema in self.relations.announce(relation):
+                        for relation_id, before, version in self.relations.announce(relation, int(t.xid[t.index[i]])):
                             first: list[_Cut] = [] if before is None else [(-1, before)]
-                            versions.setdefault(relation_id, first).append((i, schema))
+                            versions.setdefault(relation_id, first).append((i, version))
                     case messages.Type() as kind:
                         self.relations.name_type(kind)
                     case messages.Truncate() as truncate:
@@ -257,7 +261,7 @@ class Assembler:
         relation: NDArray[np.uint32],
         versions: dict[int, list[_Cut]],
     ) -> list[ChangeBatch]:
-        groups: list[tuple[Position, Rows, TableSchema]] = []
+        groups: list[tuple[Position, Rows, TableVersion]] = []
         if len(rows):
             one = bool((relation == relation[0]).all())
             for relation_id in relation[:1].tolist() if one else np.unique(relation).tolist():
@@ -270,7 +274,7 @@ class Assembler:
                     raise
                 groups += _cut(f, mine, cuts)
         groups.sort(key=lambda g: g[0])
-        return [decode(f, part, schema, self.relations, on_misfit=self.on_misfit) for _, part, schema in groups]
+        return [decode(f, part, version, on_misfit=self.on_misfit) for _, part, version in groups]
 
     def _advance(
         self, f: Frames, t: _Transactions, begins: NDArray[np.bool_], commits: NDArray[np.bool_], rows: Rows
@@ -359,6 +363,12 @@ def _check_lsns(f: Frames, t: _Transactions, frame: NDArray[np.int64], index: ND
     t.lsn = int(lsn[-1]) if last == len(t.commit_lsn) - 1 else 0
 
 
+def _announced(f: Frames, frame: NDArray[np.int64]) -> set[int]:
+    """The relations of these frames, which are Relation messages."""
+    whole = frame[f.payload[frame] + 5 <= f.end[frame]]
+    return set(f.integers(">u4", f.payload[whole] + 1).tolist())
+
+
 def _truncates(f: Frames, rows: Rows, truncates: _Truncates) -> Iterator[Truncate]:
     """The truncates whose rows are given out."""
     for i, (truncate, tables) in truncates.items():
@@ -373,24 +383,24 @@ def _truncates(f: Frames, rows: Rows, truncates: _Truncates) -> Iterator[Truncat
             )
 
 
-def _cut(f: Frames, rows: Rows, cuts: list[_Cut]) -> list[tuple[Position, Rows, TableSchema]]:
+def _cut(f: Frames, rows: Rows, cuts: list[_Cut]) -> list[tuple[Position, Rows, TableVersion]]:
     """Rows of one relation, cut where its schema changes."""
     bounds = [*np.searchsorted(rows.frame, [at for at, _ in cuts]).tolist(), len(rows)]
     if bounds[0] > 0:
         raise ProtocolError(
             "a change of a relation before its Relation message", lsn=int(f.lsn[rows.frame[0]]), hint=_REPORT
         )
-    parts: list[tuple[Position, Rows, TableSchema]] = []
-    known: TableSchema | None = None
-    for (_, schema), low, high in zip(cuts, bounds, bounds[1:], strict=False):
+    parts: list[tuple[Position, Rows, TableVersion]] = []
+    known: TableVersion | None = None
+    for (_, version), low, high in zip(cuts, bounds, bounds[1:], strict=False):
         if high > low:
-            if schema is None:
+            if version is None:
                 assert known is not None, "a table loses a name that it had"
-                raise nameless(known, int(f.lsn[rows.frame[low]]))
+                raise nameless(known.schema, int(f.lsn[rows.frame[low]]))
             part = rows if (low, high) == (0, len(rows)) else rows.take(slice(low, high))
             # One truncate's frame can be the first change of several tables, so the frame would not order them.
-            parts.append((Position(Lsn(int(part.commit_lsn[0])), int(part.seq[0])), part, schema))
-        known = schema or known
+            parts.append((Position(Lsn(int(part.commit_lsn[0])), int(part.seq[0])), part, version))
+        known = version or known
     return parts
 
 

@@ -25,8 +25,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pgoutput_source.changes.batches import OP_CODE, OPS, ChangeBatch, Column, TableSchema
-from pgoutput_source.decode.relations import Relations
+from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.schema import OP_CODE, OPS, Column, TableSchema
+from pgoutput_source.decode.relations import ColumnType, TableVersion
 from pgoutput_source.errors import ConfigurationError, DecodeError, ProtocolError
 from pgoutput_source.protocol.wire import PG_EPOCH_US, XLOG_DATA_HEADER
 from pgoutput_source.types.base import PgType, Sent, exact_text, numbers_at, ranges_of
@@ -173,21 +174,18 @@ class _Tuples:
         )
 
 
-def decode(
-    frames: Frames, rows: Rows, schema: TableSchema, relations: Relations, *, on_misfit: str = "raw"
-) -> ChangeBatch:
+def decode(frames: Frames, rows: Rows, version: TableVersion, *, on_misfit: str = "raw") -> ChangeBatch:
     """Rows of one table version as a batch; its columns are described in `changes.metadata_fields`.
 
     Raises:
         ProtocolError: A frame doesn't hold the tuples that its message must have.
         DecodeError: A value is not text of its column's type; or, with on_misfit="error", doesn't fit its Arrow type.
     """
+    schema = version.schema
     tag = frames.tag[rows.frame]
     new, old, old_rows = _read(frames, rows.frame, tag, len(schema.columns), schema)
-    decoder = _Decoder(frames, rows, schema, relations, on_misfit)
-    arrays = [
-        decoder.column(c, new.kind[i], new.start[i], new.length[i], None, i) for i, c in enumerate(schema.columns)
-    ]
+    decoder = _Decoder(frames, rows, version, on_misfit)
+    arrays = [decoder.column(i, new.kind[i], new.start[i], new.length[i], None) for i in range(len(schema.columns))]
     before = _before(decoder, schema, old, old_rows, len(rows))
     arrays += [
         pa.DictionaryArray.from_arrays(pa.array(_CODE[tag]), _OPS),
@@ -327,6 +325,7 @@ class _Cells:
     """
 
     column: Column
+    type: ColumnType
     kind: NDArray[np.uint8]
     start: Ints
     length: Ints
@@ -345,18 +344,17 @@ class _Sliced(Protocol):
 class _Decoder:
     """Decodes one table version's columns and collects the values that their Arrow type can't hold."""
 
-    def __init__(self, frames: Frames, rows: Rows, schema: TableSchema, relations: Relations, on_misfit: str) -> None:
-        self.frames, self.rows, self.schema, self.on_misfit = frames, rows, schema, on_misfit
-        self.relations = relations
+    def __init__(self, frames: Frames, rows: Rows, version: TableVersion, on_misfit: str) -> None:
+        self.frames, self.rows, self.on_misfit = frames, rows, on_misfit
+        self.schema, self.types = version.schema, version.types
         self.misfits: dict[int, list[tuple[int, str, str]]] = {}
 
-    def column(
-        self, column: Column, kind: NDArray[np.uint8], start: Ints, length: Ints, rows: Ints | None, order: int
-    ) -> pa.Array:
+    def column(self, order: int, kind: NDArray[np.uint8], start: Ints, length: Ints, rows: Ints | None) -> pa.Array:
         """One column's values. `rows` maps the values to rows of the batch when they are the old tuples'."""
+        column, column_type = self.schema.columns[order], self.types[order]
         if not len(kind):
             return pa.nulls(0, column.arrow)
-        cells = _Cells(column, kind, start, length, rows, order)
+        cells = _Cells(column, column_type, kind, start, length, rows, order)
         sent = kind == _TEXT
         every = bool(sent.all())
         binary = None if every else kind == _BINARY
@@ -365,10 +363,10 @@ class _Decoder:
             sent |= binary
         elif every or sent.any():
             text = self.frames.slices(start, length, None if every else sent)
-            values = self._decoded(cells, self.relations.type_of(column.type_oid).decode, text, None)
+            values = self._decoded(cells, column_type.pg_type.decode, text, None)
         else:
             return pa.nulls(len(kind), column.arrow)
-        older = self.relations.older(column.type_oid, self.rows.xid if rows is None else self.rows.xid[rows])
+        older = column_type.older(self.rows.xid if rows is None else self.rows.xid[rows])
         if older is not None:
             values = values.take(pa.array(np.arange(len(values)), mask=older))
         if values.null_count != len(kind) - np.count_nonzero(sent):
@@ -377,7 +375,7 @@ class _Decoder:
 
     def _mixed(self, cells: _Cells, text: Bools, binary: Bools) -> pa.Array:
         """A column with values in binary: PostgreSQL decides for each one how it is sent."""
-        pg_type = self.relations.type_of(cells.column.type_oid)
+        pg_type = cells.type.pg_type
         if pg_type.binary is None:
             bad = int(np.argmax(binary))
             raise self._error(cells, bad, "a value in binary, which can't be read of this type", _TEXT_INSTEAD)
@@ -406,10 +404,10 @@ class _Decoder:
         try:
             return decode_part(values, kind)
         except (ValueError, pa.ArrowException) as e:
-            if self.relations.defined(cells.column.type_oid):
+            if cells.type.defined:
                 # The type was altered since this was written, so the catalogue describes another version of it.
                 return _salvage(decode_part, values, kind)
-            alien = _not_utf8(values, self.relations.type_of(cells.column.type_oid), kind)
+            alien = _not_utf8(values, cells.type.pg_type, kind)
             if alien is None:
                 bad = _first_bad(values, lambda part: decode_part(part, kind))
                 raise self._error(cells, bad if at is None else int(at[bad]), "not a value of its type") from e
@@ -420,7 +418,7 @@ class _Decoder:
 
     def _keep(self, cells: _Cells, values: pa.Array, sent: Bools) -> None:
         column, rows = cells.column, cells.rows
-        name = column.name if rows is None else f"_before.{column.name}"
+        name = column.name if rows is None else self.schema.metadata_names.old + column.name
         for i in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False) & sent):
             if self.on_misfit == "error":
                 raise self._error(cells, int(i), f"a value that {column.arrow} can't hold")
@@ -432,7 +430,7 @@ class _Decoder:
     def _text(self, cells: _Cells, index: int) -> bytes:
         """PostgreSQL's exact text of one value."""
         value = self._bytes(cells, index)
-        binary = self.relations.type_of(cells.column.type_oid).binary
+        binary = cells.type.pg_type.binary
         if cells.kind[index] == _TEXT or binary is None:
             return value
         try:
@@ -523,7 +521,7 @@ def _before(decoder: _Decoder, schema: TableSchema, old: _Tuples, old_rows: Ints
     if not len(old_rows):
         return pa.nulls(n, schema.row_type)
     children = [
-        decoder.column(c, old.kind[i], old.start[i], old.length[i], old_rows, i) for i, c in enumerate(schema.columns)
+        decoder.column(i, old.kind[i], old.start[i], old.length[i], old_rows) for i in range(len(schema.columns))
     ]
     if children:
         rows = pa.StructArray.from_arrays(children, fields=list(schema.row_type))

@@ -1,41 +1,73 @@
 """Relation messages → versioned table schemas.
 
 PostgreSQL sends a Relation message before the first change of a table on each connection, and again whenever its
-catalogue entry was invalidated: a changed column, but an ANALYZE or a new index as well. Only a changed fingerprint
-makes a new version. Type messages give names to the types that the type table does not know.
+catalogue entry was invalidated: by a changed column, but by an ANALYZE or a new index as well. Only a changed
+fingerprint makes a new version. Type messages give names to the types that the type table does not know.
 
-PostgreSQL 14 and 15 do not announce tables again when their schema is renamed: until the next connection they keep the
-old name. That can't be seen before another table takes it; then the catalogue is asked what the first is called now.
+PostgreSQL 14 and 15 do not announce tables again when their schema is renamed: they keep the old name until the next
+connection. Nobody can see that before another table takes the name; then the catalogue is asked for the first one's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pgoutput_source.changes.batches import Column, TableSchema
-from pgoutput_source.errors import ProtocolError, SchemaChanged
+from pgoutput_source.changes.schema import Column, TableName, TableSchema
+from pgoutput_source.decode.attributes import Attributes
+from pgoutput_source.errors import ProtocolError, SchemaChanged, ServerError
 from pgoutput_source.protocol import messages
 from pgoutput_source.types import OPAQUE, TYPES, PgType
 
+logger = logging.getLogger(__name__)
 
-class Version(NamedTuple):
-    """What begins with a Relation message: a version of a table, and which was valid before.
 
-    `schema` is None for a table whose name is not known any more, `before` for one that was not announced before.
+@dataclass(frozen=True, slots=True)
+class ColumnType:
+    """What decodes a column. `defined` says that the database defines the type: its catalogue may be newer than values.
+
+    >>> ColumnType(TYPES[23]).older(np.array([700], np.uint32)) is None
+    True
+    """
+
+    pg_type: PgType
+    defined: bool = False
+
+    def older(self, xids: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
+        """Which of these transactions may have written values before the type was altered; None stands for none."""
+        changed = self.pg_type.changed
+        if not changed:
+            return None
+        older: NDArray[np.bool_] = (xids - np.uint32(changed)).view(np.int32) <= 0  # transaction numbers wrap around
+        return older if older.any() else None
+
+
+@dataclass(frozen=True, slots=True)
+class TableVersion:
+    """A version of a table, with what decodes each of its columns."""
+
+    schema: TableSchema
+    types: tuple[ColumnType, ...]
+
+
+class Beginning(NamedTuple):
+    """What begins with a Relation message: a version of a table, after the one that was valid before.
+
+    `version` is None for a table whose name is not known any more, `before` for one that was not announced before.
     """
 
     relation_id: int
-    before: TableSchema | None
-    schema: TableSchema | None
+    before: TableVersion | None
+    version: TableVersion | None
 
 
 class LookUp(Protocol):
-    """What is asked of the database's catalogue, which may be newer than the changes."""
+    """What the database's catalogue is asked. It may be newer than the changes."""
 
     def __call__(self, oids: Sequence[int]) -> Mapping[int, PgType]:
         """Rows for the types that the database defines itself, by OID."""
@@ -45,14 +77,22 @@ class LookUp(Protocol):
         """The schema and the name of a table; None if it is gone."""
         ...
 
+    def attributes(self, relation_ids: Collection[int]) -> Mapping[int, Attributes]:
+        """All columns of these tables, by relation; without the tables that are gone."""
+        ...
+
 
 class Relations:
-    """The current `TableSchema` of every relation that was announced.
+    """The current `TableVersion` of every relation that was announced.
 
-    `origin` (name, value pairs such as system, database and slot) is written into the metadata of each batch.
-    `look_up` is asked once for each type that the type table lacks; without it such a type is its text. `known`
-    describes the tables that must stay as they are, by relation, and grows with each table that comes; None lets all
-    of them change. `types` is the type table of the server that the relations are of.
+    Args:
+        origin: Name and value pairs (system, database, slot) that are written into the metadata of each batch.
+        look_up: Asked once for each type that the type table lacks, and for the columns of each table that is
+            announced. Without it such a type is its text, and columns have no numbers.
+        known: Describes the tables that must stay as they are, by relation, and grows with each table that comes.
+            None lets all of them change.
+        types: The type table of the server that the relations are of.
+        metadata_prefix: What the names of the metadata columns begin with.
     """
 
     def __init__(
@@ -61,18 +101,21 @@ class Relations:
         look_up: LookUp | None = None,
         known: Mapping[str, Sequence[str]] | None = None,
         types: Mapping[int, PgType] = TYPES,
+        metadata_prefix: str = "_",
     ) -> None:
         self.origin = origin
         self.known = None if known is None else {relation: list(lines) for relation, lines in known.items()}
+        self.metadata_prefix = metadata_prefix
         self._table = types
         self._look_up = look_up
         self._types: dict[int, PgType] = {}
-        self._current: dict[int, TableSchema] = {}
-        self._holder: dict[str, int] = {}  # which relation a table's name was announced for last
+        self._current: dict[int, TableVersion] = {}
+        self._holder: dict[TableName, int] = {}  # the relation that a table's name was last announced for
         self._nameless: dict[int, TableSchema] = {}
         self._type_names: dict[int, str] = {}
+        self._attributes: Mapping[int, Attributes] = {}
 
-    def current(self, relation_id: int) -> TableSchema:
+    def current(self, relation_id: int) -> TableVersion:
         """The version that is valid now.
 
         Raises:
@@ -87,11 +130,23 @@ class Relations:
             raise ProtocolError(f"a change of relation {relation_id}, which no Relation message announced") from None
 
     def find(self, relation_id: int) -> TableSchema | None:
-        """The version that is valid now, None if no Relation message announced it."""
-        return self._current.get(relation_id)
+        """The schema that is valid now, None if no Relation message announced it."""
+        version = self._current.get(relation_id)
+        return None if version is None else version.schema
 
-    def announce(self, relation: messages.Relation) -> list[Version]:
-        """Take note of a Relation message; the versions that begin with it, none if nothing has changed.
+    def expect(self, relation_ids: Collection[int]) -> None:
+        """Look up the columns of tables that will be announced next, all at once."""
+        self._attributes = {}
+        if self._look_up is None or not relation_ids:
+            return
+        try:
+            self._attributes = self._look_up.attributes(relation_ids)
+        except ServerError as e:
+            # Without numbers columns are told apart by name. That is no reason to stop.
+            logger.warning("columns are told apart by name alone, as the catalogue can't be read: %s", e.message)
+
+    def announce(self, relation: messages.Relation, xid: int | None = None) -> list[Beginning]:
+        """Take note of a Relation message in transaction `xid`; the versions that begin with it, if anything changed.
 
         Raises:
             SchemaChanged: It is not what is known of it, and must be.
@@ -102,38 +157,41 @@ class Relations:
             namespace=relation.namespace or "pg_catalog",  # the protocol's way to save a few bytes
             name=relation.name,
             replica_identity=relation.replica_identity,
-            columns=tuple(map(self._column, relation.columns)),
+            columns=self._columns(relation, xid),
             origin=self.origin,
+            metadata_prefix=self.metadata_prefix,
         )
         known = self._current.get(schema.relation_id)
-        if known is not None and known.fingerprint == schema.fingerprint:
+        if known is not None and known.schema.fingerprint == schema.fingerprint:
             return []
         return self._begin(schema)
 
-    def _begin(self, schema: TableSchema) -> list[Version]:
+    def _begin(self, schema: TableSchema) -> list[Beginning]:
         if self.known is not None:
             _compare(self.known, schema)
-        begun = [Version(schema.relation_id, self._current.get(schema.relation_id), schema)]
-        holder = self._holder.get(schema.table, schema.relation_id)
-        self._current[schema.relation_id] = schema
-        self._holder[schema.table] = schema.relation_id
+        types = tuple(ColumnType(self.type_of(c.type_oid), c.type_oid in self._types) for c in schema.columns)
+        version = TableVersion(schema, types)
+        begun = [Beginning(schema.relation_id, self._current.get(schema.relation_id), version)]
+        holder = self._holder.get(schema.full_name, schema.relation_id)
+        self._current[schema.relation_id] = version
+        self._holder[schema.full_name] = schema.relation_id
         self._nameless.pop(schema.relation_id, None)
         if holder != schema.relation_id:
-            begun += self._rename(holder, schema.table)
+            begun += self._rename(holder, schema.full_name)
         return begun
 
-    def _rename(self, relation_id: int, taken: str) -> list[Version]:
+    def _rename(self, relation_id: int, taken: TableName) -> list[Beginning]:
         """Another relation has the name `taken` now, so this one, if it is still called so, is not."""
         known = self._current.get(relation_id)
-        if known is None or known.table != taken or self._look_up is None:
+        if known is None or known.schema.full_name != taken or self._look_up is None:
             return []
         name = self._look_up.table_name(relation_id)
         if name is None:
-            # Mostly a table that was dropped and made again, of which nothing more comes.
-            self._nameless[relation_id] = self._current.pop(relation_id)
-            return [Version(relation_id, known, None)]
-        schema = replace(known, namespace=name[0], name=name[1])
-        return [] if schema.table == taken else self._begin(schema)
+            # Mostly a table that was dropped and recreated, and no more changes of the old one will come.
+            self._nameless[relation_id] = self._current.pop(relation_id).schema
+            return [Beginning(relation_id, known, None)]
+        schema = replace(known.schema, namespace=name[0], name=name[1])
+        return [] if schema.full_name == taken else self._begin(schema)
 
     def name_type(self, message: messages.Type) -> None:
         """Take note of a Type message. A domain's carries the domain's OID with its base type's name."""
@@ -143,23 +201,21 @@ class Relations:
         """The row that decodes a type: the type table's, the database's own, or its text."""
         return self._table.get(oid) or self._types.get(oid, OPAQUE)
 
-    def defined(self, oid: int) -> bool:
-        """Whether the database defines the type itself: then its catalogue may be newer than a value."""
-        return oid in self._types
-
-    def older(self, oid: int, xids: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
-        """Which of these transactions may have written a type's values before it was altered; None stands for none."""
-        changed = self.type_of(oid).changed
-        if not changed:
-            return None
-        older: NDArray[np.bool_] = (xids - np.uint32(changed)).view(np.int32) <= 0  # transaction numbers wrap around
-        return older if older.any() else None
-
     def _learn(self, oids: list[int]) -> None:
         # What was learned is kept: a type that is dropped later still decodes, and a column keeps its Arrow type.
         new = [oid for oid in dict.fromkeys(oids) if oid not in self._table and oid not in self._types]
         if new and self._look_up:
             self._types.update(dict.fromkeys(new, OPAQUE) | dict(self._look_up(new)))
+
+    def _columns(self, relation: messages.Relation, xid: int | None) -> tuple[Column, ...]:
+        attributes = self._attributes.get(relation.relation_id)
+        if attributes is None or xid is None:
+            return tuple(map(self._column, relation.columns))
+        numbers = attributes.numbers(relation.columns, xid)
+        return tuple(
+            column if number is None else replace(column, attnum=number, missing=attributes.missing(number))
+            for column, number in zip(map(self._column, relation.columns), numbers, strict=True)
+        )
 
     def _column(self, column: messages.RelationColumn) -> Column:
         kind = self.type_of(column.type_oid)
@@ -170,7 +226,7 @@ class Relations:
 
 
 def nameless(schema: TableSchema, lsn: int | None = None) -> SchemaChanged:
-    """A change has come of a table that `schema` describes, and its name is another table's."""
+    """The error for a change of a table that `schema` describes, whose name another table has now."""
     return SchemaChanged(
         "another table has this name now, and the catalogue does not know any more what this one was called",
         table=schema.table,
@@ -185,9 +241,11 @@ def _compare(known: dict[str, list[str]], schema: TableSchema) -> None:
     for c in schema.columns:
         typmod = "" if c.typmod < 0 else f"({c.typmod})"
         now.append(f"column {c.name!r} {c.type_name}{typmod}{' in the replica identity' if c.key else ''}")
-    # A table that was dropped and made again has another number and the same name.
-    of_name = next((lines for lines in known.values() if lines[0] == schema.table), now)
+    # A table that was dropped and recreated has another number and the same name.
+    of_name = next((lines for lines in known.values() if schema.full_name.written(lines[0])), now)
     before = known.setdefault(str(schema.relation_id), of_name)
+    if schema.full_name.written(before[0]):
+        before = [now[0], *before[1:]]
     if before != now:
         parts = [f"no more {line}" for line in before if line not in now]
         parts += [f"now {line}" for line in now if line not in before]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from pgoutput_source.decode.attributes import QUERY, Attributes, attributes_of
 from pgoutput_source.postgres.connection import connect
 from pgoutput_source.postgres.refusals import explained
 from pgoutput_source.types import PgType, types_of
@@ -31,3 +32,8 @@ class Definitions:
                 [relation_id],
             ).fetchone()
         return None if row is None else (str(row[0]), str(row[1]))
+
+    def attributes(self, relation_ids: Collection[int]) -> dict[int, Attributes]:
+        """All columns of these tables, dropped ones too, by relation; without the tables that are gone."""
+        with connect(self._dsn) as conn, explained():
+            return attributes_of(conn.execute(QUERY, {"relations": list(relation_ids)}).fetchall())

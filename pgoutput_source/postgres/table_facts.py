@@ -9,7 +9,7 @@ https://www.postgresql.org/docs/current/catalog-pg-attribute.html
 from __future__ import annotations
 
 from pgoutput_source.changes.events import TableFacts
-from pgoutput_source.changes.schema import TableSchema
+from pgoutput_source.changes.schema import TableName, TableSchema
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.postgres.connection import Connection
@@ -57,7 +57,7 @@ def table_schema(connection: Connection, table: str, relations: Relations) -> Ta
     Raises:
         ConfigurationError: There is no such table.
     """
-    namespace, _, name = table.partition(".")
+    namespace, name = TableName.parse(table)
     rows = connection.execute(
         "SELECT c.oid, c.relreplident::text, a.attname::text, a.atttypid, a.atttypmod"
         "  FROM pg_catalog.pg_class c"
@@ -70,4 +70,4 @@ def table_schema(connection: Connection, table: str, relations: Relations) -> Ta
         raise ConfigurationError(f"there is no table {table!r}", hint="write schema and table: 'public.orders'")
     columns = tuple(messages.RelationColumn(False, column, oid, typmod) for _, _, column, oid, typmod in rows)
     relations.announce(messages.Relation(rows[0][0], namespace, name, rows[0][1], columns))
-    return relations.current(rows[0][0])
+    return relations.current(rows[0][0]).schema

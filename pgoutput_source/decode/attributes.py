@@ -1,0 +1,122 @@
+"""Which column of a table's catalogue a column of a Relation message is: its `attnum`, as far as that can be known.
+
+The wire names columns and nothing else, so a column that was renamed, or dropped and added again, looks like another
+one, or like the same. The catalogue has numbers that never change. But it is the catalogue of now, and the changes may
+be older. Each of its rows tells the transaction that wrote it (`xmin`): if that one is older than the transaction that
+a Relation message belongs to, the row says what held then as well. The others are found by elimination, because columns
+keep their order and are only ever added at the end.
+
+What does not follow from this is not known (None). One case can't be told apart: an ALTER TABLE in a transaction that
+took its number before this one did, and altered the table after it, while the changes are read later still.
+
+https://www.postgresql.org/docs/current/catalog-pg-attribute.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pgoutput_source.changes.schema import Missing
+from pgoutput_source.protocol.messages import RelationColumn
+
+QUERY = """
+SELECT c.oid::bigint, c.relkind = 'r' AND c.relfilenode = c.oid, a.attnum::int, a.attname::text, a.atttypid::bigint,
+       a.atttypmod, a.attisdropped, a.attgenerated <> '', a.xmin::text::bigint, a.atthasmissing,
+       (a.attmissingval::text::text[])[1]
+FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0
+WHERE c.oid = ANY (%(relations)s::bigint[]::oid[])
+ORDER BY c.oid, a.attnum
+"""
+"""Reads the attributes of the tables `relations`, dropped ones too: `attributes_of` makes objects of the rows."""
+
+
+_FIRST_NORMAL = 3  # lower transaction numbers mean bootstrap and frozen rows
+
+
+class Attribute(NamedTuple):
+    """A row of `pg_attribute`. `xmin` is the transaction that wrote the row, `generated` columns may be unpublished."""
+
+    attnum: int
+    name: str
+    type_oid: int
+    typmod: int
+    dropped: bool
+    generated: bool
+    xmin: int
+    has_missing: bool
+    missing: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """All columns that a table has or had, as the catalogue of now describes them.
+
+    `never_rewritten` says that the table still has the file that it was created with.
+    """
+
+    never_rewritten: bool
+    rows: tuple[Attribute, ...]
+
+    def numbers(self, columns: Sequence[RelationColumn], xid: int) -> list[int | None]:
+        """The `attnum` of each column of a Relation message that came in transaction `xid`."""
+        certain = {a.attnum for a in self.rows if self._is_older(a, xid)}
+        live = {a.name: a for a in self.rows if a.attnum in certain and not a.dropped}
+        found: list[int | None] = []
+        for column in columns:
+            same = live.get(column.name)
+            fits = same is not None and (same.type_oid, same.typmod) == (column.type_oid, column.typmod)
+            found.append(same.attnum if same is not None and fits else None)
+        numbers = [n for n in found if n is not None]
+        if numbers != sorted(numbers):
+            return [None] * len(columns)  # columns stand in the order of their numbers: this is another table
+        unsent = any(a.attnum not in numbers and not a.generated for a in live.values())
+        return self._eliminated(found, certain, unsent=unsent)
+
+    def _eliminated(self, found: list[int | None], certain: set[int], *, unsent: bool) -> list[int | None]:
+        """Give numbers to columns that have none: between two known ones all that are possible must be needed."""
+        possible = [a.attnum for a in self.rows if a.attnum not in certain and not a.generated]
+        dropped = {a.attnum for a in self.rows if a.dropped}
+        done = list(found)
+        low, at = 0, 0
+        while at < len(done):
+            number = done[at]
+            if number is not None:
+                low, at = number, at + 1
+                continue
+            end = next((i for i in range(at, len(done)) if done[i] is not None), len(done))
+            high = done[end] if end < len(done) else None
+            between = [n for n in possible if n > low and (high is None or n < high)]
+            if high is None and not unsent and dropped.isdisjoint(between[: end - at]):
+                # Whatever was added later has a higher number than all that were there; what was dropped may or may not
+                # have been there.
+                between = between[: end - at]
+            if len(between) == end - at:
+                done[at:end] = between
+            at = end
+        return done
+
+    def missing(self, attnum: int) -> Missing | None:
+        """What rows hold that are older than the column; None if that can't be known."""
+        row = next(a for a in self.rows if a.attnum == attnum)
+        if row.has_missing:
+            return Missing(row.missing)
+        # A default that is no constant has the table rewritten, and so does VACUUM FULL, which forgets the value.
+        return Missing(None) if self.never_rewritten else None
+
+    def _is_older(self, attribute: Attribute, xid: int) -> bool:
+        """Whether the row was written before transaction `xid`, or by it when it created the table."""
+        if attribute.xmin < _FIRST_NORMAL:
+            return True
+        age = (xid - attribute.xmin) & 0xFFFFFFFF  # transaction numbers wrap around
+        created = attribute.xmin == xid and all(a.xmin == xid and not a.dropped for a in self.rows)
+        return created or 0 < age < 1 << 31
+
+
+def attributes_of(rows: Sequence[Sequence[object]]) -> dict[int, Attributes]:
+    """What `QUERY` found, by relation."""
+    found: dict[int, tuple[bool, list[Attribute]]] = {}
+    for relation_id, never_rewritten, *attribute in rows:
+        found.setdefault(int(str(relation_id)), (bool(never_rewritten), []))[1].append(Attribute(*attribute))  # type: ignore[arg-type]
+    return {relation_id: Attributes(kept, tuple(each)) for relation_id, (kept, each) in found.items()}
