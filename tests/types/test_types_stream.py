@@ -103,9 +103,7 @@ class Everything:
     def decoded(self, texts: dict[str, pa.BinaryArray]) -> dict[str, pa.Array]:
         """Columns of PostgreSQL's text, decoded by the type table."""
         relations = self.relation()
-        return {
-            c.name: relations.type_of(c.type_oid).decode(texts[c.name], c.arrow) for c in self.batch.schema.columns
-        }
+        return {c.name: relations.type_of(c.type_oid).decode(texts[c.name], c.arrow) for c in self.batch.schema.columns}
 
     def must_equal(self, texts: dict[str, pa.BinaryArray]) -> None:
         """The same texts give the same columns, and what is null in them is in `_raw` as it stands in `texts`."""
