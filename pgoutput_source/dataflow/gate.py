@@ -22,13 +22,24 @@ proves them. This needs all sources of the flow in one process, or all of them u
 gate opens any more. These last files are durable only when Bytewax has returned. `Gate.finish` publishes them then:
 `pgoutput_source.run` calls it, and otherwise the interpreter's exit does. What is not published here is published by
 the next start.
+
+**What an earlier run left staged.** A sink part's own resume state says what of it is durable. A part without a state,
+because its step is new or was renamed, must not conclude that the source has none: the source may be past these items,
+and then nobody sends them again. So each epoch has a name, a run and a number, which sinks store with what they stage.
+The state of each source lists how many epochs of each run were durable, and `Gate.durable` compares.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Protocol
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+MAX_RUNS: Final = 100
+"""Runs that a source's state remembers; `_CUT` among them says that there were more."""
+
+_CUT: Final = ""
 
 
 class Publisher(Protocol):
@@ -82,6 +93,41 @@ class Gate:
         with self.lock:
             self._ended[publisher] = self._needs.pop(publisher, 0)
 
+    def epoch(self) -> str:
+        """The name of the epoch that a sink part of this process closes: of letters, digits and a dash, in order."""
+        with self.lock:
+            return f"{self._name}-{self._highest + 1:08d}"
+
+    def durable(
+        self, epoch: str | None, first: tuple[int, int] | None = None, source: str | None = None
+    ) -> bool | None:
+        """Whether an epoch that an earlier run staged is durable. Known once the sources of this process are open.
+
+        Args:
+            epoch: Its name; None if it has none, because version 0.1.0 staged it.
+            first: The position of the first change in it, and
+            source: the source that they come from, where they are known. They tell of an epoch without a name.
+
+        Returns:
+            True: no source sends its items again. False: its items come again. None: nothing here knows.
+        """
+        with self.lock:
+            if not self.hosted():
+                return None
+            states = [state for state in self._resumed.values() if state is not None]
+            if not states:
+                return False  # the slot is the only memory, and it is moved only after publishing
+            if epoch is None:
+                state = self._resumed.get(source or "")
+                if state is None or first is None:
+                    return None
+                return state["commit_lsn"] is not None and first <= (state["commit_lsn"], state["seq"])
+            run, _, number = epoch.rpartition("-")
+            known = [state.get("epochs", {}) for state in states]
+            if any(int(number) <= runs.get(run, 0) for runs in known):
+                return True
+            return None if all(_CUT in runs and run not in runs for runs in known) else False
+
     def hosted(self) -> bool:
         """Whether this process has a source, and so a gate, in the current run."""
         with self.lock:
@@ -94,8 +140,14 @@ class Gate:
 
     # -- sources ------------------------------------------------------------------------------------------------
 
-    def source_opened(self, source: str = "") -> None:
-        """A source of this process begins; `source` is its name, unique in the process: the slot's."""
+    def source_opened(self, source: str = "", state: Mapping[str, Any] | None = None) -> None:
+        """A source of this process begins.
+
+        Args:
+            source: Its name, unique in the process: the slot's.
+            state: What it resumes from: "commit_lsn" and "seq", the last position that comes not again, and what
+                `epochs` gave, as "epochs". None if nothing but the slot knows what was acknowledged.
+        """
         with self.lock:
             if not self._openings or source in self._openings:
                 # A new run. Sink parts may have been built before this source, so those registered stay.
@@ -103,8 +155,22 @@ class Gate:
                 self._finished.clear()
                 self._aborted.clear()
                 self._ended.clear()
+                self._resumed.clear()
                 self._highest = 0
+                self._name = _run_name(0)
             self._openings[source] = 0
+            self._resumed[source] = state
+            newest = max((state or {}).get("epochs", {}), default=_CUT)
+            if self._name <= newest:  # the clock was set back
+                self._name = _run_name(int(newest[1:], 16))
+
+    def epochs(self, source: str = "") -> dict[str, int]:
+        """For each run how many of its epochs are durable once the present snapshot of `source` is."""
+        with self.lock:
+            runs = dict((self._resumed.get(source) or {}).get("epochs", {}))
+            runs[self._name] = self._openings.get(source, 0) + 1
+            kept = sorted(runs)[-MAX_RUNS:]
+            return {**({} if len(kept) == len(runs) else {_CUT: 0}), **{run: runs[run] for run in kept}}
 
     def opened(self, source: str = "") -> None:
         """The last snapshot of `source` is durable. Call it once for each, before acknowledging.
@@ -161,9 +227,16 @@ class Gate:
         """Forget the current run: nothing more is published in it, the next start does."""
         with self.lock:
             self._openings: dict[str, int] = {}  # of each source that is open
+            self._resumed: dict[str, Mapping[str, Any] | None] = {}  # the state of each source
+            self._name = ""
             self._highest = 0
             self._finished: set[str] = set()
             self._aborted: set[str] = set()
             self._needs: dict[Publisher, int] = {}  # the number of the opening that proves its last snapshot
             self._ended: dict[Publisher, int] = {}  # the same, for parts that were closed at their end
             self._expected: dict[object, Callable[[], None]] = {}  # what to do at the first opening
+
+
+def _run_name(after: int) -> str:
+    # The letter comes after all digits: these names sort after those of runs that had a number alone.
+    return f"r{max(time.time_ns(), after + 1):016x}"

@@ -151,7 +151,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self._awake: datetime | None = None
         self.open = True
         self.watchdog = Watchdog(self.slot, self._behind, settings.stall_seconds)
-        gate.source_opened(self.slot)
+        gate.source_opened(self.slot, state)
 
     # -- Bytewax calls these ------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class _Partition(StatefulSourcePartition[ChangeSet, State]):
         self.bytes_in_epoch = 0
         state = self.session.snapshot()
         self.staged = Lsn(state["lsn"])
-        return state
+        return {**state, "epochs": gate.epochs(self.slot)}
 
     def close(self) -> None:
         if self.open:

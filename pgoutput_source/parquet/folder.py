@@ -3,7 +3,7 @@
     out/orders/0000000001C9C380-00000000-5f1c09ab-00000007.parquet    published: whole, committed, never changed again
     out/orders/_index.jsonl                                           one line per published file
     out/orders/_staging/5f1c09ab-00000009.writing                     a part that is being written
-    out/orders/_staging/5f1c09ab-00000008.staged                      whole and synced; its epoch may still be lost
+    out/orders/_staging/5f1c09ab-00000008.r0001…-00000012.staged      whole and synced; its epoch may still be lost
     out/orders/_staging/5f1c09ab-00000008.unproven                    the same, written by a process without a gate
     out/orders/_staging/5f1c09ab-00000007.committed                   its epoch is durable: it will be published
     out/orders/_staging/void                                          names of parts that no epoch stands behind
@@ -185,7 +185,9 @@ class Folder:
         self.void = self._read_void()
         self.done = {name for entry in self.entries.values() for name in entry["parts"]}
         self.staged = {
-            file.stem: file for file in self.staging.iterdir() if file.suffix in (STAGED, UNPROVEN, COMMITTED)
+            file.name.split(".")[0]: file
+            for file in self.staging.iterdir()
+            if file.suffix in (STAGED, UNPROVEN, COMMITTED)
         }
 
     def close(self) -> None:
@@ -211,11 +213,16 @@ class Folder:
         """Where a part is written."""
         return self.staging / f"{name}{WRITING}"
 
-    def stage(self, name: str, suffix: str) -> None:
-        """A part is complete. It is safe after `sync`."""
+    def stage(self, name: str, epoch: str | None) -> None:
+        """A part of a closed epoch is complete; the epoch has a name if this process has a gate. Safe after `sync`."""
         with explained("can't stage", self.writing(name)):
             _sync(self.writing(name))
-            self._move(name, self.writing(name), suffix)
+            self._move(name, self.writing(name), UNPROVEN if epoch is None else f".{epoch}{STAGED}")
+
+    def epoch(self, name: str) -> str | None:
+        """The name of the epoch that staged a part; None if its file does not say."""
+        parts = self.staged[name].name.split(".")
+        return parts[1] if len(parts) == 3 else None
 
     def commit(self, parts: list[Part]) -> None:
         """The epochs of these parts are durable. They say so from now on, whatever happens."""

@@ -99,7 +99,7 @@ class PartWriter:
             # The writer's work for each chunk would outweigh that for the rows.
             table = table.combine_chunks()
         self.waiting, self.waiting_rows, self.waiting_bytes = [], 0, 0
-        first, last = _positions(table)
+        first, last = positions(table)
         self.part = replace(
             self.part,
             rows=self.part.rows + table.num_rows,
@@ -151,7 +151,7 @@ def merge(codec: Codec, parts: list[Part], files: list[Path], target: Path) -> P
         return replace(part, size=target.stat().st_size)
 
 
-def _positions(table: pa.Table) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+def positions(table: pa.Table) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
     """The first and the last position in `table`, wherever they stand; None if it has none."""
     if not all(name in table.schema.names and pa.types.is_integer(table.schema.field(name).type) for name in _POSITION):
         return None, None

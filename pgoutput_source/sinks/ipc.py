@@ -1,7 +1,8 @@
 """`IpcSink`: Arrow batches into a folder of Arrow IPC stream files, exactly once, with no more work than a copy.
 
-    out/orders/00018c3f9a1b2c3d-00000007-0000.arrows              published: whole, committed, never changed again
-    out/orders/_staging/00018c3f9a1b2c3d-00000008-0000.arrows     staged: whole and synced; its epoch may still be lost
+    out/orders/r00018c3f9a1b2c3d-00000007-0000.arrows             published: whole, committed, never changed again
+    out/orders/_published                                          the last token that was published
+    out/orders/_staging/r00018c3f9a1b2c3d-00000008-0000.arrows    staged: whole and synced; its epoch may still be lost
 
 https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format
 """
@@ -18,11 +19,14 @@ import pyarrow as pa
 from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.errors import SinkError
 from pgoutput_source.parquet.folder import STAGING, WRITING, explained
+from pgoutput_source.parquet.writer import positions
 from pgoutput_source.sinks.base import TwoPhaseSink
 
 Item: TypeAlias = ChangeBatch | pa.RecordBatch | pa.Table
 
 SUFFIX = ".arrows"
+PUBLISHED = "_published"
+"""The file in the folder that names the last token that was published."""
 
 
 class IpcSink(TwoPhaseSink[Item]):
@@ -79,6 +83,31 @@ class IpcSink(TwoPhaseSink[Item]):
                     )
                 file.rename(target)
             _sync(self.folder)
+            # Whoever reads the files may move them away.
+            record = self.folder / f"{PUBLISHED}{WRITING}"
+            record.write_text(token)
+            record.rename(self.folder / PUBLISHED)
+
+    def published(self, token: str) -> bool | None:
+        """Whether it is the last that was published, or its files are in the folder."""
+        with explained("can't read", self.folder):
+            record = self.folder / PUBLISHED
+            if (record.exists() and record.read_text() == token) or any(self.folder.glob(f"{token}-????{SUFFIX}")):
+                return True
+        return False if token.startswith("r") else None  # version 0.1.0 kept no record
+
+    def first(self, token: str) -> tuple[str, tuple[int, int]] | None:
+        """From the columns `_commit_lsn` and `_seq` of its files."""
+        found = []
+        for file in self._files(token):
+            with explained("can't read", file), pa.memory_map(str(file)) as source:
+                table = pa.ipc.open_stream(source).read_all()
+                slot = (table.schema.metadata or {}).get(b"pg.slot")
+                first, _ = positions(table)
+                if slot is None or first is None:
+                    return None
+                found.append((slot.decode(), first))
+        return min(found, default=None)
 
     def discard(self, token: str) -> None:
         """Delete its files."""

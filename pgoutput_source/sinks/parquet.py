@@ -1,14 +1,16 @@
 """`ParquetSink`: Arrow batches into a folder of Parquet files, exactly once, of which readers see only whole ones.
 
 Two phases. In ``snapshot()`` everything of the epoch becomes *staged* parts: complete Parquet files, synced, invisible.
-Behind the gate, when the epoch is durable, they are marked *committed*, and what is due is *published*: a part that is
+After the gate, when the epoch is durable, they are marked *committed*, and what is due is *published*: a part that is
 large is only renamed, small ones are merged until they make a file worth having. The resume state lists the parts that
 are staged or committed, so that a crash at any moment leads back to one of these phases (see `folder`):
 
     before the epoch is durable       its parts are not in the resume state: deleted, their rows come again
     durable, not yet published        they are in the resume state: published when due
     published, not yet deleted        the published file's footer lists them: deleted
-    no resume state                   committed parts may have been acknowledged: published; staged ones come again
+    in the state, and nowhere         somebody removed them: an error
+    no resume state                   committed parts may have been acknowledged: published; of staged ones the
+                                      source's state says whether they come again: see `gate`
 """
 
 from __future__ import annotations
@@ -29,10 +31,8 @@ from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.dataflow.run import gate
 from pgoutput_source.errors import ConfigurationError, SinkError, check_version
 from pgoutput_source.parquet.folder import (
-    COMMITTED,
     MERGING,
     STAGED,
-    UNPROVEN,
     Folder,
     FolderInUse,
     Part,
@@ -148,6 +148,8 @@ class _Partition(StatefulSinkPartition[Item, State]):
         self.closed: list[Part] = []  # of the current epoch
         self.staged: list[Part] = []  # of the last snapshot
         self.committed_parts: list[Part] = []
+        self.unsettled: list[str] = []  # staged, and not in the resume state
+        self.annulled: list[str] = []
         self.ended = False
         try:
             self.lineage: str = secrets.token_hex(4) if resume is None else resume["lineage"]
@@ -175,6 +177,9 @@ class _Partition(StatefulSinkPartition[Item, State]):
             self.committed()
         while self.open:
             self._close(self.open[0])
+        epoch = gate.epoch() if gate.hosted() else None
+        for part in self.closed:
+            self.folder.stage(part.name, epoch)
         self.folder.sync()
         with gate.lock:
             self.staged, self.closed = self.closed, []
@@ -200,6 +205,9 @@ class _Partition(StatefulSinkPartition[Item, State]):
 
     def committed(self) -> None:
         if not self.ended:
+            if self.unsettled:
+                self.unsettled, unsettled = [], self.unsettled
+                self._settle(unsettled)
             self._commit()
             self._publish(self._due())
 
@@ -251,7 +259,6 @@ class _Partition(StatefulSinkPartition[Item, State]):
     def _close(self, writing: PartWriter) -> None:
         part = writing.close()
         self.open.remove(writing)
-        self.folder.stage(part.name, STAGED if gate.hosted() else UNPROVEN)
         self.closed.append(part)
 
     def _check_origin(self, schema: pa.Schema) -> None:
@@ -321,11 +328,11 @@ class _Partition(StatefulSinkPartition[Item, State]):
     # -- resuming -----------------------------------------------------------------------------------------------
 
     def _restore(self, listed: list[Part]) -> None:
-        """Bring the folder back to the resume state; without one, to what may have been acknowledged."""
+        """Bring the folder back to the resume state."""
         folder = self.folder
         folder.sweep()
         self._check_ahead()
-        annulled = self._annulled([part.name for part in listed])
+        self.annulled = self._annulled([part.name for part in listed])
         waiting = [part for part in listed if part.name not in folder.done and part.name not in folder.void]
         for part in waiting:
             if part.name not in folder.staged:
@@ -333,25 +340,58 @@ class _Partition(StatefulSinkPartition[Item, State]):
                     f"part {part.name} with {part.rows} rows is gone: it is neither in {folder.staging} nor published",
                     hint="somebody removed it. Put it back; or start afresh: a new folder, recovery folder and slot",
                 )
-        adopted: list[Part] = []
-        for name, file in folder.staged.items():
-            own = name.startswith(f"{self.lineage}-")
-            if not own and name not in folder.done and file.suffix in (COMMITTED, UNPROVEN):
-                adopted += filter(None, [Part.read(file)])
-        keep = {part.name for part in (*adopted, *waiting)}
+        keep = {part.name for part in waiting}
         folder.discard([name for name in folder.staged if name in folder.done and name not in keep])
-        again = [name for name in folder.staged if name not in keep]
-        if again:
-            logger.info("%s: deleted %d staged parts of epochs that never became durable", folder.path, len(again))
-        folder.annul(again, annulled)
-        if adopted:
-            logger.info("%s: publishing %d parts that an earlier run left committed", folder.path, len(adopted))
-            self.committed_parts = sorted(adopted, key=lambda part: (part.arrived, part.name))
-            folder.commit(self.committed_parts)
-            self._publish(self._groups())
         folder.commit(waiting)
         self.committed_parts = waiting
-        self.known |= {part.origin for part in (*adopted, *waiting) if part.origin}
+        self.known |= {part.origin for part in waiting if part.origin}
+        others = [name for name in folder.staged if name not in keep]
+        # Only the gate knows of staged parts, and it does so once the sources are open.
+        self.unsettled = [name for name in others if folder.staged[name].suffix == STAGED and not gate.hosted()]
+        self._settle([name for name in others if name not in self.unsettled])
+
+    def _settle(self, unsettled: list[str]) -> None:
+        """Publish those parts without a state whose rows don't come again, and delete the others."""
+        folder = self.folder
+        adopted: list[Part] = []
+        again: list[str] = []
+        for name in unsettled:
+            part = Part.read(folder.staged[name])
+            if part is not None and self._never_again(part):
+                adopted.append(part)
+            else:
+                again.append(name)
+        if again:
+            logger.info("%s: deleted %d staged parts of epochs that never became durable", folder.path, len(again))
+        folder.annul(again, self.annulled)
+        self.annulled = [*self.annulled, *again]
+        if adopted:
+            logger.info("%s: publishing %d parts that an earlier run left committed", folder.path, len(adopted))
+            waiting, self.committed_parts = self.committed_parts, sorted(adopted, key=lambda p: (p.arrived, p.name))
+            folder.commit(self.committed_parts)
+            self._publish(self._groups())
+            self.committed_parts = waiting
+        self.known |= {part.origin for part in adopted if part.origin}
+        for writing in self.open:
+            self._check_origin(writing.schema)
+
+    def _never_again(self, part: Part) -> bool:
+        """Whether the rows of a part that is staged, and not in the resume state, will not come again."""
+        own = part.name.startswith(f"{self.lineage}-")
+        epoch = self.folder.epoch(part.name)
+        if self.folder.staged[part.name].suffix != STAGED:
+            return not own
+        durable = gate.durable(epoch, part.first, part.origin[-1] if part.origin else None)
+        if durable is not None:
+            return durable
+        if own or not gate.hosted():
+            return not own
+        raise SinkError(
+            f"{self.folder.path} holds part {part.name} with {part.rows} rows, which an earlier run staged, for a step "
+            "that has no resume state: nothing tells whether they come again",
+            hint="if the step or the flow was renamed, start it once under the old name. Otherwise decide what is to "
+            f"be done with the file in {self.folder.staging}, and remove it",
+        )
 
     def _annulled(self, listed: list[str]) -> list[str]:
         """Names of annulled parts that a state which is yet to come may list; no number of them is used again."""

@@ -62,7 +62,7 @@ def test_a_sink_writes_once_what_an_epoch_wrote_that_never_was(
     db: Database, tmp_path: Path, module: str, staged: str, environ: dict[str, str], second: str
 ) -> None:
     publish(db)
-    flow = Flow(db, tmp_path, module=f"tests.{module}", **SMALL, **environ)
+    flow = Flow(db, tmp_path, module=f"harness.{module}", **SMALL, **environ)
     recovery = Path(flow.recovery()[1])
     with Workload(db.dsn, seed=9, tables=3, largest=3_000) as workload:
         workload.run(10_000)

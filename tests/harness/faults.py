@@ -202,6 +202,10 @@ def _break(mistake: str) -> None:
     elif mistake == "forget":
         reconcile = start.reconcile
         start.reconcile = lambda *a: (None, reconcile(*a)[1])
+    elif mistake == "ask no receipt":
+        IpcSink.published = lambda *_: True  # type: ignore[method-assign]
+    elif mistake == "trust no state":
+        gate.durable = lambda *_: False  # type: ignore[method-assign]
     elif mistake == "keep void states":
         run.drop_void = lambda folder: 0  # type: ignore[attr-defined]
     else:

@@ -17,6 +17,7 @@ class SqliteSink(TwoPhaseSink[ChangeBatch]):
         with self.database() as db:
             db.execute("CREATE TABLE IF NOT EXISTS staging (token, id)")
             db.execute("CREATE TABLE IF NOT EXISTS orders (id)")
+            db.execute("CREATE TABLE IF NOT EXISTS published (token PRIMARY KEY)")
 
     @contextlib.contextmanager
     def database(self) -> Iterator[sqlite3.Connection]:
@@ -32,6 +33,11 @@ class SqliteSink(TwoPhaseSink[ChangeBatch]):
         with self.database() as db:
             db.execute("INSERT INTO orders SELECT id FROM staging WHERE token = ?", [token])
             db.execute("DELETE FROM staging WHERE token = ?", [token])
+            db.execute("INSERT OR IGNORE INTO published VALUES (?)", [token])
+
+    def published(self, token: str) -> bool:
+        with self.database() as db:
+            return bool(db.execute("SELECT 1 FROM published WHERE token = ?", [token]).fetchall())
 
     def discard(self, token: str) -> None:
         with self.database() as db:
