@@ -102,6 +102,11 @@ def in_use(file: Path) -> bool:
         fcntl.lockf(index, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _OPEN)
     except (BlockingIOError, PermissionError):
         return True
+    except OSError as e:
+        raise StateError(
+            f"{file} can't be locked: {e.strerror}",
+            hint="SQLite needs a file system with locks: put the recovery folder on a local one",
+        ) from e
     finally:
         os.close(index)
     return False

@@ -112,7 +112,13 @@ def _exclusive(path: Path) -> Iterator[None]:
     """Hold a lock that ends with this process, so that two starters at once become a starter and a joiner."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise EmbeddedError(
+                f"{path} can't be locked: {error.strerror}",
+                hint="work in a folder on a file system with locks, or set PGOUTPUT_DSN to use another server",
+            ) from error
         yield
     finally:
         os.close(descriptor)

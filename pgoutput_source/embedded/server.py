@@ -136,7 +136,10 @@ class Server:
             self.host, self.port = "127.0.0.1", _free_port()
         else:
             # In a kept cluster's own folder the socket's address survives a restart, and so does the DSN.
-            near = not self.throw_away and len(os.fsencode(self.data)) <= _LONGEST_SOCKET_DIR
+            # A comma separates hosts, and a connection string has no way to say that it does not.
+            near = (
+                not self.throw_away and len(os.fsencode(self.data)) <= _LONGEST_SOCKET_DIR and "," not in str(self.data)
+            )
             self.host, self.port = str(self.data if near else self._base), 5432
         self.password = ""
         self.settings: dict[str, Setting] = {

@@ -17,6 +17,7 @@ from pgoutput_source.compute.metadata import BEFORE, DELETE, TRUNCATE, Bools, In
 from pgoutput_source.compute.net_effect import Crowd, Lives, digests, lives
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.parquet.history import History
+from pgoutput_source.parquet.place import local_path
 
 _NEEDED: Final = ("_op", "_commit_lsn", "_seq")
 
@@ -62,7 +63,7 @@ def current(folder: str | Path, *, key: str | Sequence[str], table: str | None =
         [{'id': 1, 'status': 'paid'}]
     """
     keys = (key,) if isinstance(key, str) else tuple(key)
-    history = History(Path(folder), table)
+    history = History(local_path(folder).absolute(), table)
     _check_columns(history.schema, keys, folder)
     changes = _changes(history, keys)
     own = [name for name in history.schema.names if name != "_before"]

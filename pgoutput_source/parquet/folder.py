@@ -16,14 +16,14 @@ Every change of a name is an atomic rename, followed by an fsync of its director
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 
 from pgoutput_source.changes.batches import Position
 from pgoutput_source.errors import SinkError
+from pgoutput_source.parquet.place import explained, need_file, no_locks, sync
 from pgoutput_source.protocol.wire import Lsn
 
 logger = logging.getLogger(__name__)
@@ -141,21 +142,20 @@ def table_of(schema: pa.Schema) -> str:
     return str((schema.metadata or {}).get(b"pg.table", b"").decode())
 
 
-@contextlib.contextmanager
-def explained(what: str, path: Path) -> Iterator[None]:
-    """Turns the operating system's errors into ours."""
-    try:
-        yield
-    except OSError as e:
-        raise SinkError(
-            f"{what} {path}: {e.strerror or e}",
-            hint="nothing of it was published or acknowledged: make room, or repair the folder's permissions or disk, "
-            "and start again",
-        ) from e
-
-
 class FolderInUse(SinkError):
     """Another process or sink owns the folder."""
+
+
+_open: Final[weakref.WeakSet[Folder]] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    # A lock lasts until the last copy of its descriptor is closed, and a child would keep one beyond its parent's end.
+    for folder in list(_open):
+        folder.close()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class Folder:
@@ -166,29 +166,32 @@ class Folder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = path.absolute()  # Arrow takes "run:7/orders" for a URL
         self.staging = path / STAGING
         with explained("can't write to", path):
             new = not self.staging.exists()
             self.staging.mkdir(parents=True, exist_ok=True)
             if new:
-                _sync(path.parent)
-                _sync(path)
+                sync(path.parent)
+                sync(path)
             self._lock = os.open(self.staging / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        need_file(self._lock)
+        _open.add(self)
         try:
-            self._own()
-            self.entries = self._read_index()
-            self._adopt_files()
+            with explained("can't open", path):
+                self._own()
+                self.entries = self._read_index()
+                self._adopt_files()
+                self.void = self._read_void()
+                self.staged = {
+                    file.name.split(".")[0]: file
+                    for file in self.staging.iterdir()
+                    if file.suffix in (STAGED, UNPROVEN, COMMITTED)
+                }
         except BaseException:
             os.close(self._lock)
             raise
-        self.void = self._read_void()
         self.done = {name for entry in self.entries.values() for name in entry["parts"]}
-        self.staged = {
-            file.name.split(".")[0]: file
-            for file in self.staging.iterdir()
-            if file.suffix in (STAGED, UNPROVEN, COMMITTED)
-        }
 
     def close(self) -> None:
         """Let others have it."""
@@ -216,7 +219,7 @@ class Folder:
     def stage(self, name: str, epoch: str | None) -> None:
         """A part of a closed epoch is complete; the epoch has a name if this process has a gate. Safe after `sync`."""
         with explained("can't stage", self.writing(name)):
-            _sync(self.writing(name))
+            sync(self.writing(name))
             self._move(name, self.writing(name), UNPROVEN if epoch is None else f".{epoch}{STAGED}")
 
     def epoch(self, name: str) -> str | None:
@@ -236,7 +239,7 @@ class Folder:
     def sync(self, path: Path | None = None) -> None:
         """Make the names in the staging folder durable, or the bytes of one file."""
         with explained("can't sync", path or self.staging):
-            _sync(path or self.staging)
+            sync(path or self.staging)
 
     def discard(self, names: Iterable[str]) -> None:
         """Delete staged parts whose rows come again or are published, and what was left half-written."""
@@ -256,9 +259,9 @@ class Folder:
             fresh = self.staging / f"{VOID}{WRITING}"
             with explained("can't clean", self.staging):
                 fresh.write_text("".join(f"{name}\n" for name in self.void))
-                _sync(fresh)
+                sync(fresh)
                 os.rename(fresh, self.staging / VOID)
-                _sync(self.staging)
+                sync(self.staging)
         self.discard(todo)
 
     def sweep(self) -> None:
@@ -280,7 +283,7 @@ class Folder:
         target = self.path / part.file
         with explained("can't publish", target):
             os.rename(source, target)
-            _sync(self.path)
+            sync(self.path)
             self.done.update(part.names)
             self._append(part)
             if source == self.staged.get(part.name):
@@ -310,6 +313,10 @@ class Folder:
                 f"{self.path} is in use by process {owner or 'unknown'}",
                 hint="give each sink a folder of its own, and wait until an earlier run has ended",
             ) from None
+        except OSError as e:
+            if (refusal := no_locks(e, self.path)) is not None:
+                raise refusal from None
+            raise
         with explained("can't write to", self.staging):
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
@@ -370,11 +377,3 @@ def _entry(part: Part) -> dict[str, Any]:
 def _position(text: str) -> Position:
     lsn, _, seq = text.partition("#")
     return Position(Lsn(lsn), int(seq))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pgoutput_source.parquet.folder import FOOTER, INDEX, table_of
+from pgoutput_source.parquet.place import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
         >>> read("out/nothing-yet").count_rows()
         0
     """
-    schemas = schemas_of(Path(folder), table)
+    schemas = schemas_of(local_path(folder).absolute(), table)
     if not schemas:
         return ds.dataset([], schema=pa.schema([]), format=_FORMAT)
     schema, apart = _together(list(schemas.values()))

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.parquet.folder import FOOTER, Part, explained, origin_of, schema_digest, table_of
+from pgoutput_source.parquet.folder import FOOTER, Part, origin_of, schema_digest, table_of
+from pgoutput_source.parquet.place import explained
 
 ROW_GROUP_ROWS: Final = 128 * 1024
 ROW_GROUP_BYTES: Final = 32 * 1024 * 1024
@@ -67,6 +68,7 @@ class PartWriter:
         self.codec = codec
         self.path = path
         self.schema = schema
+        self.begun = time.monotonic()
         self.part = Part(
             names=(name,),
             rows=0,

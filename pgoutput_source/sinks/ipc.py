@@ -10,19 +10,17 @@ https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
 
 import pyarrow as pa
 
-from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.errors import SinkError
-from pgoutput_source.parquet.folder import STAGING, WRITING, explained
+from pgoutput_source.parquet.folder import STAGING, WRITING
+from pgoutput_source.parquet.place import explained, local_path, sync
 from pgoutput_source.parquet.writer import positions
 from pgoutput_source.sinks.base import TwoPhaseSink
-
-Item: TypeAlias = ChangeBatch | pa.RecordBatch | pa.Table
+from pgoutput_source.sinks.items import Item, record_batches
 
 SUFFIX = ".arrows"
 PUBLISHED = "_published"
@@ -50,7 +48,7 @@ class IpcSink(TwoPhaseSink[Item]):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         self.staging = self.folder / STAGING
 
     def __repr__(self) -> str:
@@ -60,7 +58,7 @@ class IpcSink(TwoPhaseSink[Item]):
         """Write one file for each schema into the staging folder."""
         with explained("can't stage in", self.staging):
             self.staging.mkdir(parents=True, exist_ok=True)
-            for number, batches in enumerate(_by_schema(items)):
+            for number, batches in enumerate(_by_schema(items, self)):
                 path = self.staging / f"{token}-{number:04d}{WRITING}"
                 with path.open("wb") as file:
                     with pa.ipc.new_stream(file, batches[0].schema) as stream:
@@ -69,7 +67,7 @@ class IpcSink(TwoPhaseSink[Item]):
                     file.flush()
                     os.fsync(file.fileno())
                 path.rename(path.with_suffix(SUFFIX))
-            _sync(self.staging)
+            sync(self.staging)
 
     def publish(self, token: str) -> None:
         """Move its files to where readers look, first the first."""
@@ -82,7 +80,7 @@ class IpcSink(TwoPhaseSink[Item]):
                         hint="an old recovery folder was restored. Start afresh with a new folder for the files",
                     )
                 file.rename(target)
-            _sync(self.folder)
+            sync(self.folder)
             # Whoever reads the files may move them away.
             record = self.folder / f"{PUBLISHED}{WRITING}"
             record.write_text(token)
@@ -126,9 +124,9 @@ class IpcSink(TwoPhaseSink[Item]):
         return sorted(self.staging.glob(f"{token}-????{SUFFIX}"))
 
 
-def _by_schema(items: list[Item]) -> list[list[pa.RecordBatch]]:
+def _by_schema(items: list[Item], sink: IpcSink) -> list[list[pa.RecordBatch]]:
     groups: list[list[pa.RecordBatch]] = []
-    for batch in (batch for item in items for batch in _batches(item)):
+    for batch in (batch for item in items for batch in record_batches(item, sink)):
         for group in groups:
             if group[0].schema.equals(batch.schema, check_metadata=True):
                 group.append(batch)
@@ -136,26 +134,3 @@ def _by_schema(items: list[Item]) -> list[list[pa.RecordBatch]]:
         else:
             groups.append([batch])
     return groups
-
-
-def _batches(item: Item) -> Iterator[pa.RecordBatch]:
-    match item:
-        case ChangeBatch():
-            yield item.data
-        case pa.RecordBatch():
-            yield item
-        case pa.Table():
-            yield from item.to_batches()
-        case _:
-            raise SinkError(
-                f"an IPC sink takes ChangeBatch, pyarrow.RecordBatch or pyarrow.Table, not {type(item).__name__}",
-                hint="take a table's batches with cdc.table(…); rows become lines with JsonLinesSink",
-            )
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,7 +18,7 @@ from pgoutput_source.changes.events import ChangeEvent
 from pgoutput_source.changes.schema import Column
 from pgoutput_source.changes.values import rows, to_json, to_python
 from pgoutput_source.errors import SinkError
-from pgoutput_source.parquet.folder import explained
+from pgoutput_source.parquet.place import explained, local_path, need_file
 
 Item: TypeAlias = ChangeBatch | ChangeEvent | pa.RecordBatch | pa.Table | Mapping[str, Any]
 
@@ -55,7 +55,7 @@ class JsonLinesSink(FixedPartitionedSink[Item, None]):
     """
 
     def __init__(self, file: str | Path | None = None) -> None:
-        self.file = None if file is None else Path(file)
+        self.file = None if file is None else local_path(file)
 
     def __repr__(self) -> str:
         return f"JsonLinesSink({'' if self.file is None else repr(str(self.file))})"
@@ -108,6 +108,7 @@ class _File(_Lines):
         with explained("can't write to", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file: BinaryIO = path.open("ab+")
+            need_file(self.file.fileno())
             _cut(self.file)
 
     def write(self, text: str) -> None:

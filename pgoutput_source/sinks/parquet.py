@@ -19,7 +19,6 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -27,7 +26,6 @@ from typing import Any, Final, TypeAlias
 import pyarrow as pa
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
-from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.dataflow.run import gate
 from pgoutput_source.errors import ConfigurationError, SinkError, check_version
 from pgoutput_source.parquet.folder import (
@@ -38,11 +36,12 @@ from pgoutput_source.parquet.folder import (
     Part,
     origin_of,
 )
+from pgoutput_source.parquet.place import local_path
 from pgoutput_source.parquet.writer import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Codec, PartWriter, merge
+from pgoutput_source.sinks.items import Item, record_batches
 
 logger = logging.getLogger(__name__)
 
-Item: TypeAlias = ChangeBatch | pa.RecordBatch | pa.Table
 State: TypeAlias = dict[str, Any]
 
 STATE_VERSION: Final = 1
@@ -98,7 +97,7 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
                 raise ConfigurationError(f"{name} is {value}", hint=f"{name} is at least 1")
         if max_age < timedelta(0):
             raise ConfigurationError(f"max_age is {max_age}", hint="zero publishes every epoch")
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         self.max_rows = max_rows
         self.max_bytes = max_bytes
         self.max_age = max_age.total_seconds()
@@ -150,6 +149,7 @@ class _Partition(StatefulSinkPartition[Item, State]):
         self.committed_parts: list[Part] = []
         self.unsettled: list[str] = []  # staged, and not in the resume state
         self.annulled: list[str] = []
+        self.since: dict[str, float] = {}  # when the first row of each part came, by a clock that nobody sets
         self.ended = False
         try:
             self.lineage: str = secrets.token_hex(4) if resume is None else resume["lineage"]
@@ -167,7 +167,7 @@ class _Partition(StatefulSinkPartition[Item, State]):
 
     def write_batch(self, values: list[Item]) -> None:
         for item in values:
-            for batch in _batches(item):
+            for batch in record_batches(item, self.sink):
                 if batch.num_rows:
                     self._add(batch)
 
@@ -260,6 +260,7 @@ class _Partition(StatefulSinkPartition[Item, State]):
         part = writing.close()
         self.open.remove(writing)
         self.closed.append(part)
+        self.since[part.name] = writing.begun
 
     def _check_origin(self, schema: pa.Schema) -> None:
         origin = origin_of(schema.metadata)
@@ -296,7 +297,7 @@ class _Partition(StatefulSinkPartition[Item, State]):
         growing = {group[0].schema: index for index, group in enumerate(groups)}
         last: dict[str, int] = {}
         for index, group in enumerate(groups):
-            old = time.time() - group[0].arrived >= self.sink.max_age
+            old = time.monotonic() - self.since[group[0].name] >= self.sink.max_age
             if old or self._full(group) or growing[group[0].schema] != index:
                 last[group[0].table] = index
         return [group for index, group in enumerate(groups) if index <= last.get(group[0].table, -1)]
@@ -322,6 +323,8 @@ class _Partition(StatefulSinkPartition[Item, State]):
                 part = merge(self.sink.codec, group, files, source)
                 self.folder.sync(source)
             self.folder.publish(part, source)
+            for name in part.names:
+                self.since.pop(name, None)
             self.committed_parts = [p for p in self.committed_parts if p.name not in part.names]
             logger.debug("published %s: %d rows, %d parts", part.file, part.rows, len(part.names))
 
@@ -344,6 +347,8 @@ class _Partition(StatefulSinkPartition[Item, State]):
         folder.discard([name for name in folder.staged if name in folder.done and name not in keep])
         folder.commit(waiting)
         self.committed_parts = waiting
+        now = time.time()
+        self.since = {part.name: time.monotonic() - max(0.0, now - part.arrived) for part in waiting}
         self.known |= {part.origin for part in waiting if part.origin}
         others = [name for name in folder.staged if name not in keep]
         # Only the gate knows of staged parts, and it does so once the sources are open.
@@ -423,21 +428,6 @@ class _Partition(StatefulSinkPartition[Item, State]):
                 f"{self.folder.path} is ahead of the recovery folder: {ahead[0]} holds changes that will come again",
                 hint="an old recovery folder was restored, or a run that had failed published its last files. "
                 f"Move away {' and '.join(ahead)}, and start again",
-            )
-
-
-def _batches(item: Item) -> Iterator[pa.RecordBatch]:
-    match item:
-        case ChangeBatch():
-            yield item.data
-        case pa.RecordBatch():
-            yield item
-        case pa.Table():
-            yield from item.to_batches()
-        case _:
-            raise SinkError(
-                f"a Parquet sink takes ChangeBatch, pyarrow.RecordBatch or pyarrow.Table, not {type(item).__name__}",
-                hint="take a table's batches with cdc.table(…); make batches of rows with pa.RecordBatch.from_pylist",
             )
 
 

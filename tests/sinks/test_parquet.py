@@ -447,7 +447,7 @@ def test_small_epochs_are_merged_until_a_limit_is_reached(tmp_path: Path) -> Non
 
 def test_a_row_waits_no_longer_than_max_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1_790_000_000.0]
-    monkeypatch.setattr("time.time", lambda: clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
     epochs = Epochs(tmp_path, max_age=timedelta(seconds=60))
     for i in range(6):
         epochs.write(changes(ORDERS, i * 10, 10))

@@ -1,0 +1,103 @@
+"""A place on a local file system: what a user gives as one, and what the operating system says about it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from pgoutput_source.errors import ConfigurationError, SinkError
+
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_STORE: Final = re.compile(
+    r"(s3[an]?|gs|gcs|az|adl|abfss?|wasbs?|hdfs|https?|s?ftp|memory):/"
+)  # what Path leaves of it
+_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+def local_path(place: str | os.PathLike[str]) -> Path:
+    """The path that a user means: ``~`` is a home directory, and a ``file://`` URL is its path.
+
+    Raises:
+        ConfigurationError: It is another URL, or no path.
+
+    Example:
+        >>> local_path("out/run:7"), local_path("file:///data/the%20shop")
+        (PosixPath('out/run:7'), PosixPath('/data/the shop'))
+        >>> local_path("s3://lake/orders")
+        Traceback (most recent call last):
+        pgoutput_source.errors.ConfigurationError: 's3://lake/orders' is not on a local file system
+        hint: give a path, and copy the published files, which never change, with a tool of the store
+    """
+    text = os.fspath(place)
+    if text.lower().startswith("file://"):
+        url = urlsplit(text)
+        if url.netloc in ("", "localhost"):
+            text = unquote(url.path)
+    if _URL.match(text) or _STORE.match(text):
+        raise ConfigurationError(
+            f"{text!r} is not on a local file system",
+            hint="give a path, and copy the published files, which never change, with a tool of the store",
+        )
+    if not text or "\0" in text:
+        raise ConfigurationError(f"{text!r} is no path", hint="give the path of a folder or file")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise ConfigurationError(f"{text!r} has no home directory: {e}", hint="write the path out") from e
+
+
+@contextlib.contextmanager
+def explained(what: str, path: Path) -> Iterator[None]:
+    """Turns the operating system's errors into ours."""
+    try:
+        yield
+    except OSError as e:
+        hint = (
+            "nothing of it was published or acknowledged: make room, or repair the folder's permissions or disk, "
+            "and start again"
+        )
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            hint = (
+                f"a sink needs a few files: this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[1]}; "
+                "raise the limit (ulimit -Hn, or LimitNOFILE of a systemd unit), or write fewer tables in a process"
+            )
+        raise SinkError(f"{what} {path}: {e.strerror or e}", hint=hint) from e
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes durable, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def no_locks(error: OSError, path: Path) -> SinkError | None:
+    """The error for a file system that has no locks, if `error` says so."""
+    if error.errno not in _NO_LOCKS:
+        return None
+    return SinkError(
+        f"{path} is on a file system without locks: {error.strerror}",
+        hint="a lock keeps two sinks from writing one folder. Mount the file system with locks (NFS: with lockd, or "
+        "version 4; FUSE: see its options), or write to another one",
+    )
+
+
+def need_file(descriptor: int) -> None:
+    """Raise this process's soft limit of open files, as far as it may, once a descriptor comes near to it.
+
+    The soft limit is 1024 on most systems, for the sake of programs that call select(); a flow with a sink for each of
+    a thousand tables needs more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and descriptor > soft // 2 and soft != hard:
+        most = 1 << 20 if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
