@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bytewax.testing import run_main
 from harness.database import Database
 
-from pgoutput_source import types
+from pgoutput_source import run, types
 from pgoutput_source.changes.schema import METADATA_COLUMNS
-from pgoutput_source.dataflow.run import gate
 from pgoutput_source.embedded import shop
 
 ROOT = Path(__file__).parent.parent
@@ -70,8 +68,7 @@ def test_the_flow_runs_and_is_the_one_in_flows(
     monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {}
     exec(PYTHON[0], space)
-    run_main(space["flow"], epoch_interval=timedelta(0))  # type: ignore[no-untyped-call]
-    gate.finish()
+    run(space["flow"], epoch=timedelta(0))
 
     written = [line for line in PYTHON[0].splitlines() if re.match(r"\w+ = cdc|cdc\.|changes = ", line)]
     kept = (ROOT / "flows" / "orders_cdc.py").read_text().replace('OUT / "orders"', '"out/orders"')

@@ -118,8 +118,8 @@ def drop_void(folder: Path) -> int:
     It does nothing while another process has the store open, whose epoch may be about to become durable, and where the
     folder has not all parts of the store, for one alone does not know where a run begins.
 
-    ``python -m bytewax.run`` does it by itself, as soon as the flow has a `PgOutputSource`. A program that calls
-    ``run_main`` or ``cluster_main`` with a recovery folder calls it before.
+    `pgoutput_source.run` and ``python -m bytewax.run`` do it by themselves. A program that calls
+    ``run_main`` or ``cluster_main`` with a recovery folder calls it first.
 
     Raises:
         StateError: The store can't be used.

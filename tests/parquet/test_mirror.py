@@ -12,13 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bytewax.dataflow import Dataflow
-from bytewax.testing import run_main
 from harness.database import Database
 from harness.workload import Row, Workload, differences, tables
 
 import pgoutput_source.operators as cdc
-from pgoutput_source import ChangeBatch, ParquetSink, PgOutputSource, current, read
-from pgoutput_source.dataflow.run import gate
+from pgoutput_source import ChangeBatch, ParquetSink, PgOutputSource, current, read, run
 from pgoutput_source.embedded import shop
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.testing import batch
@@ -30,8 +28,7 @@ def captured(database: Database, out: Path, **options: Any) -> None:
     source = PgOutputSource(database.dsn, slot="cdc", publication="cdc", until="current")
     batches = op.flat_map("batches", op.input("in", flow, source), list)
     cdc.output("out", batches, ParquetSink(out, **options))
-    run_main(flow, epoch_interval=timedelta(seconds=1))  # type: ignore[no-untyped-call]
-    gate.finish()
+    run(flow, epoch=timedelta(seconds=1))
 
 
 def mirrored(folder: Path, name: str) -> Counter[Row]:
@@ -74,8 +71,7 @@ def test_current_rows_of_latest_and_of_aggregate_are_what_postgresql_says(db: Da
     cdc.output("mirror", cdc.latest("latest", orders), ParquetSink(tmp_path / "mirror"))
     sales = cdc.aggregate("group", orders, by="status", count=True, sum="amount")
     cdc.output("sales", sales, ParquetSink(tmp_path / "sales"))
-    run_main(flow, epoch_interval=timedelta(seconds=1))  # type: ignore[no-untyped-call]
-    gate.finish()
+    run(flow, epoch=timedelta(seconds=1))
 
     own = ["id", "customer_id", "status", "amount", "note", "placed_at", "updated_at"]
     expected = connection.execute(f"SELECT {', '.join(own)} FROM orders ORDER BY id".encode()).fetchall()
