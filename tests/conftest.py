@@ -71,21 +71,35 @@ def pytest_make_collect_report(
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test that starts a flow is skipped there too, before it makes anything that it would have to remove."""
-    code = getattr(getattr(item, "function", None), "__code__", None)
-    if NO_BYTEWAX and code is not None and "Flow" in code.co_names:
+    if NO_BYTEWAX and _starts_a_flow(item):
         pytest.skip("needs Bytewax")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="only fast tests, and on the newest PostgreSQL alone")
+    parser.addoption("--quick", action="store_true", help="less than a minute, and the newest PostgreSQL alone")
+
+
+# The rooms whose tests are mostly computation. The others wait for servers and processes.
+QUICK = {"protocol", "types", "changes", "decode", "compute", "parquet", "operators"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--quick"):
         return
-    slow = [item for item in items if item.get_closest_marker("slow") or "any_pg" in getattr(item, "fixturenames", ())]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in set(slow)]
+    chosen = [item for item in items if _quick(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def _quick(item: pytest.Item) -> bool:
+    every_major = "any_pg" in getattr(item, "fixturenames", ())
+    slow = every_major or item.get_closest_marker("slow") is not None or _starts_a_flow(item)
+    return not slow and (item.path.parent.name in QUICK or item.path.name == "test_staircase.py")
+
+
+def _starts_a_flow(item: pytest.Item) -> bool:
+    code = getattr(getattr(item, "function", None), "__code__", None)
+    return code is not None and "Flow" in code.co_names
 
 
 def pytest_report_header() -> str:
