@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pgoutput_source.dataflow.recovery import TABLES, Tables, opened, parts, progress, resume_epoch
+from pgoutput_source.dataflow.recovery import TABLES, Tables, part_file, parts, progress, resume_epoch
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import PublicationError, SlotInUse, SlotLost, StateError
 from pgoutput_source.postgres import checks
@@ -235,7 +235,7 @@ class RecoveryFolder:
             # Only reading, SQLite would still leave files of its own beside one that has no write-ahead log.
             log = file.with_name(f"{file.name}-wal")
             quiet = not log.exists() or not log.stat().st_size
-            with opened(file, "ro&immutable=1" if quiet else "ro") as part:
+            with part_file(file, "ro&immutable=1" if quiet else "ro") as part:
                 for table, found in progress([part]).items():
                     tables[table] += found
                 for step, epoch, created, data in part.execute(
@@ -266,7 +266,7 @@ class RecoveryFolder:
         """
         data = pickle.dumps(state, protocol=4)
         for file in self.files:
-            with opened(file, "rw") as part, part:
+            with part_file(file, "rw") as part, part:
                 for step in sorted(self.steps):
                     part.execute(
                         "UPDATE snaps SET ser_change = ?"

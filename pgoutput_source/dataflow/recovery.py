@@ -1,13 +1,13 @@
-"""Bytewax's recovery store, before Bytewax opens it: where the next run begins, and what must not be found there.
+"""Bytewax's recovery store, before Bytewax opens it: where the next run begins, and which states it must not find.
 
 A store is a folder of SQLite files, the *parts*. A part keeps the states of some keys, each under the epoch at whose
 end it was taken, and how far each worker of each run had come. A run begins with the first epoch that some worker has
-not ended, and loads of each key the last state before it.
+not ended. For each key it loads the last state before that epoch.
 
 A process can die after it has written an epoch's states and before it has written that the epoch is over. The next run
-does that epoch again, but what it brings is another: a key that gets nothing in it leaves the state where it is. If
-this run ends, too, before the key has a later one, then the third takes the state of an epoch that never was for one
-that was, and everything comes twice to the key. `drop_void` removes such states while they can be told from others.
+does that epoch again with other items. A key that gets none of them leaves its old state where it is. If this run also
+ends before the key has a later state, the third run would load a state that was never committed, and the key would get
+items twice. `drop_void` removes such *void* states while they can be told from others.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from pgoutput_source.errors import StateError
 logger = logging.getLogger(__name__)
 
 VERSION: Final = 5
-"""Of the stores that are understood, in SQLite's user_version."""
+"""The version of the stores that are understood, in SQLite's user_version."""
 
 TABLES: Final = ("parts", "exs", "fronts", "commits")
-"""What says where the next run begins. Each table has the column created_at first."""
+"""The tables that say where the next run begins. The first column of each is created_at."""
 
 Tables = dict[str, list[tuple[Any, ...]]]
 
 _OPEN: Final = 128
-"""Whoever has a part open holds a shared lock on this byte of its wal-index: https://www.sqlite.org/walformat.html"""
+"""A process that has a part open holds a shared lock on this byte of its wal-index.
+
+https://www.sqlite.org/walformat.html
+"""
 
 
 def parts(folder: Path) -> list[Path]:
@@ -43,7 +46,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def opened(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
+def part_file(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
     """A part; `mode` is SQLite's: "ro", "rw".
 
     Raises:
@@ -68,7 +71,7 @@ def opened(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
 
 
 def progress(stores: Sequence[sqlite3.Connection]) -> Tables:
-    """The rows of `TABLES` in all parts."""
+    """The rows of `TABLES` in all parts together."""
     return {
         table: [row for store in stores for row in store.execute(f"SELECT * FROM {table}").fetchall()]
         for table in TABLES
@@ -76,12 +79,12 @@ def progress(stores: Sequence[sqlite3.Connection]) -> Tables:
 
 
 def complete(tables: Tables) -> bool:
-    """Whether these are the tables of all parts. Each part knows only some of the runs and workers."""
+    """Whether these are the tables of all parts: each part has only some of the runs and workers."""
     return 0 < max((count for _, _, count in tables["parts"]), default=0) <= len(tables["parts"])
 
 
 def resume_epoch(tables: Tables) -> int:
-    """The epoch in which the next run begins; of parts that are not complete, one before which it does not begin."""
+    """The epoch with which the next run begins; from an incomplete set of parts, a lower bound of it."""
     if not complete(tables) or not tables["exs"]:
         return int(max((epoch for _, _, epoch in tables["commits"]), default=0) + 1)
     _, execution, workers, begun = max(tables["exs"], key=lambda row: row[1])
@@ -93,7 +96,7 @@ def resume_epoch(tables: Tables) -> int:
 
 
 def in_use(file: Path) -> bool:
-    """Whether another process has a part open. Not for a process that has it open itself: it would lose its locks."""
+    """Whether another process has a part open. Don't ask in a process that has it open: it would lose its locks."""
     try:
         index = os.open(file.with_name(f"{file.name}-shm"), os.O_RDWR)
     except FileNotFoundError:
@@ -115,8 +118,8 @@ def in_use(file: Path) -> bool:
 def drop_void(folder: Path) -> int:
     """Remove the states of epochs that never became durable; their number.
 
-    It does nothing while another process has the store open, whose epoch may be about to become durable, and where the
-    folder has not all parts of the store, for one alone does not know where a run begins.
+    It does nothing while another process has the store open, because its epoch may be about to become durable, and
+    nothing if the folder lacks a part of the store, because only all parts together say where a run begins.
 
     `pgoutput_source.run` and ``python -m bytewax.run`` do it by themselves. A program that calls
     ``run_main`` or ``cluster_main`` with a recovery folder calls it first.
@@ -133,7 +136,7 @@ def drop_void(folder: Path) -> int:
     if any(map(in_use, files)):
         return 0
     with contextlib.ExitStack() as stack:
-        stores = [stack.enter_context(opened(file, "rw")) for file in files]
+        stores = [stack.enter_context(part_file(file, "rw")) for file in files]
         tables = progress(stores)
         if not complete(tables) or not tables["exs"]:
             return 0

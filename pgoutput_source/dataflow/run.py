@@ -21,7 +21,7 @@ from bytewax.testing import cluster_main, run_main
 
 from pgoutput_source.dataflow.gate import Gate
 from pgoutput_source.dataflow.recovery import drop_void, parts
-from pgoutput_source.dataflow.shutdown import Shutdown, cause_of
+from pgoutput_source.dataflow.shutdown import Shutdown, by_bytewax, cause_of
 from pgoutput_source.errors import ConfigurationError, PgOutputError
 
 
@@ -37,8 +37,7 @@ class Run:
 
     def open_store(self) -> None:
         """Drop the void states of the store that ``python -m bytewax.run`` was given, once in this process."""
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        if self._store_opened or spec is None or spec.name != "bytewax.run":
+        if self._store_opened or not by_bytewax():
             return
         self._store_opened = True
         parser = argparse.ArgumentParser(add_help=False)
@@ -117,6 +116,7 @@ def run(
     failure: BaseException | None = None
     try:
         _run.abandon()
+        shutdown.catch_signals()
         config = None if recovery is None else _store(Path(recovery), backup)
         try:
             if workers == 1:

@@ -143,7 +143,11 @@ class Shutdown:
             else:
                 logger.info("%s: waiting until the process that reads the slot has drained; once more ends this", name)
             return
+        if self._running or self._member:
+            logger.info("%s again: ending at once; the next start continues where this run was durable", name)
         previous = self._previous.get(number, signal.SIG_DFL)
+        if previous is signal.default_int_handler and by_bytewax():
+            previous = signal.SIG_DFL  # nobody catches a KeyboardInterrupt there: it would only be two tracebacks
         if callable(previous):
             previous(number, frame)
         elif previous == signal.SIG_DFL:
@@ -174,6 +178,12 @@ class Shutdown:
         else:
             # Not thirty lines of traceback: the error says what to do.
             print(f"{type(cause).__name__}: {cause}", file=sys.stderr)
+
+
+def by_bytewax() -> bool:
+    """Whether ``python -m bytewax.run`` is the program."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name == "bytewax.run"
 
 
 def cause_of(error: BaseException, kind: type[BaseException]) -> BaseException | None:

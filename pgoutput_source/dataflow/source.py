@@ -1,10 +1,10 @@
 """`PgOutputSource`: a replication slot as a Bytewax source of `ChangeSet`s, one partition per slot.
 
-The one thing that this file is about is *when PostgreSQL may forget*. Bytewax calls `next_batch()`, or the next
+This file is about one thing: *when PostgreSQL may forget*. Bytewax calls `next_batch()`, or the next
 `snapshot()`, only once the epoch that the last `snapshot()` closed is durable on every worker: its state is in the
 recovery store and its output is staged. This moment is the gate. So
 
-    snapshot()     stages the position up to which everything was given out, and returns the resume state;
+    snapshot()     stages the position up to which everything was delivered, and returns the resume state;
     the gate       lets the sinks of this process publish, and only then acknowledges the staged position.
 
 Nothing is acknowledged in `snapshot()` itself (the epoch may never become durable) and nothing in `close()` (which
@@ -49,10 +49,10 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
     Partitions are replication slots: there is one, named like the slot. With recovery (`-r`) the run resumes at the
     exact change, also in the middle of a transaction. Without it the slot is the only memory and delivery is at least
-    once. PostgreSQL may forget what an epoch brought as soon as this epoch is durable, and not before.
+    once. PostgreSQL may forget what an epoch brought once this epoch is durable, and not before.
 
-    Nothing is read and nothing is connected before Bytewax builds the partition; only the recovery folder, if
-    ``python -m bytewax.run`` has one, is rid of states that are void (`store`).
+    Nothing is read and nothing is connected before Bytewax builds the partition. Only void states in the recovery
+    folder of ``python -m bytewax.run`` are dropped before, because Bytewax opens it first (`recovery.drop_void`).
 
     Args:
         dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables.
@@ -130,12 +130,14 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         settings = self._settings()
         try:
             with shutdown.building(settings.slot):
-                return _Partition(settings, resume_state)
+                return SlotPartition(settings, resume_state)
         except Drained:
             return _Interrupted(resume_state)
 
 
-class _Partition(StatefulSourcePartition[ChangeSet, State]):
+class SlotPartition(StatefulSourcePartition[ChangeSet, State]):
+    """A `SlotSession` as Bytewax drives it: when it delivers, when it is durable, and when it leaves."""
+
     def __init__(self, settings: SourceSettings, state: State | None) -> None:
         show_log()
         self.settings = settings

@@ -6,7 +6,7 @@
     out/orders/_staging/5f1c09ab-00000008.r0001…-00000012.staged      whole and synced; its epoch may still be lost
     out/orders/_staging/5f1c09ab-00000008.unproven                    the same, written by a process without a gate
     out/orders/_staging/5f1c09ab-00000007.committed                   its epoch is durable: it will be published
-    out/orders/_staging/void                                          names of parts that no epoch stands behind
+    out/orders/_staging/void                                          names of parts whose epoch never became durable
 
 A *part* is one Parquet file that one epoch, or a piece of it, staged. A published file holds one part (which was only
 renamed) or several (which were merged); its footer lists them under ``pgoutput_source``, so after a crash at any moment
@@ -53,7 +53,7 @@ MERGING: Final = ".merging"
 VOID: Final = "void"
 
 MAX_VOID: Final = 4096
-"""Names that are remembered at most: a crash leaves a few."""
+"""The most names that are remembered: a crash leaves a few."""
 
 _ORIGIN = ("pg.system", "pg.database", "pg.slot")
 
@@ -113,7 +113,7 @@ class Part:
 
     @classmethod
     def read(cls, path: Path) -> Part | None:
-        """What the footer of a file says; None if another program wrote it.
+        """What a file's footer says; None if another program wrote the file.
 
         Raises:
             SinkError: It is no Parquet file.
@@ -248,10 +248,10 @@ class Folder:
                 os.unlink(self.staged.pop(name))
 
     def annul(self, names: Iterable[str], still: Iterable[str]) -> None:
-        """Delete staged parts of epochs that never became durable, and remember that there were such.
+        """Delete staged parts of epochs that never became durable, and remember their names.
 
-        Bytewax keeps the state of such an epoch, and may give it to a later start as the last before its own: the
-        state lists parts whose rows have come again. Of the names remembered so far those in `still` are kept.
+        Bytewax may keep the state of such an epoch and give it to a later start: it then lists parts whose rows have
+        come again. Of the names that were remembered before, only those in `still` are kept.
         """
         todo = list(names)
         if todo:

@@ -20,7 +20,7 @@ from pgoutput_source.parquet.place import explained
 
 ROW_GROUP_ROWS: Final = 128 * 1024
 ROW_GROUP_BYTES: Final = 32 * 1024 * 1024
-"""Arrow data that is collected before it is compressed: this much memory, whatever comes."""
+"""Arrow data that is collected before it is compressed: a bound of memory, whatever comes."""
 
 _SAMPLE: Final = 1024
 _POSITION: Final = ("_commit_lsn", "_seq")
@@ -98,7 +98,7 @@ class PartWriter:
         table = pa.Table.from_batches(self.waiting, self.schema)
         heavy = {name for name in table.schema.names if table.column(name).nbytes > ROW_GROUP_BYTES}
         if not heavy and table.num_rows < 1024 * len(self.waiting):
-            # The writer's work for each chunk would outweigh that for the rows.
+            # The writer would do more work for the chunks than for the rows.
             table = table.combine_chunks()
         self.waiting, self.waiting_rows, self.waiting_bytes = [], 0, 0
         first, last = positions(table)
@@ -124,7 +124,7 @@ class PartWriter:
             return replace(self.part, size=self.path.stat().st_size)
 
     def abandon(self) -> None:
-        """Its rows come again."""
+        """Give the part up: its rows come again."""
         # The file is swept by the next start if it can't be removed now, and there may be an error on its way already.
         with contextlib.suppress(OSError):
             if self._writer is not None:
@@ -146,7 +146,7 @@ def merge(codec: Codec, parts: list[Part], files: list[Path], target: Path) -> P
             writer.add_key_value_metadata({FOOTER: json.dumps(part.state())})
             writer.close()
         except BaseException:
-            # Room on the disk is what may be wanting. Otherwise the next start sweeps it.
+            # The disk may be full, so make room. If that fails as well, the next start sweeps it.
             with contextlib.suppress(OSError):
                 target.unlink(missing_ok=True)
             raise
@@ -154,7 +154,7 @@ def merge(codec: Codec, parts: list[Part], files: list[Path], target: Path) -> P
 
 
 def positions(table: pa.Table) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """The first and the last position in `table`, wherever they stand; None if it has none."""
+    """The least and the greatest position in `table`, in any order of rows; None if it has none."""
     if not all(name in table.schema.names and pa.types.is_integer(table.schema.field(name).type) for name in _POSITION):
         return None, None
     commits, seqs = (table.column(name) for name in _POSITION)

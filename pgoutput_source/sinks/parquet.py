@@ -60,7 +60,7 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
     A file holds rows of one Arrow schema: of one version of one table. It is published when one of the limits is
     reached, and when a run ends; in between its rows wait, durably, in ``folder/_staging``. Names sort by the position
     of the first change. A folder belongs to one sink of one running process, and to the database and slot that its
-    changes come from; a run over a folder that has files already continues behind them.
+    changes come from; a run over a folder that has files already continues after them.
 
     Args:
         folder: The folder; it is created when the dataflow starts.
@@ -117,24 +117,24 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         """Publish what an earlier run left committed, and find out whether the folder can be used: before any data."""
         if not self._built:
             with contextlib.suppress(FolderInUse):  # by the part, which another process of the cluster has built
-                _Partition(self, None).close()
+                ParquetPartition(self, None).close()
             self._built = False
 
     def part_fn(self, item_key: str) -> int:
         """Every key goes to the one partition."""
         return 0
 
-    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _Partition:
+    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> ParquetPartition:
         """Open and repair the folder.
 
         Raises:
             SinkError: The folder can't be used, or does not fit the resume state.
             StateError: The resume state is of another version.
         """
-        return _Partition(self, resume_state)
+        return ParquetPartition(self, resume_state)
 
 
-class _Partition(StatefulSinkPartition[Item, State]):
+class ParquetPartition(StatefulSinkPartition[Item, State]):
     """Owns the folder. What the gate looks at changes only under the gate's lock."""
 
     def __init__(self, sink: ParquetSink, resume: State | None) -> None:

@@ -221,3 +221,17 @@ def test_a_forked_child_has_no_part_in_the_run(db: Database, tmp_path: Path) -> 
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0, lines
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_ctrl_c_ends_a_drain_without_a_traceback(db: Database, tmp_path: Path, workers: str) -> None:
+    publish(db)
+    process = Flow(db, tmp_path).start("-s", "60", "-w", workers)
+    with following(process) as lines:
+        wait_for(lines, "streaming from", process)
+        for text in ("SIGINT: draining", "SIGINT again"):
+            process.send_signal(signal.SIGINT)
+            wait_for(lines, text, process) if "again" not in text else process.wait(10)
+        assert process.returncode == -signal.SIGINT
+    assert "SIGINT again" in lines[-1]
+    assert len(lines) <= 4, lines
