@@ -17,6 +17,8 @@ import psycopg
 import pyarrow.parquet as pq
 from psycopg import sql
 
+from pgoutput_source.changes.schema import TableName
+
 Row = tuple[tuple[str, Any], ...]
 TYPES = {
     "smallint": "(random() * 60000 - 30000)::smallint",
@@ -187,7 +189,7 @@ def tables(workload: Workload) -> dict[str, Counter[Row]]:
             sql.SQL("SELECT {} FROM {}").format(sql.SQL(", ").join(columns), sql.Identifier("public", name))
         ).fetchall()
         labels = [d.name for d in cursor.description]
-        found[f"public.{name}"] = Counter(_row(dict(zip(labels, row, strict=True))) for row in rows)
+        found[str(TableName("public", name))] = Counter(_row(dict(zip(labels, row, strict=True))) for row in rows)
     return {name: rows for name, rows in found.items() if rows}
 
 
