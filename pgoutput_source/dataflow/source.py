@@ -130,12 +130,12 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         settings = self._settings()
         try:
             with shutdown.building(settings.slot):
-                return SlotPartition(settings, resume_state)
+                return _SlotPartition(settings, resume_state)
         except Drained:
             return _Interrupted(resume_state)
 
 
-class SlotPartition(StatefulSourcePartition[ChangeSet, State]):
+class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
     """A `SlotSession` as Bytewax drives it: when it delivers, when it is durable, and when it leaves."""
 
     def __init__(self, settings: SourceSettings, state: State | None) -> None:

@@ -155,16 +155,16 @@ class TwoPhaseSink(FixedPartitionedSink[Item, State], ABC, Generic[Item]):
         """Every key goes to the one partition."""
         return 0
 
-    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> TwoPhasePartition[Item]:
+    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _TwoPhasePartition[Item]:
         """Settle what an earlier run left staged.
 
         Raises:
             StateError: The resume state is of another version.
         """
-        return TwoPhasePartition(self, step_id, resume_state)
+        return _TwoPhasePartition(self, step_id, resume_state)
 
 
-class TwoPhasePartition(StatefulSinkPartition[Item, State]):
+class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
     """Knows which epochs are staged and not yet published. What the gate looks at changes only under its lock."""
 
     def __init__(self, sink: TwoPhaseSink[Item], step_id: str, resume: State | None) -> None:

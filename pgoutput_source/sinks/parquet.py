@@ -19,6 +19,7 @@ import contextlib
 import logging
 import secrets
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -117,24 +118,32 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         """Publish what an earlier run left committed, and find out whether the folder can be used: before any data."""
         if not self._built:
             with contextlib.suppress(FolderInUse):  # by the part, which another process of the cluster has built
-                ParquetPartition(self, None).close()
+                _ParquetPartition(self, None).close()
             self._built = False
 
     def part_fn(self, item_key: str) -> int:
         """Every key goes to the one partition."""
         return 0
 
-    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> ParquetPartition:
+    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _ParquetPartition:
         """Open and repair the folder.
 
         Raises:
             SinkError: The folder can't be used, or does not fit the resume state.
             StateError: The resume state is of another version.
         """
-        return ParquetPartition(self, resume_state)
+        return _ParquetPartition(self, resume_state)
 
 
-class ParquetPartition(StatefulSinkPartition[Item, State]):
+@dataclass(slots=True)
+class _Plan:
+    """What becomes of staged parts that are not in the resume state."""
+
+    publish: list[Part] = field(default_factory=list)  # their rows don't come again
+    delete: list[str] = field(default_factory=list)  # they do
+
+
+class _ParquetPartition(StatefulSinkPartition[Item, State]):
     """Owns the folder. What the gate looks at changes only under the gate's lock."""
 
     def __init__(self, sink: ParquetSink, resume: State | None) -> None:
@@ -206,8 +215,8 @@ class ParquetPartition(StatefulSinkPartition[Item, State]):
     def committed(self) -> None:
         if not self.ended:
             if self.unsettled:
-                self.unsettled, unsettled = [], self.unsettled
-                self._settle(unsettled)
+                plan, self.unsettled = self._plan(self.unsettled), []
+                self._settle(plan)
             self._commit()
             self._publish(self._due())
 
@@ -336,13 +345,7 @@ class ParquetPartition(StatefulSinkPartition[Item, State]):
         folder.sweep()
         self._check_ahead()
         self.annulled = self._annulled([part.name for part in listed])
-        waiting = [part for part in listed if part.name not in folder.done and part.name not in folder.void]
-        for part in waiting:
-            if part.name not in folder.staged:
-                raise SinkError(
-                    f"part {part.name} with {part.rows} rows is gone: it is neither in {folder.staging} nor published",
-                    hint="somebody removed it. Put it back; or start afresh: a new folder, recovery folder and slot",
-                )
+        waiting = self._waiting(listed)
         keep = {part.name for part in waiting}
         folder.discard([name for name in folder.staged if name in folder.done and name not in keep])
         folder.commit(waiting)
@@ -353,30 +356,46 @@ class ParquetPartition(StatefulSinkPartition[Item, State]):
         others = [name for name in folder.staged if name not in keep]
         # Only the gate knows of staged parts, and it does so once the sources are open.
         self.unsettled = [name for name in others if folder.staged[name].suffix == STAGED and not gate.hosted()]
-        self._settle([name for name in others if name not in self.unsettled])
+        self._settle(self._plan([name for name in others if name not in self.unsettled]))
 
-    def _settle(self, unsettled: list[str]) -> None:
-        """Publish those parts without a state whose rows don't come again, and delete the others."""
+    def _waiting(self, listed: list[Part]) -> list[Part]:
+        """The parts of the state that are still to be published; all are there."""
         folder = self.folder
-        adopted: list[Part] = []
-        again: list[str] = []
-        for name in unsettled:
-            part = Part.read(folder.staged[name])
+        waiting = [part for part in listed if part.name not in folder.done and part.name not in folder.void]
+        for part in waiting:
+            if part.name not in folder.staged:
+                raise SinkError(
+                    f"part {part.name} with {part.rows} rows is gone: it is neither in {folder.staging} nor published",
+                    hint="somebody removed it. Put it back; or start afresh: a new folder, recovery folder and slot",
+                )
+        return waiting
+
+    def _plan(self, names: list[str]) -> _Plan:
+        """What becomes of parts that are staged, and not in the resume state. It changes nothing."""
+        plan = _Plan()
+        for name in names:
+            part = Part.read(self.folder.staged[name])
             if part is not None and self._never_again(part):
-                adopted.append(part)
+                plan.publish.append(part)
             else:
-                again.append(name)
-        if again:
-            logger.info("%s: deleted %d staged parts of epochs that never became durable", folder.path, len(again))
-        folder.annul(again, self.annulled)
-        self.annulled = [*self.annulled, *again]
-        if adopted:
-            logger.info("%s: publishing %d parts that an earlier run left committed", folder.path, len(adopted))
-            waiting, self.committed_parts = self.committed_parts, sorted(adopted, key=lambda p: (p.arrived, p.name))
-            folder.commit(self.committed_parts)
+                plan.delete.append(name)
+        plan.publish.sort(key=lambda part: (part.arrived, part.name))
+        return plan
+
+    def _settle(self, plan: _Plan) -> None:
+        """Carry a plan out."""
+        path = self.folder.path
+        if plan.delete:
+            logger.info("%s: deleted %d staged parts of epochs that never became durable", path, len(plan.delete))
+        self.folder.annul(plan.delete, self.annulled)
+        self.annulled += plan.delete
+        if plan.publish:
+            logger.info("%s: publishing %d parts that an earlier run left committed", path, len(plan.publish))
+            waiting, self.committed_parts = self.committed_parts, plan.publish
+            self.folder.commit(plan.publish)
             self._publish(self._groups())
             self.committed_parts = waiting
-        self.known |= {part.origin for part in adopted if part.origin}
+        self.known |= {part.origin for part in plan.publish if part.origin}
         for writing in self.open:
             self._check_origin(writing.schema)
 

@@ -39,14 +39,14 @@ PLACES: dict[str, Place] = {
     "start: before the stream": (ReplicationStream, "start", True),
     "start: after the stream": (ReplicationStream, "start", False),
     "start: the folder is open": (Folder, "_own", False),
-    "start: the folder is repaired": (parquet.ParquetPartition, "_restore", False),
-    "in a large transaction": (source.SlotPartition, "next_batch", False),
-    "snapshot in a large transaction": (source.SlotPartition, "snapshot", False),
+    "start: the folder is repaired": (parquet._ParquetPartition, "_restore", False),
+    "in a large transaction": (source._SlotPartition, "next_batch", False),
+    "snapshot in a large transaction": (source._SlotPartition, "snapshot", False),
     "mid-spill": (StreamedTransactions, "_write", True),
     "in a streamed transaction's commit": (StreamedTransactions, "take", False),
-    "before staging": (parquet.ParquetPartition, "snapshot", True),
+    "before staging": (parquet._ParquetPartition, "snapshot", True),
     "before a part's fsync": (Folder, "stage", True),
-    "after staging": (parquet.ParquetPartition, "snapshot", False),
+    "after staging": (parquet._ParquetPartition, "snapshot", False),
     "epoch durable, nothing committed": (gate, "opened", True),
     "committed, nothing published": (Folder, "commit", False),
     "mid-rename": (Folder, "_append", True),
@@ -56,11 +56,11 @@ PLACES: dict[str, Place] = {
     "before the next epoch": (gate, "opened", False),
 }
 SINK_PLACES: dict[str, Place] = {
-    "a sink before staging": (base.TwoPhasePartition, "snapshot", True),
-    "a sink behind staging": (base.TwoPhasePartition, "snapshot", False),
-    "a sink before publishing": (base.TwoPhasePartition, "committed", True),
+    "a sink before staging": (base._TwoPhasePartition, "snapshot", True),
+    "a sink behind staging": (base._TwoPhasePartition, "snapshot", False),
+    "a sink before publishing": (base._TwoPhasePartition, "committed", True),
     "a sink between publishing and forgetting that it has to": (IpcSink, "publish", False),
-    "a sink behind publishing": (base.TwoPhasePartition, "committed", False),
+    "a sink behind publishing": (base._TwoPhasePartition, "committed", False),
 }
 """Of the sinks beside Parquet."""
 
@@ -166,7 +166,7 @@ def _die_at(name: str, count: int) -> None:
 
 
 def _break(mistake: str) -> None:
-    partition = source.SlotPartition
+    partition = source._SlotPartition
     if mistake == "acknowledge early":
         snapshot = partition.snapshot
 
@@ -178,7 +178,7 @@ def _break(mistake: str) -> None:
 
         partition.snapshot = early  # type: ignore[method-assign]
     elif mistake == "publish early":
-        stage = parquet.ParquetPartition.snapshot
+        stage = parquet._ParquetPartition.snapshot
 
         def publish(self: Any) -> Any:
             state = stage(self)
@@ -187,9 +187,9 @@ def _break(mistake: str) -> None:
                 self.drain()
             return state
 
-        parquet.ParquetPartition.snapshot = publish  # type: ignore[method-assign]
+        parquet._ParquetPartition.snapshot = publish  # type: ignore[method-assign]
     elif mistake in ("raise", "stall"):
-        write, calls = parquet.ParquetPartition.write_batch, itertools.count(1)
+        write, calls = parquet._ParquetPartition.write_batch, itertools.count(1)
 
         def failing(self: Any, values: Any) -> None:
             if next(calls) == 3:
@@ -198,7 +198,7 @@ def _break(mistake: str) -> None:
                 time.sleep(5)
             write(self, values)
 
-        parquet.ParquetPartition.write_batch = failing  # type: ignore[method-assign]
+        parquet._ParquetPartition.write_batch = failing  # type: ignore[method-assign]
     elif mistake == "forget":
         reconcile = start.reconcile
         start.reconcile = lambda *a: (None, reconcile(*a)[1])

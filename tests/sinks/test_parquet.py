@@ -270,7 +270,7 @@ def test_any_sequence_of_crashes_loses_nothing_and_doubles_nothing(
 def test_the_crash_test_catches_a_sink_that_publishes_in_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = parquet_module.ParquetPartition.snapshot
+    honest = parquet_module._ParquetPartition.snapshot
 
     def hasty(self: Any) -> Any:
         state = honest(self)
@@ -278,7 +278,7 @@ def test_the_crash_test_catches_a_sink_that_publishes_in_snapshot(
         self.drain()
         return state
 
-    monkeypatch.setattr(parquet_module.ParquetPartition, "snapshot", hasty)
+    monkeypatch.setattr(parquet_module._ParquetPartition, "snapshot", hasty)
     with pytest.raises(AssertionError, match="killed at step"):
         test_a_crash_before_any_step_loses_nothing_and_doubles_nothing(tmp_path, {}, True)
 
