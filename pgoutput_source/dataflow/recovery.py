@@ -147,3 +147,17 @@ def drop_void(folder: Path) -> int:
     if dropped:
         logger.info("%s: dropped %d states of an epoch that never became durable", folder, dropped)
     return dropped
+
+
+def steps(folder: Path) -> set[str]:
+    """The ids of the steps of which the store keeps a state.
+
+    Raises:
+        StateError: The store can't be used.
+    """
+    found: set[str] = set()
+    for file in parts(folder):
+        with part_file(file, "ro") as store:
+            rows = store.execute("SELECT DISTINCT step_id FROM snaps WHERE ser_change IS NOT NULL")
+            found.update(step for (step,) in rows)
+    return found

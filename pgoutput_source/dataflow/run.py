@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import logging
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bytewax.dataflow import Dataflow
 from bytewax.recovery import RecoveryConfig, init_db_dir
 from bytewax.testing import cluster_main, run_main
 
 from pgoutput_source.dataflow.gate import Gate
-from pgoutput_source.dataflow.recovery import drop_void, parts
+from pgoutput_source.dataflow.recovery import drop_void, parts, steps
 from pgoutput_source.dataflow.shutdown import Shutdown, by_bytewax, cause_of
 from pgoutput_source.errors import ConfigurationError, PgOutputError
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -117,7 +121,7 @@ def run(
     try:
         _run.abandon()
         shutdown.catch_signals()
-        config = None if recovery is None else _store(Path(recovery), backup)
+        config = None if recovery is None else _store(flow, Path(recovery), backup)
         try:
             if workers == 1:
                 run_main(flow, epoch_interval=epoch, recovery_config=config)  # type: ignore[no-untyped-call]
@@ -141,10 +145,22 @@ def run(
 _running: Final = threading.Lock()
 
 
-def _store(folder: Path, backup: timedelta) -> RecoveryConfig:
+def _store(flow: Dataflow, folder: Path, backup: timedelta) -> RecoveryConfig:
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
         init_db_dir(folder, 1)  # type: ignore[no-untyped-call]
     if parts(folder):
         drop_void(folder)
+        if unknown := steps(folder) - _steps(flow):
+            logger.warning(
+                "%s has states of steps that the flow has not: %s. A step that was renamed begins without its state",
+                folder,
+                ", ".join(sorted(unknown)),
+            )
     return RecoveryConfig(folder, backup)  # type: ignore[no-untyped-call]
+
+
+def _steps(operator: Any) -> set[str]:
+    """The ids of all steps within a dataflow or an operator."""
+    inner: Iterable[Any] = getattr(operator, "substeps", ())
+    return {step.step_id for step in inner}.union(*map(_steps, inner))

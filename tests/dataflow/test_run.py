@@ -19,7 +19,7 @@ import bytewax.operators as op
 import psycopg
 import pytest
 from bytewax.dataflow import Dataflow
-from bytewax.testing import TestingSource
+from bytewax.testing import TestingSink, TestingSource
 from harness.database import Database
 from harness.flow import Flow, following, publish, wait_for
 
@@ -61,6 +61,19 @@ def test_all_is_published_when_it_returns_and_the_next_run_continues(
             void = store.execute("SELECT count(*) FROM snaps WHERE step_id = 'void'").fetchone()
             store.execute("INSERT INTO snaps (step_id, state_key, snap_epoch) VALUES ('void', 'key', 1000000000)")
         assert void == (0,), "a state of an epoch that never became durable was kept"
+
+
+def test_states_of_steps_that_the_flow_has_not_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, warnings in (("total", 0), ("total", 0), ("sum", 1)):
+        flow = Dataflow("f")
+        keyed = op.input("in", flow, TestingSource([("a", 1), ("b", 2)]))
+        totals = op.stateful_map(name, keyed, lambda state, n: ((state or 0) + n, (state or 0) + n))
+        op.output("out", totals, TestingSink([]))
+        caplog.clear()
+        run(flow, recovery=tmp_path / "store", epoch=timedelta(0))
+        assert len(caplog.records) == warnings
+    assert "f.total" in caplog.text
+    assert "f.in" not in caplog.text
 
 
 def test_what_ends_it_is_raised_as_itself_and_the_next_run_starts_clean(db: Database, tmp_path: Path) -> None:
