@@ -7,8 +7,10 @@ value, hear the same warnings, and raise the same error for a wrong password.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Self, TypeVar
@@ -89,6 +91,21 @@ class _Cursor(psycopg.ClientCursor[Row]):
             yield copy
 
 
+_open: Final[weakref.WeakSet[Connection]] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    # To the server a child's copy of a socket is its client, even when this process has ended: a slot stayed in use.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for connection in list(_open):
+        if not connection.closed:
+            os.dup2(nothing, connection.fileno(), inheritable=False)
+    os.close(nothing)
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def connect(dsn: str, *, replication: bool = False, beside: Connection | None = None) -> Connection:
     """A connection in autocommit mode, with `PINNED` set, and `VERIFIED` asked for.
 
@@ -117,6 +134,7 @@ def connect(dsn: str, *, replication: bool = False, beside: Connection | None = 
         ) from None
     except psycopg.Error as e:
         raise connect_error(e, dsn) from e
+    _open.add(connection)
     try:
         _verify(connection, replication)
     except BaseException:

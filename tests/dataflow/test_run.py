@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -213,27 +214,49 @@ def test_a_signal_ends_what_waits_for_its_slot(db: Database, tmp_path: Path, wor
         assert reading.poll() is None
 
 
-def test_a_forked_child_has_no_part_in_the_run(db: Database, tmp_path: Path) -> None:
+@contextmanager
+def forking(db: Database, folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A program whose flow has forked, and its child, which sleeps."""
     publish(db)
     orders(db, insert=10)
     with db.connect() as connection:
         connection.execute("SELECT pg_create_logical_replication_slot('forks', 'pgoutput')")
         connection.execute("INSERT INTO t DEFAULT VALUES")
-    process = program(db.dsn, tmp_path, 1, FORKS)
+    process = program(db.dsn, folder, 1, FORKS)
     assert process.stdout is not None
     with following(process) as lines, process.stdout:
-        wait_for(lines, "streaming from", process)
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        deadline = time.monotonic() + 30
+        while not (folder / "child").exists() or not (folder / "child").read_text():
             assert time.monotonic() < deadline, lines
             time.sleep(0.02)
-        child = int((tmp_path / "child").read_text())
+        child = int((folder / "child").read_text())
+        try:
+            yield process, child
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_child_has_no_part_in_the_run(db: Database, tmp_path: Path) -> None:
+    with forking(db, tmp_path) as (process, child):
+        deadline = time.monotonic() + 20
         while Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
             assert time.monotonic() < deadline, "the child took the signal for the run's"
             os.kill(child, signal.SIGTERM)  # again and again: Python forgets one that comes amid the fork
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0, lines
+        assert process.wait(20) == 0
+
+
+def test_a_forked_child_does_not_keep_the_slot_beyond_its_parent(db: Database, tmp_path: Path) -> None:
+    with forking(db, tmp_path) as (process, child), db.connect() as connection:
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 10
+        while connection.execute("SELECT bool_or(active) FROM pg_replication_slots").fetchone() != (False,):
+            assert time.monotonic() < deadline, "a slot is still in use"
+            time.sleep(0.05)
+        os.kill(child, 0)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
