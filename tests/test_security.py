@@ -89,7 +89,7 @@ def test_names_that_look_like_sql_are_names(db: Database, tmp_path: Path, capsys
 def test_the_readmes_role_can_do_all_of_it_and_nothing_else(any_db: Database, tmp_path: Path) -> None:
     """Where nothing is granted to everybody."""
     db, role = any_db, f"{any_db.name}_role"
-    (block,) = re.findall(r"```sql\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "operation.md").read_text(), re.DOTALL)
     with db.connect() as connection:
         connection.execute(f"REVOKE ALL ON DATABASE {db.name} FROM PUBLIC".encode())
         connection.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")

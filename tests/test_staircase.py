@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,33 +20,9 @@ import pgoutput_source
 PACKAGE = "pgoutput_source"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
-# A module imports only what stands before it here. A folder is one step; its files are free among themselves.
-STAIRCASE = (
-    "errors",
-    "metrics",
-    "settings",
-    "protocol",
-    "messages",
-    "types",
-    "changes",
-    "events",
-    "testing",
-    "decode",
-    "embedded",
-    "postgres",
-    "copy",
-    "stream",
-    "reader",
-    "pypgoutput",
-    "compute",
-    "parquet",
-    "dataflow",
-    "sinks",
-    "operators",
-    PACKAGE,  # the package itself, which hands out names of the modules above
-    "cli",
-    "__main__",
-)
+# A module imports only rooms that stand before its own. A folder is one room; its files are free among themselves.
+ARCHITECTURE = (ROOT.parent / "ARCHITECTURE.md").read_text()
+STAIRCASE = re.findall(r"^\| \[`(\w+)`\]\([^)]+\) \|", ARCHITECTURE, re.MULTILINE)
 WITHOUT_BYTEWAX = STAIRCASE[: STAIRCASE.index("parquet") + 1]
 
 FILES = sorted(ROOT.rglob("*.py"))
@@ -99,10 +76,30 @@ def test_each_step_is_there_once() -> None:
     assert sorted(STAIRCASE) == sorted(there)
 
 
+def test_the_arrows_of_the_diagram_are_imports() -> None:
+    (diagram,) = re.findall(r"```text\n(.*?)```", ARCHITECTURE, re.DOTALL)
+    rooms = set(re.findall(r"(\w+)/", diagram))
+    imported = {(step_of(name), step_of(i)) for name in NAMES for i in imports_of(name) if i.startswith(PACKAGE)}
+
+    assert rooms <= set(STAIRCASE)
+    # Who is drawn to the right builds on who is drawn to the left; operators and sinks meet in the user's flow.
+    for upper, lower in (
+        ("stream", "decode"),
+        ("decode", "protocol"),
+        ("decode", "types"),
+        ("dataflow", "stream"),
+        ("operators", "compute"),
+        ("sinks", "dataflow"),
+        ("sinks", "parquet"),
+    ):
+        assert {upper, lower} <= rooms
+        assert (upper, lower) in imported
+
+
 @BY_NAME
 def test_a_module_imports_only_what_stands_above_it(name: str) -> None:
     step = step_of(name)
-    assert step in STAIRCASE, f"{name} has no place on the staircase yet: give it one in STAIRCASE"
+    assert step in STAIRCASE, f"{name} has no place on the staircase yet: give it a row in ARCHITECTURE.md"
     if name == PACKAGE:
         return
     for imported in imports_of(name):
