@@ -98,6 +98,6 @@ def need_file(descriptor: int) -> None:
     a thousand tables needs more.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and descriptor > soft // 2 and soft != hard:
+    if soft != resource.RLIM_INFINITY and descriptor > soft // 3 and soft != hard:
         most = 1 << 20 if hard == resource.RLIM_INFINITY else hard
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -216,8 +216,14 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
         if published or (_NAMED.fullmatch(token) and gate.durable(token) is False):
             return
         if published is None:
+            logger.warning("%s can't tell whether %s was published or lost: it has no published()", self.sink, token)
+            return
+        if token.endswith(_UNPROVEN):
             logger.warning(
-                "%s can't tell whether %s was published or lost: it has no method published()", self.sink, token
+                "%s has %s neither staged nor published: it was lost, or its epoch never became durable and its items "
+                "have come again. Only a process with a source can tell",
+                self.sink,
+                token,
             )
             return
         raise SinkError(

@@ -13,7 +13,10 @@ from harness.database import Database
 from harness.flow import Flow, publish
 from harness.sqlite_sink import SqliteSink, orders
 
-from pgoutput_source import read
+from pgoutput_source import TwoPhaseSink, read
+from pgoutput_source.dataflow.gate import MAX_RUNS
+from pgoutput_source.dataflow.run import gate
+from pgoutput_source.errors import SinkError
 
 ROWS = 2_000
 EPOCHS = ("-s", "0", "-b", "0")
@@ -112,3 +115,64 @@ def test_published_files_may_be_moved_away(flow: Flow) -> None:
     for file in (flow.out / "ipc").glob("*.arrows"):
         file.unlink()
     flow.run(*EPOCHS, *flow.recovery(), PGOUTPUT_UNTIL="current")
+
+
+class Plain(SqliteSink):
+    """A sink that does not say what it has published."""
+
+    published = TwoPhaseSink.published  # type: ignore[assignment]
+
+
+def test_a_sink_that_can_not_tell_what_it_published_starts_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate.source_opened("slot", {"commit_lsn": 1, "seq": 0, "epochs": {"r1": 9}})
+    state = {"v": 1, "lineage": "0", "tokens": ["r1-00000007"]}
+    Plain(tmp_path / "db").build_part("f.out", "two-phase", state).close()
+    assert "can't tell whether r1-00000007 was published or lost" in caplog.text
+    with pytest.raises(SinkError, match="neither staged nor published"):
+        SqliteSink(tmp_path / "db").build_part("f.out", "two-phase", state)
+    void = {**state, "tokens": ["r1-00000010"]}
+    SqliteSink(tmp_path / "db").build_part("f.out", "two-phase", void).close()
+    gate.abandon()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "epoch", "durable"),
+    [
+        ({"r1": 9, "r2": 3}, "r1-00000009", True),
+        ({"r1": 9, "r2": 3}, "r1-00000010", False),
+        ({"r1": 9, "r2": 3}, "r3-00000001", False),
+        ({"": 0, "r2": 3}, "r1-00000001", None),
+        ({"": 0, "r2": 3}, "r2-00000004", False),
+        ({}, "r1-00000001", False),
+    ],
+)
+def test_the_gate_knows_durable_epochs_by_the_state_of_a_source(
+    epochs: dict[str, int], epoch: str, durable: bool | None
+) -> None:
+    gate.abandon()
+    assert gate.durable(epoch) is None, "no source"
+    gate.source_opened("slot", {"commit_lsn": 5, "seq": 2, "epochs": epochs})
+    assert gate.durable(epoch) is durable
+    assert [gate.durable(None, first, "slot") for first in [(5, 2), (5, 3), None]] == [True, False, None]
+    assert gate.durable(None, (5, 2), "other") is None
+    gate.source_opened("new", None)
+    assert gate.durable(epoch) is durable
+    gate.abandon()
+    gate.source_opened("new", None)
+    assert gate.durable(epoch) is False
+    gate.abandon()
+
+
+def test_a_source_remembers_its_last_hundred_runs() -> None:
+    state: dict[str, int] = {}
+    for number in range(150):
+        gate.abandon()
+        gate.source_opened("slot", {"commit_lsn": 5, "seq": 2, "epochs": state})
+        for _ in range(3):
+            state = gate.epochs("slot")
+            gate.opened("slot")
+        assert len(state) == min(number + 1, MAX_RUNS) + (number >= MAX_RUNS)
+    assert set(state.values()) == {0, 3}
+    gate.abandon()
