@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import keyword
 import re
 import uuid
@@ -16,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, Self, TypeAlias, TypeVar
 from uuid import UUID
 
 import numpy as np
@@ -24,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_serializer
 
+from pgoutput_source.changes import exact_json
 from pgoutput_source.changes.schema import Column, Position, TableSchema
-from pgoutput_source.changes.values import annotation, misfit, rows, to_json, to_python
+from pgoutput_source.changes.values import annotation, misfit, rows, to_python
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.types.numbers import precision_and_scale
@@ -33,6 +33,7 @@ from pgoutput_source.types.numbers import precision_and_scale
 Row: TypeAlias = dict[str, Any]
 _M = TypeVar("_M", bound=BaseModel)
 
+_COMPACT = exact_json.JsonWriter(",", ":")
 _CHUNK = 2048  # rows that become Python objects together
 
 
@@ -115,7 +116,7 @@ class ChangeEvent(_Frozen):
 
     @field_serializer("before", "after", when_used="json")
     def _exact(self, value: Row | None) -> Row | None:
-        return to_json(value)  # type: ignore[no-any-return]
+        return exact_json.to_json(value)  # type: ignore[no-any-return]
 
     def __hash__(self) -> int:
         return hash(self.message_id)
@@ -150,9 +151,37 @@ class ChangeEvent(_Frozen):
             return ()
         return tuple(c.name for c in self.table_schema.column_definitions if c.name not in self.after)
 
+    def model_dump_json(self, *, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+        """The JSON text. The numbers of `json` and `jsonb` documents are written as PostgreSQL wrote them.
+
+        Within another pydantic model they are written as Python writes them; those that are no float are strings.
+        `options` are those of `pydantic.BaseModel.model_dump`.
+        """
+        write = _COMPACT if indent is None and not ensure_ascii else None
+        write = write or exact_json.JsonWriter(",", ":" if indent is None else ": ", indent=indent, ascii=ensure_ascii)
+        return write(self.model_dump(**options))
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """The event of a JSON text; the numbers of documents are as exact as in `model_dump_json`.
+
+        Raises:
+            pydantic.ValidationError: It is not the JSON of an event.
+        """
+        try:
+            values = exact_json.loads(json_data)
+        except (ValueError, RecursionError):
+            return super().model_validate_json(json_data, **options)  # which says what is wrong with it
+        return cls.model_validate(values, **options)
+
     def json(self, *, indent: int | None = None, **options: Any) -> str:
-        """The JSON text as pydantic 1 and so pypgoutput wrote it; `options` are those of `json.dumps`."""
-        return json.dumps(self.model_dump(mode="json"), indent=indent, **options)
+        """The JSON text as pydantic 1 and so pypgoutput wrote it.
+
+        `options` are `separators`, `ensure_ascii` and `sort_keys`, as `json.dumps` takes them.
+        """
+        item, key = options.pop("separators", (", ", ": "))
+        ascii = options.pop("ensure_ascii", True)
+        return exact_json.JsonWriter(item, key, indent=indent, ascii=ascii, **options)(self.model_dump())
 
 
 @dataclass(frozen=True, slots=True)

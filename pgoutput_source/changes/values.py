@@ -1,4 +1,4 @@
-"""Arrow columns → Python values, a whole column at a time; and each value's form in JSON.
+"""Arrow columns → Python values, a whole column at a time.
 
 One table, `KINDS`, says for every Arrow type how its values are made and how a row model annotates them. Every value
 is exact: numerics are `Decimal`, timestamps with a time zone are aware. What Python's type can't hold (a date before
@@ -9,11 +9,9 @@ Arrow's own `to_pylist` takes microseconds for a timestamp or a decimal; what is
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, time, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
@@ -23,6 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
+from pgoutput_source.changes import exact_json
 from pgoutput_source.changes.schema import Column
 from pgoutput_source.types.base import unescaped
 
@@ -33,7 +32,6 @@ _FIRST_DAY = date.min.toordinal() - date(1970, 1, 1).toordinal()
 _LAST_DAY = date.max.toordinal() - date(1970, 1, 1).toordinal()
 _MIDNIGHT = datetime(1970, 1, 1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_CERTAIN_DIGITS = 4000  # Python refuses to read longer integers
 
 
 class Kind(NamedTuple):
@@ -43,12 +41,14 @@ class Kind(NamedTuple):
     annotation: Callable[[pa.DataType], Any]
 
 
-def to_python(array: pa.Array, column: Column | None = None) -> list[Any]:
+def to_python(array: pa.Array, column: Column | None = None, *, parsed: bool = True) -> list[Any]:
     """A column's values as Python objects, None where it is null.
 
-    `column` tells strings of `numeric` and `json` from texts: they become `Decimal` and parsed JSON.
+    `column` tells strings of `numeric` and `json` from texts: they become `Decimal`, and parsed JSON; or `JsonText` if
+    it is not to be `parsed`.
     """
-    return _values(array, None if column is None else _leaf(column))
+    leaf = None if column is None else _leaf(column)
+    return _values(array, exact_json.JsonText if leaf is exact_json.parse and not parsed else leaf)
 
 
 def misfit(text: str, column: Column) -> Any:
@@ -64,19 +64,6 @@ def misfit(text: str, column: Column) -> Any:
     if pa.types.is_string(column.arrow):
         return unescaped(text)
     return Decimal(text) if pa.types.is_decimal(column.arrow) else text
-
-
-def to_json(value: Any) -> Any:
-    r"""The form of a value in JSON; nothing is lost.
-
-    Decimals are strings, as PostgreSQL writes them; bytes are PostgreSQL's hexadecimal text; dates and times are ISO
-    8601; a float that is no JSON number is the string NaN, Infinity or -Infinity.
-
-    >>> to_json({"price": Decimal("1.50"), "key": b"\x00\xff", "at": datetime(2024, 2, 29, tzinfo=UTC), "n": [1]})
-    {'price': '1.50', 'key': '\\x00ff', 'at': '2024-02-29T00:00:00+00:00', 'n': [1]}
-    """
-    form = _JSON.get(type(value))
-    return value if form is None else form(value)
 
 
 # -- values ---------------------------------------------------------------------------------------------------------
@@ -186,60 +173,12 @@ def _leaf(column: Column) -> Leaf | None:
     return _LEAVES.get(column.type_name.removesuffix("[]"))
 
 
-def _json_float(text: str) -> float | Decimal | str:
-    """A float where it says exactly the same; a Decimal for more digits than it has; what neither holds stays text."""
-    try:
-        exact = Decimal(text)
-    except InvalidOperation:
-        return text
-    number = float(text)
-    return number if math.isfinite(number) and Decimal(repr(number)) == exact else exact
-
-
-def _json_int(text: str) -> int | Decimal:
-    return int(text) if len(text) <= _CERTAIN_DIGITS else Decimal(text)
-
-
-def _parse_json(text: str) -> Any:
-    """Parsed JSON; the text itself where Python can't hold it: too deeply nested, or half of a surrogate pair."""
-    try:
-        value = json.loads(text, parse_float=_json_float, parse_int=_json_int)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
-    except (RecursionError, UnicodeEncodeError):
-        return text
-    return value
-
-
 _LEAVES: dict[str, Leaf] = {
     "numeric": Decimal,
     "numrange": Decimal,
     "nummultirange": Decimal,
-    "json": _parse_json,
-    "jsonb": _parse_json,
-}
-
-
-# -- JSON -----------------------------------------------------------------------------------------------------------
-
-
-def _json_number(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-
-
-_JSON: dict[type, Callable[[Any], Any]] = {
-    Decimal: lambda v: format(v, "f"),
-    float: _json_number,
-    bytes: lambda v: "\\x" + v.hex(),
-    datetime: datetime.isoformat,
-    date: date.isoformat,
-    time: time.isoformat,
-    UUID: str,
-    list: lambda v: [to_json(x) for x in v],
-    tuple: lambda v: [to_json(x) for x in v],
-    dict: lambda v: {k: to_json(x) for k, x in v.items()},
+    "json": exact_json.parse,
+    "jsonb": exact_json.parse,
 }
 
 
@@ -269,7 +208,7 @@ def _list_of(arrow: pa.DataType) -> Any:
 def annotation(column: Column) -> Any:
     """The type of a column's values, as a row model writes it."""
     leaf = _leaf(column)
-    if leaf is _parse_json:
+    if leaf is exact_json.parse:
         return Any
     if leaf is Decimal and pa.types.is_string(column.arrow):
         return _DECIMAL

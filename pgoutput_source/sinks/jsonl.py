@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
@@ -13,18 +13,22 @@ import numpy as np
 import pyarrow as pa
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
+from pgoutput_source.changes import exact_json
 from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.changes.events import ChangeEvent
 from pgoutput_source.changes.schema import Column
-from pgoutput_source.changes.values import rows, to_json, to_python
+from pgoutput_source.changes.values import rows, to_python
 from pgoutput_source.errors import SinkError
 from pgoutput_source.parquet.place import explained, local_path, need_file
 
 Item: TypeAlias = ChangeBatch | ChangeEvent | pa.RecordBatch | pa.Table | Mapping[str, Any]
 
 _TOGETHER: Final = 4096  # rows that become Python objects at once
-_encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _TAIL: Final = 1 << 16
+
+_Row: TypeAlias = dict[str, str]
+"""The JSON text of each value, by column."""
+_name = lru_cache(1024)(exact_json.dumps)
 
 
 class JsonLinesSink(FixedPartitionedSink[Item, None]):
@@ -143,22 +147,25 @@ def _cut(file: BinaryIO) -> None:
 
 def _lines(item: Item) -> Iterator[str]:
     """The lines of an item, some thousand at a time."""
-    match item:
-        case ChangeBatch():
-            yield from map(_text, _changes(item))
-        case ChangeEvent():
-            yield item.model_dump_json() + "\n"
-        case pa.RecordBatch() | pa.Table():
-            for batch in [item] if isinstance(item, pa.RecordBatch) else item.to_batches():
-                for part in _parts(batch):
-                    yield _text(_rows(part.schema.names, part.columns, {}))
-        case Mapping():
-            yield _text([to_json(dict(item))])
-        case _:
-            raise SinkError(
-                f"a line of JSON can be made of a batch, an event or a dict, not of {type(item).__name__}",
-                hint="map it to a dict before",
-            )
+    try:
+        match item:
+            case ChangeBatch():
+                yield from map(_text, _changes(item))
+            case ChangeEvent():
+                yield item.model_dump_json() + "\n"
+            case pa.RecordBatch() | pa.Table():
+                for batch in [item] if isinstance(item, pa.RecordBatch) else item.to_batches():
+                    for part in _parts(batch):
+                        yield _text(_rows(part.schema.names, part.columns, {}))
+            case Mapping():
+                yield exact_json.dumps(dict(item)) + "\n"
+            case _:
+                raise SinkError(
+                    f"a line of JSON can be made of a batch, an event or a dict, not of {type(item).__name__}",
+                    hint="map it to a dict before",
+                )
+    except (TypeError, ValueError) as e:
+        raise SinkError(f"a value has no form in JSON: {e}", hint="map it to one that has before") from e
 
 
 def _parts(data: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -166,27 +173,28 @@ def _parts(data: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         yield data.slice(start, _TOGETHER)
 
 
-def _rows(names: Sequence[str], columns: Sequence[pa.Array], known: Mapping[str, Column]) -> list[dict[str, Any]]:
-    """Rows in the form of JSON; `known` tells what a table's columns hold that Arrow's type does not say."""
-    values = []
-    for name, column in zip(names, columns, strict=True):
-        made = to_python(column, known.get(name))
-        # Only what is the same in JSON may be left as it is: a text may be the text of a numeric or of json.
-        values.append(made if pa.types.is_integer(column.type) else list(map(to_json, made)))
-    return rows(names, values, len(columns[0]) if columns else 0)
+def _rows(names: Sequence[str], columns: Sequence[pa.Array], known: Mapping[str, Column]) -> list[_Row]:
+    """Rows as the JSON text of each value; `known` tells what a table's columns hold that Arrow's type does not say."""
+    texts = [
+        list(map(exact_json.dumps, to_python(column, known.get(name), parsed=False)))
+        for name, column in zip(names, columns, strict=True)
+    ]
+    return rows(names, texts, len(columns[0]) if columns else 0)
 
 
-def _changes(batch: ChangeBatch) -> Iterator[list[dict[str, Any]]]:
+def _changes(batch: ChangeBatch) -> Iterator[list[_Row]]:
     own = {column.name: column for column in batch.schema.columns}
     for part in _parts(batch.data):
         names = [name for name in part.schema.names if name != "_before"]
         found = _rows(names, [part.column(name) for name in names], own)
-        for row in found:
-            for name in row.get("_unchanged") or ():
-                row.pop(name, None)
-            for name in ("_unchanged", "_raw"):
-                if row.get(name, "") is None:
-                    del row[name]
+        for name in {"_unchanged", "_raw"} & set(names):
+            for i in np.flatnonzero(part.column(name).is_null().to_numpy(zero_copy_only=False)).tolist():
+                del found[i][name]
+        if "_unchanged" in names:
+            unchanged = part.column("_unchanged")
+            for i in np.flatnonzero(unchanged.is_valid().to_numpy(zero_copy_only=False)).tolist():
+                for name in unchanged[i].as_py():
+                    found[i].pop(name, None)
         if "_before" in part.schema.names:
             before = part.column("_before")
             # What PostgreSQL did not send of an old row, and that is all but the key unless it is FULL, is not NULL.
@@ -194,16 +202,16 @@ def _changes(batch: ChangeBatch) -> Iterator[list[dict[str, Any]]]:
             there = np.flatnonzero(before.is_valid().to_numpy(zero_copy_only=False)).tolist()
             olds = before.drop_null()
             for i, old in zip(there, _rows(sent, [olds.field(name) for name in sent], own), strict=True):
-                found[i]["_before"] = old
+                found[i]["_before"] = _object(old)
         yield found
 
 
-def _text(objects: Iterable[Any]) -> str:
-    try:
-        # Nothing that is not JSON may get in: NaN is a string by now, if it is a float.
-        return "".join(_encode(each) + "\n" for each in objects)
-    except (TypeError, ValueError) as e:
-        raise SinkError(f"a value has no form in JSON: {e}", hint="map it to one that has before") from e
+def _object(row: _Row) -> str:
+    return "{" + ", ".join([f"{_name(name)}: {text}" for name, text in row.items()]) + "}"
+
+
+def _text(found: Iterable[_Row]) -> str:
+    return "".join([_object(row) + "\n" for row in found])
 
 
 def _encoded(text: str) -> bytes:

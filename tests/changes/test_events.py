@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 import pgoutput_source.operators as cdc
 from pgoutput_source.changes import ChangeSet, Position
-from pgoutput_source.changes.values import to_json
+from pgoutput_source.changes.exact_json import to_json
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.events import ChangeEvent, TableFacts, events_of, row_model
