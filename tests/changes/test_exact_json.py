@@ -59,6 +59,7 @@ def test_numbers_of_documents_are_written_as_postgresql_writes_them(any_db: Data
     names = ["j", "b", "js", "bs", "k"]
     expected = [dict(zip(names, map(tokens, row), strict=True)) for row in server]
     events = list(changes.events())
+    assert [e.model_dump_json() for e in events] == [JsonWriter(",", ":")(e.model_dump()) for e in events]
     for text in ([e.model_dump_json() for e in events], [e.model_dump_json(indent=3) for e in events],
                  [e.json() for e in events], [e.json(indent=1, sort_keys=True) for e in events]):  # fmt: skip
         found = [tokens(line)["after"] for line in text]
