@@ -27,13 +27,13 @@ import pyarrow as pa
 from pgoutput_source.types import base
 from pgoutput_source.types.arrays import array_of, vector_of
 from pgoutput_source.types.base import Decode, PgType, always, dense
-from pgoutput_source.types.binary import BINARY
+from pgoutput_source.types.bytea import BINARY
 from pgoutput_source.types.catalogue import FACTS, TypeFacts, from_catalogue
 from pgoutput_source.types.datetime import DATETIME
+from pgoutput_source.types.datetime_binary import INTERVAL_BEFORE_17
 from pgoutput_source.types.extensions import DEFINED, EXTENSIONS
 from pgoutput_source.types.geometry import GEOMETRY
 from pgoutput_source.types.identifiers import IDENTIFIERS
-from pgoutput_source.types.moments import INTERVAL_BEFORE_17
 from pgoutput_source.types.numbers import NUMBERS
 from pgoutput_source.types.ranges import multirange_of, range_of
 from pgoutput_source.types.text import NOTATIONS, TEXT

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pgoutput_source.types.base import Decode, PgType, Texts, dense, nulled, one_of, refuse
 from pgoutput_source.types.nested import Cells, cells_of, cut, decode_cells, gather
-from pgoutput_source.types.sent import array_binary, vector_binary
+from pgoutput_source.types.nested_binary import array_binary, vector_binary
 
 _BOUNDS = re.compile(rb"((?:\[-?\d+:-?\d+\]){1,6})=")
 _BOUND = re.compile(rb"\[(-?\d+):(-?\d+)\]")

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pgoutput_source.types.base import Bools, PgType, Texts, dense, nulled, refuse
 from pgoutput_source.types.nested import Cells, cells_of, decode_cells
-from pgoutput_source.types.sent import composite_binary
+from pgoutput_source.types.nested_binary import composite_binary
 
 
 def composite_of(

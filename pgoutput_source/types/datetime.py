@@ -28,8 +28,8 @@ from pgoutput_source.types.base import (
     refuse,
     with_misfits,
 )
+from pgoutput_source.types.datetime_binary import DATE, INTERVAL_BINARY, TIME, TIMESTAMP, TIMESTAMPTZ, TIMETZ
 from pgoutput_source.types.interval import interval
-from pgoutput_source.types.moments import DATE, INTERVAL_BINARY, TIME, TIMESTAMP, TIMESTAMPTZ, TIMETZ
 
 _INFINITY = (b"infinity", b"-infinity")
 _DAY = 86_400_000_000

@@ -36,8 +36,8 @@ import pyarrow.compute as pc
 
 from pgoutput_source.types.base import Binary, Decode, Ints, PgType, Texts, always, dense, refuse, text, through_text
 from pgoutput_source.types.nested import cells_of, gather, quoting_of
+from pgoutput_source.types.nested_binary import HSTORE, vector_of_floats
 from pgoutput_source.types.numbers import float_text, floating_text, integer_text
-from pgoutput_source.types.sent import HSTORE, vector_of_floats
 from pgoutput_source.types.text import AS_TEXT, VERSIONED
 
 _FLOAT = floating_text("vector")

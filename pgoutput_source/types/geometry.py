@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from pgoutput_source.types.base import Binary, PgType, Sent, always, charset, dense, refuse
 from pgoutput_source.types.nested import cells_of
-from pgoutput_source.types.notation import SHAPES, point_text
 from pgoutput_source.types.numbers import FLOAT8, floating_text
+from pgoutput_source.types.text_binary import SHAPES, point_text
 
 _DOUBLE = floating_text("point")
 

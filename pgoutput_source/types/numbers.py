@@ -28,7 +28,7 @@ from pgoutput_source.types.base import (
     refuse,
     with_misfits,
 )
-from pgoutput_source.types.numeric import NUMERIC_BINARY
+from pgoutput_source.types.numbers_binary import NUMERIC_BINARY
 
 _ZERO, _MINUS, _DOT = ord("0"), ord("-"), ord(".")
 _SPECIAL = (b"NaN", b"Infinity", b"-Infinity")

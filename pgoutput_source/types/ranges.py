@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pgoutput_source.types.base import Decode, PgType, Texts, dense, one_of, refuse
 from pgoutput_source.types.nested import Cells, cells_of, cut, decode_cells, gather, outside, quoting_of
-from pgoutput_source.types.sent import multirange_binary, range_binary
+from pgoutput_source.types.nested_binary import multirange_binary, range_binary
 
 _OPENING, _CLOSING = np.frombuffer(b"[(", np.uint8), np.frombuffer(b"])", np.uint8)
 

@@ -22,7 +22,7 @@ from pgoutput_source.types.base import (
     text,
     through_text,
 )
-from pgoutput_source.types.notation import BITS, CIDR, INET, SNAPSHOT, TID, TSVECTOR, hardware_address
+from pgoutput_source.types.text_binary import BITS, CIDR, INET, SNAPSHOT, TID, TSVECTOR, hardware_address
 
 _OCTAL = re.compile(rb"\\[23][0-7][0-7]")
 
