@@ -63,14 +63,14 @@ def test_names_that_look_like_sql_are_names(db: Database, tmp_path: Path, capsys
         connection.execute(sql.SQL("CREATE PUBLICATION {} FOR ALL TABLES").format(odd))
         connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
         connection.execute(sql.SQL("INSERT INTO {}.{} SELECT generate_series(1, 10)").format(odd, odd))
-    flow = Flow(db, tmp_path, PGOUTPUT_PUBLICATION=ODD, PGOUTPUT_UNTIL="current")
+    flow = Flow(db, tmp_path, PGOUTPUT_PUBLICATION=quote_name(ODD), PGOUTPUT_UNTIL="current")
     flow.run("-s", "0")
 
     rows = [row for file in flow.out.glob("*.parquet") for row in pq.read_table(file)[ODD].to_pylist()]
 
     assert sorted(rows) == list(range(1, 11))
 
-    named = ["--dsn", db.dsn, "--slot", "cdc", "--publication", ODD]
+    named = ["--dsn", db.dsn, "--slot", "cdc", "--publication", quote_name(ODD)]
     reader = PgOutputReader(db.dsn, slot="cdc", publication=ODD, until="current")
     assert reader.settings.publication == (ODD,)
     assert cli.main(["check", *named]) == 0
@@ -83,7 +83,7 @@ def test_names_that_look_like_sql_are_names(db: Database, tmp_path: Path, capsys
         connection.execute(sql.SQL("INSERT INTO {}.{} SELECT generate_series(11, 20)").format(odd, odd))
     with reader:
         assert [change.after for change in reader] == [{ODD: number} for number in range(11, 21)]
-    assert peek(db.dsn, slot="cdc", publication=ODD).tables == (f"{ODD}.{ODD}",)
+    assert peek(db.dsn, slot="cdc", publication=ODD).tables == (f"{quote_name(ODD)}.{quote_name(ODD)}",)
 
 
 def test_the_readmes_role_can_do_all_of_it_and_nothing_else(any_db: Database, tmp_path: Path) -> None:
