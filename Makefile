@@ -16,7 +16,7 @@ help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 test: $(READY)  ## Run the tests on real PostgreSQL servers of every supported major; ARGS= goes to pytest
-# Files in their order: those of few but long tests would come last otherwise, when the other process has nothing left.
+# Files in their order. Otherwise files with few but long tests come last, and one process waits for the other.
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quick: $(READY)  ## Run the fast tests on the newest PostgreSQL alone, in less than a minute
@@ -40,7 +40,7 @@ lock: $(READY)  ## Resolve the dependencies again into requirements.lock and req
 	@$(COMPILE) --upgrade --extra dev -o requirements.lock
 	@$(COMPILE) --extra demo -c requirements.lock -o requirements-demo.lock
 
-clean:  ## Remove .venv and every cache; the data in .pgoutput and out stays
+clean:  ## Remove .venv and all caches; the data in .pgoutput and out stays
 	@rm -rf $(VENV) .venv-* dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -2,8 +2,8 @@
 
     python benchmarks/big_transaction.py [--rows 10000000] [--streaming off on parallel]
 
-The transaction is made once, in a table of three columns. A dataflow of its own process then writes a copy of the slot
-to Parquet for each way to stream. Printed are the seconds from the process's start to its end and its peak RSS, which
+The transaction is written once, to a table of three columns. For each way to stream, a dataflow in its own process then
+writes a copy of the slot to Parquet. It prints the seconds from the process's start to its end, and its peak RSS, which
 must not grow with the number of rows.
 """
 

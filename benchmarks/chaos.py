@@ -4,16 +4,16 @@
     python -m benchmarks.chaos --kills 60 --no-recovery
     python -m benchmarks.chaos --break "acknowledge early"
 
-A workload writes all the time, now and then a transaction of a million rows. Each kill is a SIGKILL at a random moment
+A workload writes all the time, sometimes a transaction of a million rows. Each kill is a SIGKILL at a random moment
 or at a named place (tests/harness/faults): of a process with one worker or two, or of one or both of two processes with
 recovery folders of their own; with epochs of 0, 1 or 10 seconds, with transactions streamed while they are in progress
 or not, with values as text or binary, with fsyncs that take up to a second. Around it the walsender is terminated, the
 server is stopped at once and started again, the connection is cut or falls silent, the disk is full, the sink raises or
-hangs for longer than wal_sender_timeout, or the flow was about to end in order.
+hangs for longer than wal_sender_timeout, or the flow was about to end normally.
 
-Every fifty kills the flow runs to the end, and its files are held against a second slot, which nobody disturbed, and
-against the tables. A `SlotAhead` at any start means that something was acknowledged before it was durable. Without
-recovery, changes may come twice, and none may be lost. A deliberate mistake (`--break`) must be seen.
+Every fifty kills the flow runs to the end. Its files are then compared with an undisturbed second slot and with the
+tables. A `SlotAhead` at any start means that something was acknowledged before it was durable. Without
+recovery, changes may come twice, but none may be lost. A deliberate mistake (`--break`) must be detected.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/events.py [--rows 200000] [--runs 3]
 
-The same streams of 7-column inserts as in `throughput.py`. Each way to read is a process of its own: the reader's
-sets, its events one by one, and these as JSON. The time runs from the connection to the last change; CPU is the
+The streams of 7-column inserts are those of `throughput.py`. Each way to read runs in its own process: the reader's
+sets, its events one by one, and the events as JSON. The time is from the connection to the last change. CPU is the
 reader's, without the server.
 """
 

@@ -2,10 +2,10 @@
 
     python benchmarks/large_values.py [--megabytes 300] [--type bytea text] [--option binary=on …]
 
-The process that reads stays connected. It first takes some small rows, then a row with one large value, then small rows
-again. Its resident memory is printed after each, with the peak in between. A value of bytea has twice its size on the
-way, as hexadecimal text, unless binary=on; PostgreSQL sends at most 1 GiB in one message. At the peak there are up to
-four copies of a message: libpq's, the frame's, the poll's and the column's.
+The reading process stays connected. It reads some small rows, then a row with one large value, then small rows again.
+It prints its resident memory after each, and the peak. A bytea value travels as hexadecimal text, which doubles its
+size, unless binary=on; PostgreSQL sends at most 1 GiB in one message. At the peak there are up to four copies of a
+message: libpq's, the frame's, the poll's and the column's.
 """
 
 from __future__ import annotations

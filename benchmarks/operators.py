@@ -1,8 +1,8 @@
-"""How many changes a second the operators take, inside a flow, on batches that are made beforehand.
+"""Changes per second through each operator, inside a flow, on batches that were prepared before.
 
     python -m benchmarks.operators [changes] [rows per batch]
 
-The table looks like the shop's orders; half of the changes are inserts, the others update a row at random.
+The table is like the shop's orders. Half of the changes are inserts, the others update a random row.
 """
 
 from __future__ import annotations

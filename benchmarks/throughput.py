@@ -3,12 +3,12 @@
     python benchmarks/throughput.py [--rows 1000000] [--runs 3] [--table readings] [--binary]
 
 Three streams of 7-column inserts: one big transaction, transactions of 100 rows, and single-row transactions. For each,
-`pg_recvlogical` writes the raw stream to a file and, in turn, a Bytewax dataflow writes the same slot to Parquet. The
-time of both runs from the moment the program starts to stream until all is on disk; the dataflow's includes its last
-snapshot, publication and acknowledgement. CPU and peak RSS are the dataflow's process, without the server.
+`pg_recvlogical` writes the raw stream to a file; then a Bytewax dataflow writes a copy of the same slot to Parquet. For
+both, the time is from the start of streaming until everything is on disk. The dataflow's includes its last snapshot,
+publication and acknowledgement. CPU and peak RSS are the dataflow's process, without the server.
 
-With --binary the dataflow runs in turn with values as text and in binary, instead of beside `pg_recvlogical`; the CPU
-time of the walsender is reported as well, and ratios are the medians of those of each pair of runs.
+With --binary the dataflow runs with values as text and then in binary, instead of beside `pg_recvlogical`. The CPU time
+of the walsender is reported too. Ratios are medians over the pairs of runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nanoseconds per value of each type's decoders: text in, or what its send function writes, and Arrow out.
+"""Nanoseconds per value for the decoders of each type: from text, and from what its send function writes, to Arrow.
 
 python -m benchmarks.type_table [rows]
 """

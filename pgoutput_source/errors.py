@@ -5,7 +5,7 @@
     PgOutputError                 what went wrong, where, and what to do next
     ├── ConfigurationError        an option, an environment variable or a combination of them
     │   └── BytewaxMissing        a part that needs Bytewax, on a Python without it; an ImportError, too
-    ├── ServerError               PostgreSQL, or the way to it
+    ├── ServerError               PostgreSQL, or the connection to it
     │   ├── ConnectionFailed      no server, wrong password, no such database, TLS, a lost connection
     │   ├── NotConfigured         wal_level, privileges, limits of the server
     │   ├── SlotError             the replication slot
@@ -16,15 +16,15 @@
     │   │   └── SlotAhead         it was moved past what this consumer has durably seen
     │   ├── PublicationError      missing now, or missing at the position in the WAL
     │   └── EmbeddedError         the server in the box
-    ├── ProtocolError             bytes that are not what the protocol says
-    ├── DecodeError               what is not a value of its column's type
-    ├── SchemaChanged             a table is not what it was, and on_schema_change="fail" wants to know
+    ├── ProtocolError             bytes that violate the protocol
+    ├── DecodeError               bytes that are not a value of their column's type
+    ├── SchemaChanged             a table changed its shape, with on_schema_change="fail"
     ├── SpillError                a temporary file of a transaction in progress
     ├── StateError                a resume state or recovery folder that can't be used
     └── SinkError                 a destination
 
-Each carries `hint`, the next thing to do, and the places it knows: `lsn`, `table`, `column`, `type_name`.
-Row values never appear in a message, but for the first characters of a value that could not be decoded.
+Each has a `hint`, the next thing to do, and says where: `lsn`, `table`, `column`, `type_name`, as far as it is known.
+Row values never appear in a message, except for the first characters of a value that could not be decoded.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class BytewaxMissing(ConfigurationError, ImportError):
 
 
 class ServerError(PgOutputError):
-    """PostgreSQL, or the way to it, says no. `sqlstate` is the server's code where libpq passes it on."""
+    """PostgreSQL refused, or could not be reached. `sqlstate` is the server's code where libpq passes it on."""
 
     sqlstate: str | None = None
 
@@ -102,7 +102,7 @@ class ServerError(PgOutputError):
 class ConnectionFailed(ServerError):
     """No server, wrong password, no such database, TLS refused, or a connection that was lost.
 
-    `transient` tells whether trying again may help (a server that restarts) or can't (a wrong password).
+    `transient` tells whether trying again may help (a server that restarts) or not (a wrong password).
     """
 
     transient: bool = False
@@ -129,7 +129,7 @@ class SlotLost(SlotError):
 
 
 class SlotMismatch(SlotError):
-    """The slot is of another plugin, database or kind than this reader can use."""
+    """This reader can't use the slot: it has another plugin, database or kind."""
 
 
 class SlotAhead(SlotError):
@@ -141,26 +141,26 @@ class PublicationError(ServerError):
 
 
 class EmbeddedError(ServerError):
-    """The embedded server could not be had, started or reached."""
+    """The embedded server could not be downloaded, started or reached."""
 
 
 class ProtocolError(PgOutputError):
-    """Bytes that are not what the protocol says. `lsn` is where in the WAL; nothing after it was used."""
+    """Bytes that violate the protocol. `lsn` is their place in the WAL; nothing after it was used."""
 
 
 class DecodeError(PgOutputError):
-    """What is not a value of its column's type, or a value that the column can't hold with on_misfit="error"."""
+    """Bytes that are not a value of their column's type or, with on_misfit="error", a value that it can't hold."""
 
 
 class SchemaChanged(PgOutputError):
-    """A table is not what it was: its name, columns or replica identity, with on_schema_change="fail".
+    """With on_schema_change="fail": a table changed its name, its columns or its replica identity.
 
-    Nothing from the change on was given out; `lsn` is the commit of the transaction that it was found in.
+    Nothing after the change was delivered. `lsn` is the commit of the transaction in which it was found.
     """
 
 
 class SpillError(PgOutputError):
-    """A transaction in progress outgrew its memory, and no temporary file can be written, or read again."""
+    """A transaction in progress outgrew its memory, and a temporary file can't be written or read back."""
 
 
 class StateError(PgOutputError):

@@ -1,6 +1,6 @@
 """Every metric's name, in one place. Bytewax's own `/metrics` page shows them beside its own.
 
-All carry the label `slot`. Positions are bytes of WAL, so that differences between them are lags in bytes.
+All have the label `slot`. Positions are bytes of WAL, so the difference of two is a lag in bytes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import Final
 
 from prometheus_client import Counter, Gauge
 
-CHANGES: Final = Counter("pgoutput_changes", "Changes given to the dataflow", ["slot"])
+CHANGES: Final = Counter("pgoutput_changes", "Changes delivered to the dataflow", ["slot"])
 SKIPPED: Final = Counter(
-    "pgoutput_changes_skipped", "Changes that the server sent again and that were dropped", ["slot"]
+    "pgoutput_changes_skipped", "Changes that the server sent again and that were skipped", ["slot"]
 )
 RECONNECTS: Final = Counter("pgoutput_reconnects", "Replication connections that were lost and replaced", ["slot"])
 COPIED: Final = Counter("pgoutput_copied_rows", "Rows read by the initial copy", ["slot"])
@@ -23,4 +23,4 @@ ACKNOWLEDGED: Final = Gauge("pgoutput_acknowledged_lsn", "Position that PostgreS
 LAG: Final = Gauge("pgoutput_lag_bytes", "WAL received and not yet acknowledged", ["slot"])
 COMMIT_TIME: Final = Gauge("pgoutput_last_commit_timestamp_seconds", "Commit time of the last change", ["slot"])
 GATE_TIME: Final = Gauge("pgoutput_last_gate_timestamp_seconds", "When an epoch was last known to be durable", ["slot"])
-STALLED: Final = Gauge("pgoutput_stalled_seconds", "How long the source has not been called, if too long", ["slot"])
+STALLED: Final = Gauge("pgoutput_stalled_seconds", "How long Bytewax has not called the source, if too long", ["slot"])

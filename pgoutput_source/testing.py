@@ -32,18 +32,18 @@ def batch(
     at: datetime | Sequence[datetime] = START,
     every: timedelta = timedelta(seconds=30),
 ) -> ChangeBatch:
-    """A `ChangeBatch` as PostgreSQL would cause it, one transaction per change.
+    """The `ChangeBatch` that such changes in PostgreSQL would give, with one transaction per change.
 
     Args:
         table: Schema and table.
-        changes: (`_op`, row) or (`_op`, row, `_before`); what is missing in a row is NULL, a truncate's row is None.
-        key: Columns of the replica identity; with identity "f" all are.
-        types: Arrow types of the columns, in order; by default what Arrow makes of the values.
+        changes: (`_op`, row) or (`_op`, row, `_before`). A column that a row lacks is NULL. A truncate's row is None.
+        key: Columns of the replica identity. With identity "f" it is all of them.
+        types: Arrow types of the columns, in order. By default Arrow infers them from the values.
         identity: The replica identity's letter.
         unchanged: `_unchanged` by index of the change.
-        lsn: `_commit_lsn` of the first change; the others' follow by ones.
+        lsn: `_commit_lsn` of the first change; each further one adds 1.
         at: Commit time of the first change, or of each.
-        every: Time from one commit to the next, if `at` says only the first.
+        every: Time from one commit to the next, if `at` is only the first.
 
     Example:
         >>> made = batch("public.orders", [("I", {"id": 1}), ("D", {"id": 1}, {"id": 1})])

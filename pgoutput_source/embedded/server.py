@@ -1,9 +1,9 @@
 """One PostgreSQL server of our own: made, started, stopped, and never left behind.
 
 A server runs in its own session, so that Ctrl-C in a terminal stops the program and not the database under it. A small
-watchdog process holds the reading end of a pipe whose other end is ours: when we are gone, however that came, it stops
-the server and removes what was thrown away. Connections need a random password (SCRAM) and come over a unix socket in
-a folder that only the server's account can enter, or over a free port of 127.0.0.1.
+watchdog process reads from a pipe that we hold open. When we die, for whatever reason, the pipe closes: the watchdog
+then stops the server and removes a temporary cluster. Connections need a random password (SCRAM). They use a unix
+socket in a folder that only the server's account can enter, or a free port of 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "kill": signal.S
 # A unix socket's path must fit into 104 bytes on macOS and 108 on Linux, with the socket's own name in it.
 _LONGEST_SOCKET_DIR = 80
 
-# Lines come in: "pid N" names the server to watch (0: none). "bye" is an orderly end, end of file a death. Only a
-# process that postmaster.pid names is ever signalled, for by then its number may belong to somebody else; a server that
-# was started a moment ago may not have written that file yet.
+# It reads lines: "pid N" names the server to watch (0: none), "bye" is an orderly end, end of file means that we died.
+# The process id may have been reused since, so only a process that postmaster.pid names is ever signalled. A server
+# that has just started may not have written that file yet.
 _WATCHDOG = """
 import os, shutil, signal, sys, time
 pidfile, doomed, how = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -87,15 +87,15 @@ class Server:
     ...     connection.execute("SHOW wal_level").fetchone()
     ('logical',)
 
-    Without `data` the cluster is thrown away in the end and doesn't sync to disk: it survives the death of any process,
-    but not of the machine. With `data` it is kept, and as durable as PostgreSQL is.
+    Without `data` the cluster is temporary: it is deleted at the end and does not sync to disk, so it survives the
+    death of any process, but not of the machine. With `data` it is kept, and as durable as PostgreSQL is.
 
     Args:
         major: PostgreSQL's major version; None for the newest.
         data: Folder of a cluster to keep, made on first use. The password is kept in `<data>.password` beside it,
             readable by us alone, and the server's log in `<data>.log`.
         tcp: Listen on a free port of 127.0.0.1 instead of on a unix socket.
-        settings: Server settings by name, over our own (`wal_level=logical` …).
+        settings: Server settings by name. They override ours (`wal_level=logical` …).
 
     Attributes:
         version: The server's version, such as "18.6".
@@ -136,7 +136,7 @@ class Server:
             self.host, self.port = "127.0.0.1", _free_port()
         else:
             # In a kept cluster's own folder the socket's address survives a restart, and so does the DSN.
-            # A comma separates hosts, and a connection string has no way to say that it does not.
+            # In a connection string a comma always separates hosts; it can't be escaped.
             near = (
                 not self.throw_away and len(os.fsencode(self.data)) <= _LONGEST_SOCKET_DIR and "," not in str(self.data)
             )
@@ -163,10 +163,10 @@ class Server:
     # ------------------------------------------------------------------ the life of a server
 
     def start(self, timeout: float = 60.0) -> Self:
-        """Make the cluster if there is none yet, start the server and wait until it accepts connections.
+        """Create the cluster if there is none yet, start the server, and wait until it accepts connections.
 
         Args:
-            timeout: Seconds to wait; a crashed server replays its WAL within them.
+            timeout: Seconds to wait, including the time in which a crashed server replays its WAL.
 
         Raises:
             EmbeddedError: It did not start; the message ends with the last lines of its log.
@@ -204,10 +204,10 @@ class Server:
         """Stop the server and keep its data, so that `start()` brings it back with the same DSN.
 
         Args:
-            how: "fast" ends sessions in order, and waits for replication clients that still read; "immediate" is
-                PostgreSQL's emergency stop, which replays its WAL at the next start; "kill" is kill -9.
-            timeout: Seconds until a "fast" stop becomes "immediate": a replication client that has stopped reading
-                would hold it for ever.
+            how: "fast" ends sessions cleanly, and waits for replication clients that still read; "immediate" is
+                PostgreSQL's emergency stop, after which the next start replays the WAL; "kill" is kill -9.
+            timeout: Seconds until a "fast" stop becomes "immediate". A replication client that has stopped reading
+                would block it for ever.
         """
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(_SIGNALS[how])
@@ -220,7 +220,7 @@ class Server:
         self._tell("pid 0")
 
     def stop(self) -> None:
-        """Stop the server for good; a throw-away cluster is deleted. Safe to call again."""
+        """Stop the server for good, and delete a temporary cluster. Safe to call twice."""
         if os.getpid() != self._owner:
             return  # a forked child that ends must not take its parent's server with it
         self.halt("immediate" if self.throw_away else "fast")
@@ -253,7 +253,7 @@ class Server:
 
         Args:
             dbname: The database.
-            options: More of libpq's connection options, or others than ours (`user`, `password` …).
+            options: More libpq connection options. They override ours (`user`, `password` …).
         """
         ours: dict[str, Any] = {
             "host": self.host,
@@ -276,13 +276,13 @@ class Server:
 
         Args:
             tool: The program's name.
-            arguments: Its arguments; it finds the server and the password in its environment.
-            check: Raise when it fails.
+            arguments: Its arguments. The environment tells it where the server is, and the password.
+            check: Raise if it fails.
             input: Text for its standard input.
             timeout: Seconds until it is killed and `subprocess.TimeoutExpired` is raised.
 
         Raises:
-            EmbeddedError: It failed, with what it printed; or there is no such program.
+            EmbeddedError: It failed (the message has its output), or there is no such program.
         """
         options = self._as_account()
         options["env"] |= self.environment()
@@ -315,12 +315,12 @@ class Server:
         }
 
     def standby(self, slot: str = "standby", settings: Mapping[str, Setting] | None = None) -> Server:
-        """A physical standby of this server, copied and not yet started; use it as a context manager.
+        """A physical standby of this server: a copy, not yet started. Use it as a context manager.
 
         Args:
             slot: The physical replication slot that is created for it here.
-            settings: Its server settings, over those of this server. What else `sync_replication_slots` of 17 and
-                newer needs is in place.
+            settings: Its server settings. They override this server's. Whatever else `sync_replication_slots` needs
+                (PostgreSQL 17 and later) is already set.
         """
         other = Server.__new__(Server)
         ours = self.settings | {"hot_standby_feedback": True}
@@ -338,7 +338,7 @@ class Server:
         return other
 
     def promote(self) -> None:
-        """Make this standby a primary, and wait until it is."""
+        """Promote this standby, and wait until it is a primary."""
         self.run("pg_ctl", "-D", self.data, "-w", "promote")
 
     # ------------------------------------------------------------------ inside
@@ -358,7 +358,7 @@ class Server:
     def _tell(self, line: str) -> None:
         if self._watchdog is None or self._watchdog.stdin is None:
             return
-        with contextlib.suppress(BrokenPipeError):  # it was killed; nobody is left to tell
+        with contextlib.suppress(BrokenPipeError):  # it was killed
             self._watchdog.stdin.write(line + "\n")
             self._watchdog.stdin.flush()
 
@@ -386,7 +386,7 @@ class Server:
         self.data.parent.mkdir(parents=True, exist_ok=True)
         secret = self._base / "password"
         _write_private(secret, self.password)
-        # Made beside its place and renamed: an interrupted initdb leaves nothing that looks like a cluster.
+        # Created under another name and then renamed: an interrupted initdb leaves nothing that looks like a cluster.
         fresh = Path(tempfile.mkdtemp(prefix=f"{self.data.name}.new-", dir=self.data.parent))
         try:
             if self._account is not None:
@@ -404,7 +404,7 @@ class Server:
             shutil.rmtree(fresh, ignore_errors=True)
 
     def _try_start(self, deadline: float) -> str | None:
-        """Start once: None when the server is ready, otherwise what it said when it ended."""
+        """Try to start once. None if the server is ready, otherwise the last lines of its log."""
         ours: dict[str, Setting] = {
             "port": self.port,
             "listen_addresses": self.host if self.tcp else "",
@@ -447,7 +447,7 @@ def read_password(data: Path) -> str:
     except OSError as error:
         raise EmbeddedError(
             f"the password of {data} can't be read: {error}",
-            hint="run as the user who made it, or move the folder away to start with an empty one",
+            hint="run as the user who created it, or move the folder away to start with an empty one",
         ) from error
 
 

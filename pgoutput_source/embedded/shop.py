@@ -1,13 +1,13 @@
 """A small shop that takes orders: four tables, a publication, and a workload that never stops changing them.
 
-It is what the demonstration, the notebooks and the benchmarks capture. `create()` makes the tables `customers`,
-`products`, `orders` and `order_items` and the publication `shop`; `Workload` is the traffic. As a process of its own
+The demonstration, the notebooks and the benchmarks capture its changes. `create()` creates the tables `customers`,
+`products`, `orders` and `order_items` and the publication `shop`; `Workload` is the traffic. In its own process
 
     python -m pgoutput_source.embedded.shop
 
 reads a connection string from the first line of its standard input (arguments would show the password to everybody),
-works until that input ends, and prints what it did, as a line of JSON each second and at the end. So it ends with the
-process that started it.
+works until that input ends, and prints what it did as a line of JSON, each second and at the end. It therefore ends
+with the process that started it.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ SELECT i, 'Product ' || i, (i * 37 % 5000 + 99) / 100.0, jsonb_build_object('wei
 FROM generate_series(1, {PRODUCTS}) i ON CONFLICT DO NOTHING;
 """
 
-# Two that create the shop at once wait for each other.
+# Two processes that create the shop at once wait for each other.
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('pgoutput_source.embedded.shop'))"
 
 
 def create(dsn: str) -> None:
-    """Create the shop's tables, customers, products and publication in the database of `dsn`, where they are missing.
+    """Create the shop's tables, customers, products and publication in the database of `dsn`, unless they exist.
 
     Args:
         dsn: libpq connection string or URL of a role that may create tables and publications.
@@ -146,13 +146,14 @@ class Totals:
 class Workload:
     """The shop's traffic: orders are placed, progress, are cancelled; prices change; whole order books are imported.
 
-    Most transactions change a few rows, one in a hundred several thousand, and some are rolled back. On equal tables an
-    equal `seed` gives the same changes in the same transactions, but for the timestamps, which are the server's.
+    Most transactions change a few rows, one in a hundred changes several thousand, and some are rolled back. With the
+    same `seed` and the same tables, the same changes come in the same transactions. Only the server's timestamps
+    differ.
 
     Args:
         dsn: libpq connection string or URL of the database that `create()` prepared.
         seed: Seed of everything random.
-        rate: Changed rows per second to aim at; None for as many as possible.
+        rate: Target of changed rows per second; None for as many as possible.
     """
 
     def __init__(self, dsn: str, *, seed: int = 0, rate: float | None = None) -> None:
@@ -164,11 +165,11 @@ class Workload:
         self._ids = itertools.count(1)
 
     def run(self, stop: Callable[[float], object]) -> Totals:
-        """Work until `stop` says so, and finish the transaction at hand.
+        """Work until `stop` returns something true, and finish the current transaction.
 
         Args:
-            stop: Called after each transaction with the seconds that may pass before the next; waits as long, or
-                returns something true, earlier, to end the work. `threading.Event.wait` is one.
+            stop: Called after each transaction with the seconds until the next. It waits that long, or returns
+                something true at once to end the work, like `threading.Event.wait`.
 
         Returns:
             What was committed.
@@ -213,7 +214,7 @@ class Workload:
                 quantity, price = pick.randint(1, 5), Decimal(pick.randint(99, 9999)) / 100
                 amount += quantity * price
                 items.append((order, line, pick.randint(1, PRODUCTS), quantity, price))
-            # A note that is stored out of line is not sent again when another column is updated.
+            # A large note is stored out of line, and not sent again when another column is updated.
             note = pick.choice((None, "ring twice", "")) if pick.random() < 0.99 else pick.randbytes(4000).hex()
             orders.append((order, pick.randint(1, CUSTOMERS), "new", amount, note))
         _insert(
@@ -289,14 +290,14 @@ def _insert(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the workload as a process of its own, until standard input ends; prints `Totals` as lines of JSON."""
+    """Run the workload in its own process until standard input ends. Prints `Totals` as lines of JSON."""
     parser = argparse.ArgumentParser(prog="python -m pgoutput_source.embedded.shop", description="The shop's workload.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=None, help="changed rows per second (default: no limit)")
     arguments = parser.parse_args(argv)
-    # Ctrl-C in a terminal goes to everybody; the process that holds our standard input decides when the shop closes.
+    # Ctrl-C in a terminal reaches every process. The one that holds our standard input decides when the shop closes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Unbuffered, for select() sees only what Python has not read ahead.
+    # Unbuffered: select() can't see what Python has already read.
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as head:
         dsn = head.readline().decode().strip()
 
