@@ -190,10 +190,12 @@ def test_what_a_platform_sets_for_a_service_of_our_name_is_ignored_with_a_warnin
 def test_no_help_shows_the_environment() -> None:
     """A default value that is read from the environment would be evaluated at import, and stand in every help."""
     program = (
-        "import importlib, pkgutil, pydoc, pgoutput_source\n"
+        "import contextlib, importlib, pkgutil, pydoc, sys, pgoutput_source\n"
+        "without_bytewax = [ImportError] if sys.version_info >= (3, 13) else []\n"
         "for _, name, _ in pkgutil.walk_packages(pgoutput_source.__path__, 'pgoutput_source.'):\n"
         "    if not name.endswith('__main__'):\n"
-        "        print(pydoc.plaintext.document(importlib.import_module(name), name))\n"
+        "        with contextlib.suppress(*without_bytewax):\n"
+        "            print(pydoc.plaintext.document(importlib.import_module(name), name))\n"
     )
     environ = os.environ | {"PGPASSWORD": SECRET, "PGOUTPUT_DSN": f"password={SECRET}", "WHATEVER": SECRET}
     done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)

@@ -27,7 +27,7 @@ WITHOUT_BYTEWAX = STAIRCASE[: STAIRCASE.index("parquet") + 1]
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [".".join((PACKAGE, *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for file in FILES]
-WITH_BYTEWAX = {"sinks", "operators", "dataflow.source", "cli.demo_flow"}
+WITH_BYTEWAX = {"sinks", "operators", "dataflow.source", "dataflow.run", "cli.demo_flow"}
 THERE = find_spec("bytewax") is not None
 IMPORTABLE = [
     name
@@ -120,6 +120,7 @@ def test_everything_up_to_the_reader_and_the_commands_work_without_bytewax() -> 
     "statement",
     [
         "from pgoutput_source import PgOutputSource",
+        "from pgoutput_source import run",
         "from pgoutput_source import ParquetSink",
         "import pgoutput_source.dataflow.source",
         "import pgoutput_source.operators as cdc",

@@ -6,6 +6,9 @@ one dataflow at a time, so there is one `gate` and one `shutdown`.
 
 from __future__ import annotations
 
+import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
+
+# isort: split
 import argparse
 import atexit
 import logging
