@@ -24,6 +24,6 @@ changes = op.input("postgres", flow, PgOutputSource.from_env())
 orders = cdc.table("orders", changes, "public.orders")
 cdc.output("history", orders, ParquetSink(OUT / "orders"))
 
-paid = cdc.filter("paid", orders, pc.field("status") == "paid")
+paid = cdc.entered("paid", orders, pc.field("status") == "paid")
 revenue = cdc.window("revenue", paid, every=timedelta(minutes=1), by="customer_id", sum="amount")
 cdc.output("revenue_out", revenue, ParquetSink(OUT / "revenue"))

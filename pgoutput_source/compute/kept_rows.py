@@ -9,7 +9,7 @@ https://www.postgresql.org/docs/current/logical-replication-publication.html#LOG
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pgoutput_source.compute.keys import KeyColumns
-from pgoutput_source.compute.metadata import Bools, Ints
+from pgoutput_source.compute.metadata import Bools, Ints, renamed
 from pgoutput_source.compute.state import AFRESH, pack, unpack
+from pgoutput_source.compute.versions import column_in
 from pgoutput_source.errors import StateError
 
 KNOWN = "_known "
@@ -119,6 +120,63 @@ class KeptRows:
             columns = {name: table.column(name).combine_chunks() for name in self.key}
             raw = table.column("_raw").combine_chunks() if "_raw" in table.column_names else None
             self.put(KeyColumns.of(columns, table.schema, raw).objects(), table)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Keep the same rows with other names of columns, by the names that they have."""
+        rows = self.table()
+        self.key = tuple(names.get(name, name) for name in self.key)
+        if rows is not None:
+            if "_raw" in rows.column_names:
+                own = {name: names.get(name, name) for name in rows.column_names}
+                index = rows.schema.get_field_index("_raw")
+                rows = rows.set_column(index, rows.field(index), renamed(rows.column("_raw"), own))
+            rows = rows.rename_columns([names.get(name, name) for name in rows.column_names])
+        self.replace(rows)
+
+    def become(self, old: pa.Schema, new: pa.Schema, key: tuple[str, ...], columns: Sequence[str]) -> None:
+        """Keep the same rows as rows of another version of their table.
+
+        Args:
+            old: The version that they are of.
+            new: The version that they shall be of.
+            key: The key's columns now.
+            columns: The columns to keep now, the key's among them.
+
+        Raises:
+            StateError: The key has columns that are not kept.
+        """
+        rows = self.table()
+        self.key = key
+        if rows is None:
+            return
+        past = {name: column_in(old, new.field(name)) for name in columns}
+        fields, arrays = [], []
+        for name in columns:
+            field, was = new.field(name), past[name]
+            here = was.name is not None and was.name in rows.column_names
+            if name in key and not here:
+                raise StateError(
+                    f"the replica identity has changed to ({', '.join(key)}), and the rows that are kept lack {name}",
+                    hint=AFRESH,
+                )
+            if here and (was.known or name in key):
+                column = rows.column(was.name)
+                fields.append(field.with_type(column.type) if name in key else field)
+                arrays.append(column if name in key or column.type == field.type else column.cast(field.type))
+                if KNOWN + str(was.name) in rows.column_names:
+                    fields.append(pa.field(KNOWN + name, pa.bool_()))
+                    arrays.append(rows.column(KNOWN + str(was.name)))
+            elif was.name is None and was.known:
+                fields.append(field)
+                arrays.append(pa.repeat(pa.scalar(None, field.type) if was.value is None else was.value, len(rows)))
+            else:
+                fields += [field, pa.field(KNOWN + name, pa.bool_())]
+                arrays += [pa.nulls(len(rows), field.type), pa.repeat(False, len(rows))]
+        if "_raw" in rows.column_names:
+            names = {was.name: name for name, was in past.items() if was.name is not None}
+            fields.append(rows.schema.field("_raw"))
+            arrays.append(renamed(rows.column("_raw"), names))
+        self.replace(pa.table(arrays, pa.schema(fields)))
 
     def table(self) -> pa.Table | None:
         """All rows; None if nothing is kept."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -110,3 +110,23 @@ def row_texts(raw: pa.Array) -> pa.Array:
         for known in raw.to_pylist()
     ]
     return pa.array(cells, raw.type)
+
+
+def renamed(column: pa.ChunkedArray, names: Mapping[str, str]) -> pa.ChunkedArray:
+    """`_unchanged` or `_raw` with the names that the columns have now; columns that are gone are left out."""
+    if column.null_count == len(column):
+        return column
+    cells: list[Any] = []
+    for cell in column.to_pylist():
+        if cell is None:
+            cells.append(None)
+        elif pa.types.is_map(column.type):
+            texts = [(*_split(name), text) for name, text in cell]
+            cells.append([(prefix + names[name], text) for prefix, name, text in texts if name in names] or None)
+        else:
+            cells.append([names[name] for name in cell if name in names] or None)
+    return pa.chunked_array([pa.array(cells, column.type)])
+
+
+def _split(name: str) -> tuple[str, str]:
+    return (BEFORE, name.removeprefix(BEFORE)) if name.startswith(BEFORE) else ("", name)

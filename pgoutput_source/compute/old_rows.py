@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from pgoutput_source.changes.schema import TableSchema
+from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.compute.columns import refuse_misfits
 from pgoutput_source.compute.kept_rows import KeptRows
 from pgoutput_source.compute.keyed_changes import Found, KeyedChanges
 from pgoutput_source.compute.metadata import BEFORE, DELETE, UPDATE, Bools, Ints, operations, row_texts, unsent
 from pgoutput_source.compute.state import AFRESH
+from pgoutput_source.compute.versions import Seen, column_in
 from pgoutput_source.errors import ConfigurationError, StateError
+
+logger = logging.getLogger(__name__)
 
 FULL = "f"
 
@@ -35,6 +38,7 @@ class OldRows:
         if state is not None:
             self.table, self.kept_all = state["table"], state["kept_all"]
             self.kept = None if state["kept"] is None else KeptRows.restore(state["kept"])
+        self.seen = Seen(None if state is None else state.get("schema"))
 
     def snapshot(self) -> dict[str, Any]:
         """Builtins that the next `OldRows` takes."""
@@ -42,24 +46,39 @@ class OldRows:
             "table": self.table,
             "kept_all": self.kept_all,
             "kept": None if self.kept is None else self.kept.snapshot(),
+            "schema": self.seen.pack(),
         }
 
-    def know(self, step_id: str, schema: TableSchema, ops: NDArray[np.int8]) -> None:
-        """Take note of a batch's table and identity.
+    def know(self, step_id: str, batch: ChangeBatch, columns: Sequence[str]) -> bool:
+        """Take note of a batch's table, identity and version; `columns` are those that the step needs.
+
+        Returns:
+            Whether this is another table under the name of the one before: nothing of that one is there any more.
 
         Raises:
             ConfigurationError: It is of another table than those before.
-            StateError: Old rows are needed that were not kept.
+            StateError: Old rows are needed that were not kept, or a column is another one now.
         """
+        schema, ops = batch.schema, operations(batch.data)
         if self.table not in (None, schema.table):
             raise ConfigurationError(
                 f"step {step_id!r} has seen {self.table} and now gets changes of {schema.table}",
                 hint="one step for each table; partitions: publish_via_partition_root makes them one table",
             )
         self.table = schema.table
+        before, other = self.seen.changed(batch.data.schema)
+        if other:
+            self.kept, self.kept_all = None, True
+        elif before is not None and self.seen.schema is not None:
+            self._check_columns(before, columns)
+            if self.kept is not None:
+                pasts = {name: column_in(before, self.seen.schema.field(name)).name for name in schema.key}
+                names = {past: name for name, past in pasts.items() if past not in (None, name)}
+                if names:
+                    self.kept.rename({past: name for past, name in names.items() if past is not None})
         if schema.replica_identity == FULL or not schema.key:
             self.kept, self.kept_all = None, False
-            return
+            return other
         if not self.kept_all and np.isin(ops, (UPDATE, DELETE)).any():
             raise StateError(
                 "the replica identity was FULL and is not any more: old rows are not sent, and were not kept",
@@ -70,6 +89,24 @@ class OldRows:
             self.kept = KeptRows(schema.key)
         elif self.kept.key != schema.key:
             self.kept.rekey(schema.key)
+        return other
+
+    def _check_columns(self, before: pa.Schema, columns: Sequence[str]) -> None:
+        assert self.seen.schema is not None
+        for name in columns:
+            past = column_in(before, self.seen.schema.field(name))
+            if past.name != name:
+                raise StateError(
+                    f"the column that is called {name} is another one now, whose values in older rows are not known",
+                    table=self.table,
+                    column=name,
+                    hint=f"{AFRESH}, and begin with a snapshot",
+                )
+            if not past.known:
+                logger.warning(
+                    "%s: column %s %s: rows that have not been sent since count with the value that they had",
+                    self.table, name, past.reason,
+                )  # fmt: skip
 
     def clear(self) -> None:
         """The table is empty."""

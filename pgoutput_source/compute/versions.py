@@ -9,12 +9,16 @@ https://www.postgresql.org/docs/current/sql-altertable.html
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from pgoutput_source.compute.metadata import own_columns
 from pgoutput_source.types import type_of
+
+logger = logging.getLogger(__name__)
 
 
 class Relation(NamedTuple):
@@ -52,6 +56,40 @@ def relation_of(schema: pa.Schema) -> Relation | None:
     if b"pg.relation_id" not in metadata:
         return None
     return Relation(*(metadata.get(key, b"").decode() for key in (b"pg.relation_id", b"pg.system", b"pg.database")))
+
+
+class Seen:
+    """The last version of a table that a step has seen: its own columns, and which relation it is."""
+
+    def __init__(self, packed: bytes | None = None) -> None:
+        self.schema: pa.Schema | None = None if packed is None else pa.ipc.read_schema(pa.py_buffer(packed))
+        self._last: pa.Schema | None = None
+
+    def pack(self) -> bytes | None:
+        """As bytes, for a state."""
+        return None if self.schema is None else self.schema.serialize().to_pybytes()
+
+    def changed(self, schema: pa.Schema) -> tuple[pa.Schema | None, bool]:
+        """Take note of a batch's schema.
+
+        Returns:
+            The version before, None if there is none or it is the same; and whether this is another table, which was
+            created, or renamed, in place of the one before.
+        """
+        if schema is self._last:
+            return None, False
+        self._last, before = schema, self.schema
+        self.schema = pa.schema([schema.field(name) for name in own_columns(schema)], metadata=schema.metadata)
+        if before is None or before.equals(self.schema, check_metadata=True):
+            return None, False
+        relations = relation_of(before), relation_of(self.schema)
+        other = None not in relations and relations[0] != relations[1]
+        if other:
+            logger.warning(
+                "%s is another table now: it was recreated, or another one took its name. The rows of the table before "
+                "are gone", (schema.metadata or {}).get(b"pg.table", b"").decode(),
+            )  # fmt: skip
+        return before, other
 
 
 def column_in(schema: pa.Schema, field: pa.Field) -> Past:

@@ -316,14 +316,15 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         return {"v": STATE_VERSION, "groups": self.groups.state(), **self.old.snapshot()}
 
     def _changed(self, batch: ChangeBatch) -> pa.RecordBatch | None:
-        self._know(batch)
+        other = self._know(batch)
         groups, data = self.groups, batch.data
         refuse_misfits(data, self._columns)
         touched = []
         truncates = np.flatnonzero(operations(data) == TRUNCATE)
+        if other or len(truncates):
+            touched.append(groups.reset())
         if len(truncates):
             self.old.clear()
-            touched.append(groups.reset())
             data = data.slice(int(truncates[-1]) + 1)
         if len(data):
             parts = self._from_kept(data) if self.old.kept is not None else self._from_before(data)
@@ -353,19 +354,14 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         groups.forget_empty(touched)
         return results
 
-    def _know(self, batch: ChangeBatch) -> None:
-        """Take note of a batch's table, identity and columns.
-
-        Raises:
-            ConfigurationError: It is of another table than those before, or its columns don't fit.
-            StateError: Old rows are needed that were not kept.
-        """
-        self.old.know(self.step_id, batch.schema, operations(batch.data))
+    def _know(self, batch: ChangeBatch) -> bool:
+        """Take note of a batch's columns and version; see `OldRows.know`."""
         if batch.data.schema is not self._schema:
             own = pa.schema([batch.data.schema.field(name) for name in own_columns(batch.data.schema)])
             self._columns = tuple(dict.fromkeys([*self.groups.grouping.columns, *referenced(self.where, own)]))
             self.groups.know(batch.data.schema)
             self._schema = batch.data.schema
+        return self.old.know(self.step_id, batch, self._columns)
 
     def _from_kept(self, data: pa.RecordBatch) -> list[pa.Table]:
         """The rows of all keys that changed, as they are now and as they were."""

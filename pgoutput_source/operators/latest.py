@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -19,9 +18,8 @@ from pgoutput_source.compute.kept_rows import KNOWN, KeptRows
 from pgoutput_source.compute.keyed_changes import Filled, Found, KeyedChanges
 from pgoutput_source.compute.metadata import BEFORE, DELETE, TRUNCATE, operations, own_columns, row_texts, unsent
 from pgoutput_source.compute.net_effect import Standing
+from pgoutput_source.compute.versions import Seen
 from pgoutput_source.errors import ConfigurationError, check_version
-
-logger = logging.getLogger(__name__)
 
 STATE_VERSION: Final = 1
 
@@ -36,12 +34,15 @@ def latest(
 
     Each batch gives at most one row per key, in position order: what the key's row is now (`I`, `U`, `R`), or that it
     is gone (`D`). An update that changes the key also gives a `D` of the old key, at the same position. A truncate
-    gives its `T` first and nothing from before it. Put and remove these rows in order, and after the last change of
+    gives its `T` first and nothing from before it; so does a table that was recreated, or that another one replaced
+    under its name. Put and remove these rows in order, and after the last change of
     each transaction you have the source's table, also where keys moved onto each other (``SET id = id + 1``).
 
     Rows are whole: a TOASTed value that an update left unchanged, and that PostgreSQL therefore did not send, comes
     from an earlier change. A value that was never seen stays named in `_unchanged`: it is not known, so leave it
-    alone; its null is no NULL.
+    alone; its null is no NULL. What ALTER TABLE does to rows without sending them is told as far as it can be known:
+    a renamed column keeps its values, a column that was added has its default in older rows, and one that changed its
+    type is not known of rows that were not sent again.
 
     It must see every change: put conditions after it, not before.
 
@@ -55,7 +56,7 @@ def latest(
         With `fill`, and unless the identity is FULL: per key one row with the columns that can be TOASTed (text,
         bytea, json, arrays, numeric …), as large as their values and about 200 bytes. It is in memory on one worker per
         table, and written into the recovery store in each epoch in which the table changes. A table of only integers,
-        floats, times and booleans needs none. A column that changes its type makes it forget all. With identity FULL:
+        floats, times and booleans needs none. With identity FULL:
         about 200 bytes for each row that the last transaction inserted or moved to another key.
 
     Example:
@@ -95,6 +96,7 @@ class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
             check_version(state, STATE_VERSION, f"step {step_id!r}")
             self.kept = None if state["kept"] is None else KeptRows.restore(state["kept"])
             self.standing = Standing(*state.get("standing", ()))
+        self.seen = Seen(None if state is None else state.get("schema"))
 
     def on_batch(self, values: list[ChangeBatch]) -> tuple[Iterable[ChangeBatch], bool]:
         thinned = [self._thin(batch) for batch in values if len(batch)]
@@ -104,6 +106,7 @@ class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
         return {
             "v": STATE_VERSION,
             "kept": None if self.kept is None else self.kept.snapshot(),
+            "schema": self.seen.pack(),
             "standing": (self.standing.commit_lsn, dict(self.standing.rows)),
         }
 
@@ -111,9 +114,15 @@ class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
         data = batch.data
         key = _key(self.step_id, self.key, batch.schema)
         whole = batch.schema.replica_identity == _FULL
-        kept_columns = self._kept_columns(batch.schema, key)
+        before, other = self.seen.changed(data.schema)
+        kept_columns = self._kept_columns(batch.schema, key, None if other else before)
         truncates = np.flatnonzero(operations(data) == TRUNCATE)
         head = []
+        if other and not len(truncates):
+            head = [_truncate(data.slice(0, 1))]
+            self.standing = Standing()
+            if self.kept is not None:
+                self.kept.clear()
         if len(truncates):
             last = int(truncates[-1])
             head, data = [data.slice(last, 1)], data.slice(last + 1)
@@ -132,22 +141,36 @@ class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
             self.standing = changes.standing_after()
         return batch.replace(pa.concat_batches([*head, _outcomes(changes, there)]))
 
-    def _kept_columns(self, schema: TableSchema, key: tuple[str, ...]) -> list[str]:
-        """The columns to keep: a type of fixed width is never TOASTed."""
+    def _kept_columns(self, schema: TableSchema, key: tuple[str, ...], before: pa.Schema | None) -> list[str]:
+        """The columns to keep: a type of fixed width is never TOASTed. What is kept becomes rows of this version."""
         wide = {c.name: c.arrow for c in schema.columns if not pa.types.is_primitive(c.arrow) and c.name not in key}
         if not self.fill or schema.replica_identity == _FULL or not wide:
             # With FULL the old row brings what the new one leaves out. What was kept would be out of date later on.
             self.kept = None
             return []
+        columns = [*key, *wide]
         if self.kept is None:
             self.kept = KeptRows(key)
+        elif before is not None and self.seen.schema is not None:
+            self.kept.become(before, self.seen.schema, key, columns)
         elif self.kept.key != key:
             self.kept.rekey(key)
         have = self.kept.types
         if any(have.get(name, kind) != kind for name, kind in wide.items()):
             # ALTER COLUMN … TYPE may have made other values, which are not streamed.
             self.kept.clear()
-        return [*key, *wide]
+        return columns
+
+
+def _truncate(first: pa.RecordBatch) -> pa.RecordBatch:
+    """A truncate at the position of a table's first change: nothing of the table before it is there any more."""
+    arrays = []
+    for field, column in zip(first.schema, first.columns, strict=True):
+        if field.name == "_op":
+            arrays.append(pa.DictionaryArray.from_arrays(pa.array([TRUNCATE], pa.int8()), pa.array(OPS, pa.utf8())))
+        else:
+            arrays.append(pa.nulls(1, field.type) if field.nullable else column)
+    return pa.RecordBatch.from_arrays(arrays, schema=first.schema)
 
 
 def _key(step_id: str, asked: tuple[str, ...] | None, schema: TableSchema) -> tuple[str, ...]:

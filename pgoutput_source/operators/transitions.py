@@ -127,10 +127,10 @@ class _Transitions(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]])
 
     def _found(self, batch: ChangeBatch) -> pa.RecordBatch:
         data, ops = batch.data, operations(batch.data)
-        self.old.know(self.step_id, batch.schema, ops)
         if data.schema is not self._schema:
             own = pa.schema([data.schema.field(name) for name in own_columns(data.schema)])
             self._columns, self._schema = referenced(self.where, own), data.schema
+        self.old.know(self.step_id, batch, self._columns)
         refuse_misfits(data, self._columns)
         wanted = np.zeros(len(data), np.bool_)
         if not self.into:

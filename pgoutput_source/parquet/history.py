@@ -12,14 +12,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from pgoutput_source.compute.metadata import BEFORE, Bools, Ints, own_columns
+from pgoutput_source.compute.metadata import BEFORE, Bools, Ints, own_columns, renamed
 from pgoutput_source.compute.versions import Past, column_in, relation_of
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.parquet.folder import table_of
@@ -202,7 +201,7 @@ def _read(
     for name in ("_unchanged", "_raw"):
         if name in names and name in run.schema.names and run.renamed:
             index = table.schema.get_field_index(name)
-            table = table.set_column(index, name, _renamed(table.column(name), run.renamed))
+            table = table.set_column(index, name, renamed(table.column(name), run.renamed))
     return table
 
 
@@ -219,23 +218,3 @@ def _expression(run: Run, newest: pa.Schema, name: str, kind: pa.DataType | None
         here = run.schema.field(past.name).type
         return pc.field(past.name) if here == target else pc.field(past.name).cast(target)
     return pc.scalar(pa.scalar(None, target) if past.value is None else past.value)
-
-
-def _renamed(column: pa.ChunkedArray, names: Mapping[str, str]) -> pa.ChunkedArray:
-    """`_unchanged` or `_raw` with the names that the columns have now; columns that are gone are left out."""
-    if column.null_count == len(column):
-        return column
-    cells: list[Any] = []
-    for cell in column.to_pylist():
-        if cell is None:
-            cells.append(None)
-        elif pa.types.is_map(column.type):
-            texts = [(*_split(name), text) for name, text in cell]
-            cells.append([(prefix + names[name], text) for prefix, name, text in texts if name in names] or None)
-        else:
-            cells.append([names[name] for name in cell if name in names] or None)
-    return pa.chunked_array([pa.array(cells, column.type)])
-
-
-def _split(name: str) -> tuple[str, str]:
-    return (BEFORE, name.removeprefix(BEFORE)) if name.startswith(BEFORE) else ("", name)

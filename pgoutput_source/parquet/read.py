@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,16 +46,19 @@ def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
     if not schemas:
         return ds.dataset([], schema=pa.schema([]), format=_FORMAT)
     schema, apart = _together(list(schemas.values()))
-    plain = [file for file, kind in schemas.items() if not _splits(kind, apart)]
-    whole: ds.Dataset = ds.dataset([str(file) for file in plain], schema=schema, format=_FORMAT)
-    if len(plain) == len(schemas):
-        return whole
-    names = ", ".join(sorted(apart))
+    if not apart:
+        return ds.dataset([str(file) for file in schemas], schema=schema, format=_FORMAT)
     logger.warning(
-        "%s: %s changed to a type that does not hold older values: these are in columns of their own", folder, names
-    )
-    split = [_split(pq.read_table(file), apart, schema) for file, kind in schemas.items() if _splits(kind, apart)]
-    return ds.dataset([whole, ds.dataset(pa.concat_tables(split))])
+        "%s: the new type of %s does not hold older values: they are in columns of their own",
+        folder, ", ".join(sorted(apart)),
+    )  # fmt: skip
+    children: list[ds.Dataset] = []
+    for odd, group in itertools.groupby(schemas, lambda file: _splits(schemas[file], apart)):
+        if odd:
+            children.append(ds.dataset(pa.concat_tables([_split(pq.read_table(f), apart, schema) for f in group])))
+        else:
+            children.append(ds.dataset([str(file) for file in group], schema=schema, format=_FORMAT))
+    return ds.dataset(children)
 
 
 def schemas_of(folder: Path, table: str | None = None) -> dict[Path, pa.Schema]:
