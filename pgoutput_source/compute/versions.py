@@ -105,8 +105,7 @@ def column_in(schema: pa.Schema, field: pa.Field) -> Past:
 def _before_it_was_added(field: pa.Field) -> Past:
     text = _said(field, b"pg.missing")
     if text is None:
-        known = _oid(field) is not None and _said(field, b"pg.attnum") is None
-        return Past(None, known, reason="was added later, and what older rows hold in it was not recorded")
+        return Past(None, False, reason="was added later, and what older rows hold in it was not recorded")
     value = json.loads(text)
     if value is None:
         return Past(None, True)
