@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -166,3 +167,15 @@ def test_what_can_not_be_answered_is_refused(tmp_path: Path) -> None:
         current(tmp_path, key="nr", table="public.t")
     with pytest.raises(ConfigurationError, match="deletes come without n"):
         current(tmp_path, key="n", table="public.t")
+
+
+def test_files_of_other_tables_are_not_opened_where_the_index_names_them(tmp_path: Path) -> None:
+    write(tmp_path, change(("I", {"id": 1, "n": 1})), change(("I", {"id": 2, "n": 2}), lsn=2000))
+    (tmp_path / "9.parquet").write_bytes(b"no Parquet file at all")
+    entries = [
+        {"file": f"{i}.parquet", "table": "public.u" if i == 9 else "public.t", "schema": "x"} for i in (0, 1, 9)
+    ]
+    (tmp_path / "_index.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert read(tmp_path, table="public.t").count_rows() == 2
+    with pytest.raises(pa.ArrowInvalid):
+        read(tmp_path, table="public.u")
