@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from harness.database import Database
 
-from pgoutput_source import run, types
+from pgoutput_source import operators, run, types
 from pgoutput_source.changes.schema import METADATA_COLUMNS
 from pgoutput_source.embedded import shop
 
@@ -38,6 +38,7 @@ PLACES = {
     "docs/guarantees.md": (),
     "docs/types.md": (),
     "docs/destinations.md": (),
+    "docs/operators.md": operators.__all__,
 }
 
 
