@@ -15,6 +15,7 @@ from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import PgOutputError
 from pgoutput_source.postgres import checks
 from pgoutput_source.postgres.connection import connect
+from pgoutput_source.postgres.published import remarks
 from pgoutput_source.postgres.system import current_lsn
 from pgoutput_source.settings import SourceSettings, parse_publications
 
@@ -102,7 +103,10 @@ def _check(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     with connect(connection_string(settings.dsn)) as conn:
         slot = checks.check(conn, settings)
+        found = list(remarks(conn, settings))
         now = current_lsn(conn)
     lag = now - (slot.confirmed_flush_lsn or now)
     print(f"slot {slot.name}: ready, acknowledged up to {slot.confirmed_flush_lsn}, {lag:,d} bytes of WAL to read")
+    for remark in found:
+        print(f"note: {remark.text}\n  hint: {remark.hint}")
     return 0

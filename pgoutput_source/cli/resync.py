@@ -21,12 +21,11 @@ from typing import Any
 
 from pgoutput_source.dataflow.recovery import TABLES, Tables, part_file, parts, progress, resume_epoch
 from pgoutput_source.embedded import connection_string
-from pgoutput_source.errors import PublicationError, SlotInUse, SlotLost, StateError
+from pgoutput_source.errors import SlotInUse, SlotLost, StateError
 from pgoutput_source.postgres import checks
 from pgoutput_source.postgres.connection import Connection, connect
-from pgoutput_source.postgres.publications import find_publications, published_tables
+from pgoutput_source.postgres.publications import published_tables
 from pgoutput_source.postgres.refusals import explained
-from pgoutput_source.postgres.remedies import missing_publication_hint
 from pgoutput_source.postgres.slots import create_slot, slot_state
 from pgoutput_source.postgres.system import System, current_lsn, identify, setting
 from pgoutput_source.protocol.wire import PG_EPOCH_US, Lsn, pg_datetime
@@ -101,12 +100,7 @@ def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFo
         StateError, PublicationError, SlotMismatch, SlotInUse: See `run`.
     """
     checks.check_server(conn)
-    missing = [name for name in settings.publication if name not in find_publications(conn, settings.publication)]
-    if missing:
-        raise PublicationError(
-            f"there is no publication {', '.join(map(repr, missing))}, and it must be older than the slot",
-            hint=missing_publication_hint(settings.slot, missing),
-        )
+    checks.check_publications(conn, settings)
     system = identify(conn)
     seen = None if store is None else _seen(dsn, store.state, system)
     slot = slot_state(conn, settings.slot)

@@ -87,6 +87,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication, create=create, until=until, **options)
         self._settings: Callable[[], SourceSettings] = lambda: settings
         self._shown: SourceSettings | None = settings
+        self.tables: set[tuple[str, str]] = set()  # what steps take, if they say so
         shutdown.catch_signals()
         open_store()
 
@@ -108,6 +109,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
         source._settings = settings
         source._shown = None
+        source.tables = set()
         shutdown.catch_signals()
         open_store()
         return source
@@ -130,7 +132,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         settings = self._settings()
         try:
             with shutdown.building(settings.slot):
-                return _SlotPartition(settings, resume_state)
+                return _SlotPartition(settings, resume_state, self.tables)
         except Drained:
             return _Interrupted(resume_state)
 
@@ -138,12 +140,12 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
     """A `SlotSession` as Bytewax drives it: when it delivers, when it is durable, and when it leaves."""
 
-    def __init__(self, settings: SourceSettings, state: State | None) -> None:
+    def __init__(self, settings: SourceSettings, state: State | None, tables: Iterable[tuple[str, str]] = ()) -> None:
         show_log()
         self.settings = settings
         self.slot = settings.slot
         self.dsn = connection_string(settings.dsn, shop=True)
-        self.session = SlotSession(self.dsn, settings, state)
+        self.session = SlotSession(self.dsn, settings, state, tables=tables)
         self.staged: Lsn | None = None
         self.final = False  # the last snapshot covers all that this partition will give out
         self.done = False  # … and it is durable

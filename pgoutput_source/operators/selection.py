@@ -6,6 +6,8 @@ from bytewax import operators as op
 from bytewax.dataflow import Stream, operator
 
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message
+from pgoutput_source.changes.schema import TableName
+from pgoutput_source.dataflow.taken import take
 from pgoutput_source.errors import ConfigurationError
 
 
@@ -35,6 +37,7 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
     """
     if "." not in name:
         raise ConfigurationError(f"table {name!r} has no schema", hint=f"write 'public.{name}'")
+    take(up, TableName.parse(name))
 
     def of_table(sets: list[ChangeSet]) -> list[ChangeBatch]:
         return [batch for s in sets for batch in s.of(name)]

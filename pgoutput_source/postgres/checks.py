@@ -17,7 +17,7 @@ from pgoutput_source.errors import (
     SlotNotFound,
 )
 from pgoutput_source.postgres.connection import Connection, one_row
-from pgoutput_source.postgres.publications import find_publications, text_columns
+from pgoutput_source.postgres.publications import find_publications, publication_names, text_columns
 from pgoutput_source.postgres.remedies import missing_publication_hint, missing_slot_hint, quote_name, resync_hint
 from pgoutput_source.postgres.slots import PLUGIN, SlotState, slot_state
 from pgoutput_source.settings import SourceSettings
@@ -48,25 +48,35 @@ def check(conn: Connection, settings: SourceSettings) -> SlotState:
     """
     check_server(conn)
     check_options(conn, settings)
-    found = find_publications(conn, settings.publication)
-    missing = [name for name in settings.publication if name not in found]
     slot = slot_state(conn, settings.slot)
     if slot is None:
+        every = publication_names(conn)
+        missing = [name for name in settings.publication if name not in every]
         raise SlotNotFound(
             f"there is no replication slot {settings.slot!r} on {settings.server}",
-            hint=missing_slot_hint(settings.slot, missing),
+            hint=missing_slot_hint(settings.slot, missing, every),
         )
     check_slot(conn, slot)
-    if missing:
-        names = ", ".join(map(repr, missing))
+    check_publications(conn, settings)
+    return slot
+
+
+def check_publications(conn: Connection, settings: SourceSettings) -> None:
+    """Whether the publications exist; the slot is there already. One without a table is a warning in the log.
+
+    Raises:
+        PublicationError: Some don't; the hint names those that do.
+    """
+    found = find_publications(conn, settings.publication)
+    if missing := [name for name in settings.publication if name not in found]:
         raise PublicationError(
-            f"there is no publication {names} in database {slot.database!r}, and slot {slot.name!r} is there already",
-            hint=missing_publication_hint(slot.name, missing),
+            f"there is no publication {', '.join(map(repr, missing))} in database "
+            f"{one_row(conn, 'SELECT current_database()::text')[0]!r}",
+            hint=missing_publication_hint(settings.slot, missing, publication_names(conn)),
         )
     for name, has_tables in found.items():
         if not has_tables:
             logger.warning("publication %r has no table yet: ALTER PUBLICATION … ADD TABLE …", name)
-    return slot
 
 
 def check_server(conn: Connection) -> None:

@@ -33,6 +33,11 @@ def find_publications(conn: Connection, names: Iterable[str]) -> dict[str, bool]
     return dict(rows)
 
 
+def publication_names(conn: Connection) -> tuple[str, ...]:
+    """The publications of this database."""
+    return tuple(name for (name,) in conn.execute("SELECT pubname::text FROM pg_publication ORDER BY 1").fetchall())
+
+
 def create_publications(conn: Connection, names: Iterable[str], tables: Iterable[str] | None = None) -> None:
     """Create those of these publications that are missing.
 

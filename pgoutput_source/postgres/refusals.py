@@ -33,9 +33,10 @@ from pgoutput_source.errors import (
 from pgoutput_source.postgres.remedies import (
     NO_POOLER,
     ONE_PROCESS,
-    missing_publication_hint,
     missing_slot_hint,
+    newer_publication_hint,
     resync_hint,
+    skip_hint,
 )
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import describe
@@ -196,18 +197,16 @@ _COMPLAINTS: Final = {
     "25006": _Complaint(NotConfigured, "a standby can't write: do this on the primary, and it follows here"),
     "55000": _Complaint(SlotError, None),
     "58P01": _Complaint(SlotLost),
-    "22021": _Complaint(
-        ServerError,
-        "the database holds bytes that are not text in its encoding, and the server can't send them: repair the row, "
-        "or skip the transaction with pg_replication_slot_advance()",
-    ),
-    "XX000": _Complaint(
-        ServerError,
-        "the server fails to decode this transaction each time. If a value has more than 512 MB, text can't carry "
-        "it, and binary='on' can. "
-        "pg_replication_slot_advance() skips the transaction, and loses its changes",
-    ),
 }
+
+_UNDECODABLE: Final = {
+    "22021": "the database holds bytes that are not text in its encoding, and the server can't send them",
+    "XX000": "if a value has more than 512 MB, text can't carry it, and binary='on' can",
+}
+"""Why a server fails on what it decodes, by SQLSTATE."""
+
+_FAILING_FILTER: Final = "a row filter of the publication probably fails on a row"
+"""The reason where the server names none: nothing else of the user's runs while it decodes."""
 
 _GONE: Final = ("08", "57P")
 """Of any command: the connection or the server is going."""
@@ -236,13 +235,15 @@ def server_error(
         lost.sqlstate, lost.transient = code, True
         return lost
     if code == "42704" and streaming:
-        complaint = _Complaint(PublicationError, missing_publication_hint(slot, publications))
+        complaint = _Complaint(PublicationError, newer_publication_hint(slot))
     elif code == "42704" and slot:
         complaint = _Complaint(SlotNotFound, missing_slot_hint(slot, publications))
     elif code == "0A000" and streaming:
         complaint = _Complaint(PublicationError, "give the table the same column list in all publications")
+    elif streaming and code not in _COMPLAINTS:
+        complaint = _Complaint(ServerError, f"{_UNDECODABLE.get(code, _FAILING_FILTER)}; {skip_hint(slot)}")
     else:
-        complaint = _COMPLAINTS.get(code, _Complaint(ServerError))
+        complaint = _COMPLAINTS.get(code, _Complaint(ServerError, _UNDECODABLE.get(code)))
     hint = resync_hint(slot or "…") if complaint.kind is SlotLost else complaint.hint or error.diag.message_hint
     result = complaint.kind(of_slot + said, hint=hint, lsn=lsn)
     result.sqlstate = code

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 ONE_PROCESS: Final = "only one process can stream from a slot: stop the other one, or use a slot each"
@@ -28,22 +29,69 @@ def resync_hint(slot: str) -> str:
     )
 
 
-def missing_slot_hint(slot: str, publications: Iterable[str]) -> str:
-    """The SQL to run, in the order that matters: the stream fails if the slot is older than the publication."""
-    make = [f"CREATE PUBLICATION {quote_name(name)} FOR ALL TABLES;  -- or FOR TABLE …" for name in publications]
+def missing_slot_hint(slot: str, missing: Iterable[str], existing: Sequence[str] = ()) -> str:
+    """The SQL to run, in the order that matters: the stream fails if the slot is older than the publication.
+
+    Args:
+        slot: The slot that is missing.
+        missing: The publications that are missing, too.
+        existing: The publications that the database has.
+    """
+    missing = list(missing)
+    make = [f"CREATE PUBLICATION {quote_name(name)} FOR ALL TABLES;  -- or FOR TABLE …" for name in missing]
     make.append(f"SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput');")
-    return "the publication first, then the slot, or use create=True:\n  " + "\n  ".join(make)
+    rather = f"{_rather(missing, existing)}; otherwise " if missing and existing else ""
+    return f"{rather}the publication first, then the slot, or use create=True:\n  " + "\n  ".join(make)
 
 
-def missing_publication_hint(slot: str | None, publications: Iterable[str]) -> str:
-    """A publication must have existed at the slot's position: creating it now does not help an older slot."""
+def missing_publication_hint(slot: str, missing: Sequence[str], existing: Sequence[str] = ()) -> str:
+    """A publication must have existed at the slot's position: creating it now does not help an older slot.
+
+    Where the database has publications, the name may be a typing error, and nothing that drops the slot is proposed.
+
+    Args:
+        slot: The slot that is there.
+        missing: The publications that are missing.
+        existing: The publications that the database has.
+    """
+    make = [f"CREATE PUBLICATION {quote_name(name)} FOR ALL TABLES;  -- or FOR TABLE …" for name in missing]
+    if existing:
+        return (
+            f"{_rather(missing, existing)}. A publication must be older than the slot; a new one needs a new slot:"
+            "\n  " + "\n  ".join([*make, "SELECT pg_create_logical_replication_slot('…', 'pgoutput');"])
+        )
+    make.append(f"SELECT pg_drop_replication_slot('{slot}');")
+    make.append(f"SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput');")
     return (
         "a publication must be older than the slot. Create it, then recreate the slot (what it holds is lost):\n  "
-        + "\n  ".join(
-            [
-                *(f"CREATE PUBLICATION {quote_name(name)} FOR ALL TABLES;  -- or FOR TABLE …" for name in publications),
-                f"SELECT pg_drop_replication_slot('{slot or '…'}');",
-                f"SELECT pg_create_logical_replication_slot('{slot or '…'}', 'pgoutput');",
-            ]
-        )
+        + "\n  ".join(make)
     )
+
+
+def newer_publication_hint(slot: str | None) -> str:
+    """The publication exists, or did when the stream began, but not yet at the slot's position."""
+    slot = slot or "…"
+    return (
+        "a publication must be older than the slot, and this one was created, or dropped and recreated, after what the "
+        "slot holds was written. Read what it holds with the publication of then; or give it up: "
+        f"SELECT pg_replication_slot_advance('{slot}', pg_current_wal_lsn()). {resync_hint(slot)}"
+    )
+
+
+def skip_hint(slot: str | None) -> str:
+    """How to get past a transaction that the server fails to decode."""
+    return (
+        "it fails again each time. If what it fails on can't be repaired, skip the transaction, and lose its changes: "
+        f"SELECT pg_replication_slot_advance('{slot or '…'}', …) to a position after its commit, which pg_walinspect "
+        "shows; pg_current_wal_lsn() is after all that was committed so far"
+    )
+
+
+def _rather(missing: Sequence[str], existing: Sequence[str]) -> str:
+    near = [match[0] for name in missing if (match := difflib.get_close_matches(name, existing, 1))]
+    shown = ", ".join(map(repr, existing[:_SHOWN])) + (f" and {len(existing) - _SHOWN} more" * (len(existing) > _SHOWN))
+    meant = f"did you mean {' and '.join(map(repr, near))}? " if near else ""
+    return f"{meant}the publications of this database are {shown}"
+
+
+_SHOWN: Final = 20  # names in one text

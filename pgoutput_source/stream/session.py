@@ -15,7 +15,7 @@ tells the server. When that is, is the caller's business.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeSet
@@ -46,6 +46,7 @@ class SlotSession:
         dsn: A libpq connection string or URL.
         settings: Which slot, which publications, and how to read them.
         state: What `snapshot` of an earlier session returned; None for none, then the slot is the only memory.
+        tables: What the caller takes, as schema and name, if it is known: what can't come is an error at the start.
         frames: Makes the source of frames from the connection string, the settings and what the start found.
 
     Attributes:
@@ -67,9 +68,11 @@ class SlotSession:
         settings: SourceSettings,
         state: State | None = None,
         *,
+        tables: Iterable[tuple[str, str]] = (),
         frames: Callable[[str, SourceSettings, Start], FrameSource] | None = None,
     ) -> None:
-        start = begin(dsn, settings, state)
+        self._tables = sorted(set(tables))
+        start = begin(dsn, settings, state, self._tables)
         self.settings, self.system, self.until = settings, start.system, start.until
         self._assembler = _assembler(dsn, settings, start, state)
         self.frames: FrameSource = (frames or _stream)(dsn, settings, start)
@@ -201,6 +204,7 @@ class SlotSession:
             **self._history.state(),
             "lsn": int(self.safe_lsn),
             **({} if known is None else {"tables": dict(known)}),
+            **({"taken": [list(table) for table in self._tables]} if self._tables else {}),
         }
 
 

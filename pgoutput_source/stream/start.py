@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from pgoutput_source.changes.schema import Position
 from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError, check_version
 from pgoutput_source.postgres import checks, connection, creation
 from pgoutput_source.postgres.connection import Connection
+from pgoutput_source.postgres.published import check_tables
 from pgoutput_source.postgres.remedies import resync_hint
 from pgoutput_source.postgres.slots import SlotState
 from pgoutput_source.postgres.system import System, current_lsn, identify
@@ -62,11 +64,19 @@ class Start:
     until: Lsn | None
 
 
-def begin(dsn: str, settings: SourceSettings, state: State | None = None) -> Start:
+def begin(
+    dsn: str, settings: SourceSettings, state: State | None = None, tables: Iterable[tuple[str, str]] = ()
+) -> Start:
     """Connect, create what is missing if that is asked for, check all that a stream needs, and resume from `state`.
 
+    Args:
+        dsn: A libpq connection string or URL.
+        settings: Which slot and which publications.
+        state: The resume state; None for none.
+        tables: Tables that must be among what is published, as schema and name.
+
     Raises:
-        ServerError: The server, the slot or a publication can't be used, see `checks.check`.
+        ServerError: The server, the slot or a publication can't be used, see `checks.check` and `check_tables`.
         SlotAhead: The slot was moved past the state.
         StateError: The state can't be used, or belongs to another server or history.
     """
@@ -74,6 +84,7 @@ def begin(dsn: str, settings: SourceSettings, state: State | None = None) -> Sta
         if settings.create and state is None:
             creation.create(conn, settings)
         slot = check(conn, dsn, settings, state)
+        check_tables(conn, settings, tables, once=[(schema, name) for schema, name in (state or {}).get("taken", ())])
         system = identify(conn)
         until = stop_at(conn, settings)
     position, acknowledged = reconcile(state, settings, slot, system)

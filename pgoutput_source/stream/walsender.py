@@ -40,7 +40,7 @@ from pgoutput_source.postgres.checks import check_server, check_slot
 from pgoutput_source.postgres.connection import Connection, connect, one_row
 from pgoutput_source.postgres.publications import binary_option
 from pgoutput_source.postgres.refusals import explained, server_error
-from pgoutput_source.postgres.remedies import NO_POOLER, ONE_PROCESS, quote_name
+from pgoutput_source.postgres.remedies import NO_POOLER, ONE_PROCESS, newer_publication_hint, quote_name
 from pgoutput_source.postgres.slots import slot_state
 from pgoutput_source.protocol.wire import Lsn, StandbyStatus, pg_now
 
@@ -163,7 +163,9 @@ class Walsender:
 
     def _start(self, conn: Connection, beside: Connection, options: Mapping[str, str]) -> None:
         listed = sql.SQL(", ").join(
-            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
+            # A replication command is not SQL: a backslash is nothing special, and E'…' is no string.
+            sql.SQL("{} ").format(sql.Identifier(name)) + sql.SQL("'" + value.replace("'", "''") + "'")
+            for name, value in options.items()
         )
         # 0/0 is where the slot stands. A higher position would make the server skip what is before it.
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})").format(sql.Identifier(self.slot), listed)
@@ -230,8 +232,7 @@ class Walsender:
         if notice.severity_nonlocalized == "WARNING" and notice.sqlstate == "55000" and not standby:
             error = PublicationError(
                 f"slot {self.slot!r}: {message}: its changes would be left out",
-                hint="a publication must be older than the slot: recreate the slot (what it holds is lost). "
-                f"{notice.message_hint or ''}".rstrip(),
+                hint=newer_publication_hint(self.slot),
             )
             error.sqlstate = notice.sqlstate
             self.fatal = error
