@@ -32,10 +32,14 @@ BETWEEN, INSIDE = "between transactions", "inside a transaction"
 STATES: Final = (BETWEEN, INSIDE)
 
 TRANSITIONS: Final[dict[str, dict[str, str]]] = {
-    BETWEEN: {"B": INSIDE, "M": BETWEEN},
+    BETWEEN: {"B": INSIDE, "M": BETWEEN, "A": BETWEEN},
     INSIDE: {"C": BETWEEN} | dict.fromkeys("IUDTRYOM", INSIDE),
 }
-"""TRANSITIONS[state][tag]: the state behind a message. What is not in the table is a `ProtocolError`."""
+"""TRANSITIONS[state][tag]: the state after a message. What is not in the table is a `ProtocolError`.
+
+A StreamAbort takes back what was streamed. Servers send it also to readers that asked for no streaming, when a large
+transaction rolls back after it released a savepoint: nothing of it was sent, so there is nothing to take back.
+"""
 
 _LEGAL = np.zeros((len(STATES), 256), np.bool_)
 for _state, _row in TRANSITIONS.items():
