@@ -183,6 +183,11 @@ class SourceSettings(BaseModel):
         publication: Names of the publications; a str is one name.
         create: Create publication and slot where they are missing.
         until: None runs for ever, "current" up to everything committed before the start, an LSN up to there.
+        snapshot: What becomes of the rows that are in the tables already. "never" streams changes only. "initial"
+            copies every published row, as a change with `_op` R, while the changes of all tables are streamed: no row
+            is left out and none comes twice. Tables that are published later are copied, too. How far the copy is, is
+            part of the resume state: without one it begins again at each start. A run that resumes one without a copy
+            goes on without it.
         status_interval: Seconds between two reports to the server; it is lowered to a third of the server's
             wal_sender_timeout where that is less.
         max_frames: Most messages that one poll hands out.
@@ -229,6 +234,7 @@ class SourceSettings(BaseModel):
         BeforeValidator(_lsn_text),
         AfterValidator(_checked_until),
     ] = None
+    snapshot: Literal["never", "initial"] = "never"
     status_interval: float = Field(default=10.0, gt=0, le=3600, allow_inf_nan=False)
     max_frames: int = Field(default=65_536, ge=1)
     max_bytes: int = Field(default=16 << 20, ge=1)

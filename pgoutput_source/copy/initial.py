@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,8 +28,10 @@ from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, TableCopy
 from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
 from pgoutput_source.copy.tables import Published, SourceTable, published, unreadable
 from pgoutput_source.decode.relations import LookUp, Relations
-from pgoutput_source.errors import ConnectionFailed, NotConfigured
+from pgoutput_source.errors import ConfigurationError, ConnectionFailed, NotConfigured
+from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.postgres.refusals import explained
+from pgoutput_source.postgres.system import System
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.types import types_of
 
@@ -38,7 +40,9 @@ logger = logging.getLogger(__name__)
 REQUEST: Final = "pgoutput_source.copy"
 """The prefix of a logical message that asks for a table to be copied again; its content is schema and table."""
 
-CHUNK_ROWS: Final = 100_000
+CHUNK_ROWS = 100_000
+"""The most rows of a chunk."""
+
 _CHUNK_BYTES: Final = 32 << 20
 _MOST_BYTES: Final = 128 << 20  # of one chunk, which is delivered as one
 _FIRST_ROWS: Final = 10_000  # of a table of which nothing is known
@@ -62,7 +66,6 @@ class InitialCopy:
         look_up: Describes types that the database defines.
         state: What `state` returned before; None for none.
         everything: Copy every published table, rather than those that are asked for.
-        chunk_rows: The most rows of a chunk.
 
     Raises:
         NotConfigured: The role may not read a table; the hint allows it.
@@ -79,13 +82,12 @@ class InitialCopy:
         server_version: int = 180_000,
         state: dict[str, Any] | None = None,
         everything: bool = False,
-        chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         self._settings = settings
         self._relations = Relations(origin, look_up, types=types_of(server_version))
         self._reader = ChunkReader(dsn, self._relations)
         self._keys: dict[int, Keys] = {}
-        self._most_rows = chunk_rows
+        self._most_rows = CHUNK_ROWS
         self._rows: dict[int, int] = {}
         self._estimates: dict[int, int] = {}
         self._names: dict[int, str] = {}
@@ -117,6 +119,15 @@ class InitialCopy:
     def pending(self) -> bool:
         """Whether there is a table of which not every change is delivered yet."""
         return bool(self.ledger.copying)
+
+    @property
+    def due(self) -> bool:
+        """Whether there may be something to read."""
+        if time.monotonic() < self._not_before:
+            return False
+        if self.reading or (self.ledger.all and time.monotonic() - self._listed_at > _LIST_EVERY):
+            return True
+        return any(not copy.read for copy in self.ledger.copying.values())
 
     @property
     def reading(self) -> bool:
@@ -269,7 +280,7 @@ class InitialCopy:
             DecodeError: A value that was read is not one of its column's type.
         """
         now = time.monotonic()
-        if now < self._not_before:
+        if now < self._not_before or self.ledger.behind(safe):
             return ChangeSet(())
         try:
             found = self._stepped(safe, now)
@@ -457,6 +468,41 @@ class InitialCopy:
 
     def _name(self, copy: TableCopy) -> str:
         return self._names.get(copy.relation_id, str(copy.relation_id))
+
+
+def copy_of(dsn: str, settings: SourceSettings, system: System, state: Mapping[str, Any] | None) -> InitialCopy:
+    """The copy of a session that starts with a resume state, which has none if an earlier release wrote it.
+
+    Raises:
+        ConfigurationError: snapshot="never" now, and an earlier run with another value has not completed the copy.
+    """
+    saved = None if state is None else state.get("copy")
+    copy = InitialCopy(
+        dsn,
+        settings,
+        origin=(("system", system.system_id), ("database", system.database), ("slot", settings.slot)),
+        look_up=Definitions(dsn),
+        server_version=system.server_version,
+        state=saved,
+        everything=settings.snapshot != "never" and state is None,
+    )
+    ledger = copy.ledger
+    if settings.snapshot == "never" and ledger.all:
+        if ledger.copying:
+            raise ConfigurationError(
+                f"snapshot='never': the initial copy of {len(ledger.copying)} tables is not complete, and changes that "
+                "it was to show were left out",
+                hint="use snapshot='initial' until the copy is complete, or start afresh with a new recovery folder",
+            )
+        ledger.all = False
+    if settings.snapshot != "never" and state is not None and not ledger.all:
+        logger.warning(
+            "slot %s: this run resumes one that began without an initial copy, and goes on without it; to copy a "
+            "table: SELECT pg_logical_emit_message(true, '%s', 'schema.table')",
+            settings.slot,
+            REQUEST,
+        )
+    return copy
 
 
 class _TooLarge(Exception):

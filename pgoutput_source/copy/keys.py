@@ -101,7 +101,7 @@ class Keys:
                 for n, c in zip(names, self.columns, strict=True)
             )
         )
-        unnested = sql.SQL("pg_catalog.unnest({}) WITH ORDINALITY AS u({}, n)").format(
+        unnested = sql.SQL("unnest({}) WITH ORDINALITY AS u({}, n)").format(
             sql.SQL(", ").join([sql.SQL("%s::text[]")] * len(names)), sql.SQL(", ").join(map(sql.Identifier, names))
         )
         # Computed once: a subquery that depends on nothing outside.

@@ -224,6 +224,15 @@ class Ledger:
             self.copying.pop(relation_id, None)
             self.done.discard(relation_id)
 
+    @property
+    def reach(self) -> int:
+        """Up to where in the WAL the rows that were delivered may show the server, as far as the stream has not."""
+        return max([self.last[0], *(s.high - 1 for copy in self.copying.values() for s in copy.snapshots())])
+
+    def behind(self, safe: int) -> bool:
+        """Whether the stream, after a reconnect, has not yet come to where the last row stands."""
+        return -(-safe // 8) * 8 - 1 < self.last[0]
+
     def position(self, safe: int, rows: int) -> tuple[int, int]:
         """The position of the first of `rows` new rows, which stand between what was delivered and what comes.
 
@@ -232,12 +241,8 @@ class Ledger:
             rows: How many there are: their positions count up from the first.
         """
         # WAL records begin at multiples of 8: nothing that is streamed stands at the byte before one.
-        lsn = safe - 1
-        if lsn < self.last[0]:
-            raise StateError(
-                f"rows were copied at {self.last[0]:#x}, and the stream stands at {safe:#x}: the server lost WAL",
-                hint="start afresh, with a new recovery folder and new folders for the output",
-            )
+        lsn = -(-safe // 8) * 8 - 1
+        assert lsn >= self.last[0], "rows that come later stand later"
         first = (lsn, self.last[1] + 1 if lsn == self.last[0] else 0)
         if rows:
             self.last = (lsn, first[1] + rows - 1)
@@ -273,6 +278,11 @@ class Ledger:
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise StateError("the ledger of the initial copy is corrupt", hint="start afresh") from e
         return ledger
+
+
+def reach(state: Mapping[str, Any] | None) -> int:
+    """`Ledger.reach` of a state; 0 if there is none."""
+    return Ledger.from_state(state).reach if state else 0
 
 
 def _listed(key: Key | None) -> list[str] | None:

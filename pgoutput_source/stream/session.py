@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.changes.schema import Position
+from pgoutput_source.copy.initial import InitialCopy, copy_of
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.decode.in_progress import streamed
 from pgoutput_source.postgres.definitions import Definitions
@@ -29,11 +30,13 @@ from pgoutput_source.stream.frame_source import FrameSource
 from pgoutput_source.stream.heartbeat import Heartbeat
 from pgoutput_source.stream.history import History
 from pgoutput_source.stream.replication import ReplicationStream
-from pgoutput_source.stream.start import STATE_VERSION, Start, State, begin
+from pgoutput_source.stream.start import STATE_VERSION, Start, State, begin, last_delivered
 from pgoutput_source.stream.timeline import Timeline
 from pgoutput_source.types import types_of
 
 logger = logging.getLogger(__name__)
+
+_COPYING = 0.02  # seconds that the stream is waited for while there are rows to copy
 
 
 class SlotSession:
@@ -75,6 +78,7 @@ class SlotSession:
         start = begin(dsn, settings, state, self._tables)
         self.settings, self.system, self.until = settings, start.system, start.until
         self._assembler = _assembler(dsn, settings, start, state)
+        self._copy: InitialCopy | None = None if frames else copy_of(dsn, settings, start.system, state)
         self.frames: FrameSource = (frames or _stream)(dsn, settings, start)
         self.frames.start(Lsn(0) if state is None else start.acknowledged)
         self.acknowledged = max(start.acknowledged, self.frames.acknowledged)
@@ -86,6 +90,7 @@ class SlotSession:
         self._history.connected(self.frames.confirmed)
         self._timeline = Timeline(dsn, self.frames)
         self._heartbeat = Heartbeat(dsn, settings.slot, settings.heartbeat_seconds)
+        self._streamed = False
         bound = f" until {self.until}" if self.until else ""
         logger.info("slot %s: streaming from %s%s", settings.slot, self.acknowledged, bound)
 
@@ -95,6 +100,8 @@ class SlotSession:
         Args:
             graceful: Have the server confirm the end first: then it knows what is acknowledged.
         """
+        if self._copy is not None:
+            self._copy.close()
         self._heartbeat.close()
         self._timeline.close()
         self.frames.close(graceful=graceful)
@@ -113,8 +120,20 @@ class SlotSession:
             StateError: The server is not the one whose changes were delivered.
             ProtocolError, DecodeError, SchemaChanged, SpillError: See `Assembler.feed`.
         """
+        copy = self._copy
+        if copy is not None and copy.due and (copy.reading or (self._streamed and not self.in_transaction)):
+            # By turns, so that neither waits for the other. A table without a key is read to its end.
+            self._streamed = False
+            rows = copy.step(self.safe_lsn)
+            if rows.batches:
+                self.idle = False
+                metrics.CHANGES.labels(self.settings.slot).inc(len(rows))
+                return rows
+        self._streamed = True
         # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
-        received: Sequence[bytes | memoryview] = () if self._assembler.pending else self._poll(timeout)
+        received: Sequence[bytes | memoryview] = ()
+        if not self._assembler.pending:
+            received = self._poll(min(timeout, _COPYING) if copy is not None and copy.pending else timeout)
         self.idle = not received and not self._assembler.pending
         return self._deliver(ChangeSet(()) if self.idle else self._assembler.feed(received))
 
@@ -126,7 +145,9 @@ class SlotSession:
         if frames.generation != self._generation:
             self._generation = frames.generation
             self._looked_through = Lsn(0)
-            self._timeline.reconnected(self.position)
+            self._timeline.reconnected(
+                last_delivered(self.position, 0 if self._copy is None else self._copy.ledger.reach)
+            )
             self._history.connected(frames.confirmed)
             self._assembler.reconnected()
             metrics.RECONNECTS.labels(settings.slot).inc()
@@ -139,7 +160,6 @@ class SlotSession:
             # What the server has looked through counts, even if it sent nothing of it: otherwise a quiet publication
             # would keep the WAL of a busy database for ever.
             self._looked_through = max(self._looked_through, self.frames.sent)
-        metrics.CHANGES.labels(slot).inc(len(changes))
         metrics.RECEIVED.labels(slot).set(self.frames.received)
         if changes.batches:
             self._heartbeat.changed()
@@ -148,6 +168,10 @@ class SlotSession:
         if self._assembler.skipped:
             metrics.SKIPPED.labels(slot).inc(self._assembler.skipped)
             self._assembler.skipped = 0
+        if self._copy is not None:
+            changes = self._copy.judge(changes)
+            self._copy.passed(self.safe_lsn)
+        metrics.CHANGES.labels(slot).inc(len(changes))
         return changes
 
     @property
@@ -163,7 +187,7 @@ class SlotSession:
     @property
     def ended(self) -> bool:
         """Whether nothing more will be delivered: the run's end is reached, or its source has no more frames."""
-        if not self._reached and not self.in_transaction:
+        if not self._reached and not self.in_transaction and not (self._copy is not None and self._copy.pending):
             self._reached = self.frames.exhausted or (self.until is not None and self.safe_lsn >= self.until)
         return self._reached
 
@@ -194,6 +218,7 @@ class SlotSession:
         Its "lsn" is `safe_lsn`, to be acknowledged when the state is durable.
         """
         position, known = self.position, self._assembler.relations.known
+        copy = None if self._copy is None else self._copy.state()
         return {
             "v": STATE_VERSION,
             "system": self.system.system_id,
@@ -205,6 +230,7 @@ class SlotSession:
             "lsn": int(self.safe_lsn),
             **({} if known is None else {"tables": dict(known)}),
             **({"taken": [list(table) for table in self._tables]} if self._tables else {}),
+            **({} if copy is None else {"copy": copy}),
         }
 
 

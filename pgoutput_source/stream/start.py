@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pgoutput_source.changes.schema import Position
+from pgoutput_source.copy.ledger import reach
 from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError, check_version
 from pgoutput_source.postgres import checks, connection, creation
 from pgoutput_source.postgres.connection import Connection
@@ -89,7 +90,8 @@ def begin(
         until = stop_at(conn, settings)
     position, acknowledged = reconcile(state, settings, slot, system)
     if state is not None:
-        acknowledged = on_timeline(dsn, state["timeline"], system.timeline, position, acknowledged)
+        delivered = last_delivered(position, reach(state.get("copy")))
+        acknowledged = on_timeline(dsn, state["timeline"], system.timeline, delivered, acknowledged)
     return Start(system, position, acknowledged, until)
 
 
@@ -187,6 +189,13 @@ def positions(state: State, system: System) -> tuple[Position | None, Lsn]:
     if state["commit_lsn"] is not None:
         position = Position(Lsn(state["commit_lsn"]), state["seq"])
     return position, Lsn(state["lsn"])
+
+
+def last_delivered(position: Position | None, copied: int) -> Position | None:
+    """The last that was delivered: of the stream, or of rows that were copied and show the server up to `copied`."""
+    if not copied:
+        return position
+    return max(position or Position(Lsn(0), 0), Position(Lsn(copied), 0))
 
 
 def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable: Lsn) -> Lsn:

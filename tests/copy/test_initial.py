@@ -1,0 +1,288 @@
+"""The initial copy on real servers: busy tables, crashes of the reader, replayed strictly in the order of arrival."""
+
+from __future__ import annotations
+
+import contextlib
+import copy as copying
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import psycopg
+import pyarrow.compute as pc
+import pytest
+from harness.database import Database
+
+from pgoutput_source.changes.batches import ChangeSet
+from pgoutput_source.changes.values import to_python
+from pgoutput_source.copy import initial
+from pgoutput_source.copy.initial import InitialCopy
+from pgoutput_source.postgres.definitions import Definitions
+from pgoutput_source.settings import SourceSettings
+from pgoutput_source.stream.session import SlotSession
+
+KEYS = 300
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of key: its columns, and SQL that makes one of the number `n`."""
+
+    columns: str
+    names: str
+    key: str
+    identity: str = "DEFAULT"
+
+
+KINDS = {
+    "int": Kind("id int", "id", "n"),
+    "bigint, full": Kind("id bigint", "id", "(n::bigint - 150) * 9007199254740993", "FULL"),
+    "uuid": Kind("id uuid", "id", "md5(n::text)::uuid"),
+    "text": Kind(
+        "id text COLLATE c", "id", "(ARRAY['ä','Z','a','Ö','b','é','-',' ','_','ß'])[n % 10 + 1] || n % 7 || 'X' || n"
+    ),
+    "numeric": Kind("id numeric", "id", "CASE n WHEN 0 THEN 'NaN' ELSE round(n / 7.0 - 20, n % 9) + n END"),
+    "timestamp": Kind(
+        "id timestamptz", "id",
+        "CASE n WHEN 0 THEN '-infinity' WHEN 1 THEN 'infinity' WHEN 2 THEN '0044-03-15 BC'"
+        " ELSE '2020-01-01Z'::timestamptz + n * interval '1 day 1 s' END",
+    ),
+    "enum and int": Kind("a mood, id int", "a, id", "(ARRAY['sad','ok','happy'])[n % 3 + 1]::mood, n"),
+    "text and numeric": Kind("a text COLLATE c, b numeric", "a, b", "chr(97 + n % 5), n / 3.0"),
+}  # fmt: skip
+
+ONE = """
+CREATE PROCEDURE one(r float8, n int, m int) LANGUAGE plpgsql AS $$
+BEGIN
+    IF r < 0.001 THEN
+        BEGIN TRUNCATE t; EXCEPTION WHEN OTHERS THEN NULL; END;
+    ELSIF r < 0.30 THEN
+        INSERT INTO t SELECT {key}, 1, 'i' || n, CASE WHEN n % 2 = 0 THEN big(n + m) END ON CONFLICT DO NOTHING;
+    ELSIF r < 0.60 THEN
+        UPDATE t SET v = v + 1 WHERE ({names}) = ({key});
+    ELSIF r < 0.68 THEN
+        UPDATE t SET big = big(m), v = v + 1 WHERE ({names}) = ({key});
+    ELSIF r < 0.80 THEN
+        DELETE FROM t WHERE ({names}) = ({key});
+    ELSE
+        BEGIN
+            UPDATE t SET ({names}) = ROW({key_m}), v = v + 1 WHERE ({names}) = ({key});
+        EXCEPTION WHEN unique_violation THEN NULL;
+        END;
+    END IF;
+END $$
+"""
+
+
+def table(db: Database, kind: Kind) -> None:
+    """Table `t`, of two thirds of its keys, and a publication of it."""
+    with db.connect() as c:
+        c.execute("CREATE TYPE mood AS ENUM ('happy', 'ok', 'sad')")
+        try:
+            c.execute("CREATE COLLATION c (provider = icu, locale = 'de-u-ks-level2')")
+        except psycopg.errors.FeatureNotSupported:
+            c.execute('CREATE COLLATION c FROM "C"')
+        c.execute("CREATE FUNCTION big(x int) RETURNS text LANGUAGE sql AS $$ SELECT repeat(md5(x::text), 80) $$")
+        c.execute(f"CREATE TABLE t ({kind.columns}, v int, s text, big text, PRIMARY KEY ({kind.names}))".encode())
+        c.execute("ALTER TABLE t ALTER big SET STORAGE EXTERNAL")
+        c.execute(f"ALTER TABLE t REPLICA IDENTITY {kind.identity}".encode())
+        fill = {"key": kind.key, "names": kind.names, "key_m": kind.key.replace("n ", "m ").replace("(n:", "(m:")}
+        fill["key_m"] = _of(kind.key, "m")
+        c.execute(ONE.format(**fill).encode())
+        c.execute(
+            f"INSERT INTO t SELECT {kind.key}, 0, 'there', CASE WHEN n % 2 = 0 THEN big(n) END"
+            f"  FROM generate_series(0, {KEYS}) n WHERE n % 3 <> 0".encode()
+        )
+        c.execute("CREATE PUBLICATION p FOR TABLE t")
+
+
+def _of(key: str, name: str) -> str:
+    import re
+
+    return re.sub(r"\bn\b", name, key)
+
+
+class Writers:
+    """Four sessions that write to `t` until they are left: subtransactions, roll-backs, prepared transactions."""
+
+    def __init__(self, db: Database, seed: int) -> None:
+        self.db, self.seed = db, seed
+        self.stopped = threading.Event()
+        self.errors: list[BaseException] = []
+
+    def __enter__(self) -> Self:
+        self.threads = [threading.Thread(target=self._guarded, args=(i,), daemon=True) for i in range(4)]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join()
+        assert not self.errors
+
+    def _guarded(self, number: int) -> None:
+        try:
+            with psycopg.connect(self.db.dsn, autocommit=True) as connection:
+                self._write(connection, random.Random(self.seed * 10 + number), number)
+        except BaseException as e:
+            self.errors.append(e)
+
+    def _write(self, c: psycopg.Connection[Any], rng: random.Random, number: int) -> None:
+        c.execute("SET deadlock_timeout = '20ms'")
+        c.execute(f"SET synchronous_commit = {'off' if number % 2 else 'on'}".encode())
+        serial = 0
+        while not self.stopped.is_set():
+            serial += 1
+            name = f"w{number}_{serial}_{time.time_ns()}"
+            try:
+                c.execute("BEGIN")
+                for _ in range(rng.randint(1, 6)):
+                    nested = rng.random()
+                    if nested < 0.3:
+                        c.execute("SAVEPOINT a")
+                    c.execute("CALL one(%s, %s, %s)", [rng.random(), rng.randint(0, KEYS), rng.randint(0, KEYS)])
+                    if nested < 0.1:
+                        c.execute("ROLLBACK TO a")
+                if rng.random() < 0.1:
+                    c.execute(f"PREPARE TRANSACTION '{name}'".encode())
+                    self.stopped.wait(rng.random() * 0.01)
+                    c.execute(f"{'COMMIT' if rng.random() < 0.8 else 'ROLLBACK'} PREPARED '{name}'".encode())
+                else:
+                    c.execute("COMMIT" if rng.random() < 0.9 else "ROLLBACK")
+            except psycopg.errors.DeadlockDetected:
+                c.execute("ROLLBACK")
+            time.sleep(rng.random() * 0.004)
+
+
+class Wrong(AssertionError):
+    """What was delivered can't be what the table went through."""
+
+
+@dataclass
+class Mirror:
+    """What was delivered, in the order of arrival, and the rows that it leaves."""
+
+    key: tuple[str, ...]
+    rows: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    last: tuple[int, int] = (0, -1)
+    changes: int = 0
+    read: int = 0
+
+    def take(self, changes: ChangeSet) -> None:
+        for batch in changes.batches:
+            columns = batch.schema.columns
+            before = batch.data.column("_before")
+            new = zip(*(to_python(batch.data.column(c.name), c) for c in columns), strict=True)
+            old = zip(*(to_python(pc.struct_field(before, c.name), c) for c in columns), strict=True)
+            names = [column.name for column in columns]
+            metadata = batch.data.select(["_op", "_commit_lsn", "_seq", "_unchanged", "_raw"]).to_pylist()
+            for row, values, was, known in zip(metadata, new, old, before.is_valid().to_pylist(), strict=True):
+                raw = dict(row["_raw"] or ())
+                self._one(
+                    row,
+                    {n: raw.get(n, v) for n, v in zip(names, values, strict=True)},
+                    {n: raw.get(f"_before.{n}", v) for n, v in zip(names, was, strict=True)} if known else None,
+                )
+
+    def _one(self, row: dict[str, Any], new: dict[str, Any], old: dict[str, Any] | None) -> None:
+        position, op = (row["_commit_lsn"], row["_seq"]), row["_op"]
+        if position <= self.last:
+            raise Wrong(f"{position} after {self.last}")
+        self.last = position
+        self.changes += 1
+        self.read += op == "R"
+        if op == "T":
+            self.rows.clear()
+            return
+        key = tuple(new[name] for name in self.key)
+        known: dict[str, Any] = {}
+        if op in "UD":
+            was = tuple(old[name] for name in self.key) if old else key
+            if was not in self.rows:
+                raise Wrong(f"{op} of {was}, which is not there")
+            known = self.rows.pop(was)
+        if op in "IUR":
+            if key in self.rows:
+                raise Wrong(f"{op} of {key}, which is there")
+            for name in row["_unchanged"] or ():
+                if name not in known:
+                    raise Wrong(f"{op} of {key}: nothing is known of {name}")
+                new[name] = known[name]
+            self.rows[key] = new
+
+
+def table_now(db: Database, key: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
+    """The rows of `t`, read at one moment."""
+    settings = SourceSettings(dsn=db.dsn, slot="s", publication=("p",))
+    reader = InitialCopy(db.dsn, settings, look_up=Definitions(db.dsn), everything=True)
+    mirror = Mirror(key)
+    while reader.pending:
+        mirror.take(reader.step(2**40))
+        reader.passed(2**40)
+    reader.close()
+    return mirror.rows
+
+
+@contextlib.contextmanager
+def _small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> Iterator[None]:
+    with monkeypatch.context() as patched:
+        patched.setattr(initial, "CHUNK_ROWS", rows)
+        yield
+
+
+def follow(db: Database, kind: Kind, seed: int, *, streaming: str, binary: str) -> Mirror:
+    """Copy and stream a busy table, with crashes; then let it be quiet, and give what was delivered."""
+    rng = random.Random(seed)
+    key = tuple(kind.names.split(", "))
+    settings = SourceSettings(
+        dsn=db.dsn, slot="s", publication=("p",), snapshot="initial", streaming=streaming, binary=binary
+    )
+    with db.connect() as c:
+        c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+    state, mirror = None, Mirror(key)
+    durable: Any = (None, copying.deepcopy(mirror))
+    crashes = rng.randint(1, 3)
+    with Writers(db, seed) as writers:
+        session = SlotSession(db.dsn, settings, state)
+        deadline = time.monotonic() + 60
+        while session._copy is not None and session._copy.pending:
+            assert time.monotonic() < deadline, session._copy.ledger.state()
+            mirror.take(session.next(0.01))
+            time.sleep(rng.random() * 0.01)
+            if rng.random() < 0.1:
+                state = session.snapshot()
+                durable = copying.deepcopy((state, mirror))
+                session.acknowledge(state["lsn"])
+            if crashes and rng.random() < 0.05:
+                crashes -= 1
+                session.close()
+                state, mirror = copying.deepcopy(durable)
+                session = SlotSession(db.dsn, settings, state)
+        writers.stopped.set()
+    with db.connect() as c:
+        c.execute("CREATE TABLE IF NOT EXISTS other (x int)")  # flushes what was committed asynchronously
+        row = c.execute("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
+    assert row is not None
+    deadline = time.monotonic() + 30
+    while session.safe_lsn < row[0] or session._copy.pending or session.in_transaction:
+        assert time.monotonic() < deadline, (session.safe_lsn, row, session._copy.ledger.state())
+        mirror.take(session.next(0.1))
+    session.close()
+    return mirror
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_busy_table_is_copied_exactly(db: Database, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = KINDS[name]
+    seed = list(KINDS).index(name)
+    table(db, kind)
+    with _small_chunks(monkeypatch, 9):
+        found = follow(db, kind, seed, streaming="on" if seed % 2 else "off", binary="off")
+
+    assert found.rows == table_now(db, found.key)
+    assert found.read
