@@ -133,7 +133,7 @@ class SlotSession:
         # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
         received: Sequence[bytes | memoryview] = ()
         if not self._assembler.pending:
-            received = self._poll(min(timeout, _COPYING) if copy is not None and copy.pending else timeout)
+            received = self._poll(min(timeout, _COPYING) if self.copying else timeout)
         self.idle = not received and not self._assembler.pending
         return self._deliver(ChangeSet(()) if self.idle else self._assembler.feed(received))
 
@@ -185,9 +185,14 @@ class SlotSession:
         return self._assembler.in_transaction
 
     @property
+    def copying(self) -> bool:
+        """Whether the initial copy is not complete: then not every change is delivered yet."""
+        return self._copy is not None and self._copy.pending
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more will be delivered: the run's end is reached, or its source has no more frames."""
-        if not self._reached and not self.in_transaction and not (self._copy is not None and self._copy.pending):
+        if not self._reached and not self.in_transaction and not self.copying:
             self._reached = self.frames.exhausted or (self.until is not None and self.safe_lsn >= self.until)
         return self._reached
 

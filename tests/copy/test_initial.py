@@ -235,13 +235,11 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> Iterator[None]:
         yield
 
 
-def follow(db: Database, kind: Kind, seed: int, *, streaming: str, binary: str) -> Mirror:
+def follow(db: Database, kind: Kind, seed: int, **options: Any) -> Mirror:
     """Copy and stream a busy table, with crashes; then let it be quiet, and give what was delivered."""
     rng = random.Random(seed)
     key = tuple(kind.names.split(", "))
-    settings = SourceSettings(
-        dsn=db.dsn, slot="s", publication=("p",), snapshot="initial", streaming=streaming, binary=binary
-    )
+    settings = SourceSettings.of(dsn=db.dsn, slot="s", publication="p", snapshot="initial", **options)
     with db.connect() as c:
         c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
     state, mirror = None, Mirror(key)
@@ -250,8 +248,8 @@ def follow(db: Database, kind: Kind, seed: int, *, streaming: str, binary: str) 
     with Writers(db, seed) as writers:
         session = SlotSession(db.dsn, settings, state)
         deadline = time.monotonic() + 60
-        while session._copy is not None and session._copy.pending:
-            assert time.monotonic() < deadline, session._copy.ledger.state()
+        while session.copying:
+            assert time.monotonic() < deadline, session.snapshot()
             mirror.take(session.next(0.01))
             time.sleep(rng.random() * 0.01)
             if rng.random() < 0.1:
@@ -269,8 +267,8 @@ def follow(db: Database, kind: Kind, seed: int, *, streaming: str, binary: str) 
         row = c.execute("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
     assert row is not None
     deadline = time.monotonic() + 30
-    while session.safe_lsn < row[0] or session._copy.pending or session.in_transaction:
-        assert time.monotonic() < deadline, (session.safe_lsn, row, session._copy.ledger.state())
+    while session.safe_lsn < row[0] or session.copying or session.in_transaction:
+        assert time.monotonic() < deadline, (session.safe_lsn, row, session.snapshot())
         mirror.take(session.next(0.1))
     session.close()
     return mirror

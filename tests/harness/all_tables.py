@@ -14,6 +14,7 @@ from bytewax.dataflow import Dataflow
 import pgoutput_source.operators as cdc
 from harness import faults
 from pgoutput_source import ChangeBatch, ChangeSet, ParquetSink, PgOutputSource
+from pgoutput_source.copy import initial
 
 
 def batches(sets: list[ChangeSet]) -> list[ChangeBatch]:
@@ -21,6 +22,7 @@ def batches(sets: list[ChangeSet]) -> list[ChangeBatch]:
     return [batch for s in sets for batch in s]
 
 
+initial.CHUNK_ROWS = int(os.environ.get("CHUNK_ROWS", initial.CHUNK_ROWS))
 faults.install()
 flow = Dataflow("all_tables")
 changes = op.input("in", flow, PgOutputSource.from_env())

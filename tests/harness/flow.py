@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import psycopg
 import pytest
 
 from harness.database import Database
@@ -118,10 +119,19 @@ class Busy(Workload):
 
     def __enter__(self) -> Self:
         super().__enter__()
+        self._start()
+        return self
+
+    def _start(self) -> None:
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
-        return self
+
+    def again(self, dsn: str) -> None:
+        """Go on after a stop, and after the server was away."""
+        self.connection.close()
+        self.connection = psycopg.connect(dsn, autocommit=True)
+        self._start()
 
     def _work(self) -> None:
         while not self.stopped.wait(0.02):

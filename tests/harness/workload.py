@@ -233,7 +233,7 @@ def _replay(name: str, rows: list[dict[str, Any]]) -> Counter[Row]:
             case "T", _:
                 keyed.clear()
                 full.clear()
-            case "I", "f":
+            case "I" | "R", "f":
                 full[_row(new)] += 1
             case "U" | "D", "f":
                 old = _row({c: row["_before"][c] for c in columns})
@@ -242,7 +242,7 @@ def _replay(name: str, rows: list[dict[str, Any]]) -> Counter[Row]:
                 if row["_op"] == "U":
                     assert row["_unchanged"] is None
                     full[_row(new)] += 1
-            case "I", _:
+            case "I" | "R", _:
                 assert new["id"] not in keyed, f"{name}: a row inserted twice"
                 keyed[new["id"]] = new
             case "U", _:
