@@ -30,7 +30,7 @@ from pgoutput_source.copy.tables import Published, SourceTable, describe
 from pgoutput_source.copy.visibility import Snapshot
 from pgoutput_source.decode.copied import TEXT_OF
 from pgoutput_source.decode.relations import Relations
-from pgoutput_source.errors import ConnectionFailed, ServerError
+from pgoutput_source.errors import ConnectionFailed, NotConfigured, ServerError
 from pgoutput_source.postgres.connection import Connection, connect
 from pgoutput_source.postgres.refusals import explained, server_error
 from pgoutput_source.protocol.wire import Lsn
@@ -82,9 +82,17 @@ class ChunkReader:
             with explained():
                 self._connection.execute("SET application_name = 'pgoutput_source copy'")
                 self._connection.execute("SET row_security = off")
-                row = self._connection.execute("SELECT current_setting('wal_block_size')::int").fetchone()
+                row = self._connection.execute(
+                    "SELECT current_setting('wal_block_size')::int, pg_is_in_recovery()"
+                ).fetchone()
             assert row is not None
             self._page = row[0]
+            if row[1]:
+                self.close()
+                raise NotConfigured(
+                    "the initial copy can't read from a standby: its snapshots don't tell which transactions run",
+                    hint="use snapshot='initial' on the primary, or leave it out",
+                )
         return self._connection
 
     def close(self) -> None:

@@ -45,8 +45,8 @@ def test_kill_9_of_flow_and_server_in_the_midst_of_the_copy(tmp_path: Path) -> N
     rng = random.Random(12)
     with Server(settings=SETTINGS) as server:
         db = Database(server)
-        flow = Flow(db, tmp_path, PGOUTPUT_SNAPSHOT="initial", CHUNK_ROWS="50", MAX_AGE="0")
-        with Busy(db.dsn, seed=12, tables=6, largest=1_000) as workload:
+        flow = Flow(db, tmp_path, PGOUTPUT_SNAPSHOT="initial", CHUNK_ROWS="1000")
+        with Busy(db.dsn, seed=12, tables=6, largest=500) as workload:
             time.sleep(2)
             publish(db)
             for turn in range(8):

@@ -18,8 +18,9 @@ from harness.database import Database
 
 from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.changes.values import to_python
-from pgoutput_source.copy import initial
+from pgoutput_source.copy import chunks, initial
 from pgoutput_source.copy.initial import InitialCopy
+from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream.session import SlotSession
@@ -284,3 +285,71 @@ def test_a_busy_table_is_copied_exactly(db: Database, name: str, monkeypatch: py
 
     assert found.rows == table_now(db, found.key)
     assert found.read
+
+
+def drained(session: SlotSession, db: Database) -> list[tuple[str, str, int]]:
+    """What comes until all that is written now was delivered and no table is being copied: table, op, count."""
+    with db.connect() as c:
+        c.execute("CREATE TABLE IF NOT EXISTS other (x int)")
+        row = c.execute("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
+    assert row is not None
+    found: list[tuple[str, str, int]] = []
+    deadline = time.monotonic() + 30
+    while session.safe_lsn < row[0] or session.copying or session.in_transaction:
+        assert time.monotonic() < deadline, session.snapshot()
+        for batch in session.next(0.1):
+            ops = batch.data.column("_op").to_pylist()
+            found += [(batch.table, op, ops.count(op)) for op in dict.fromkeys(ops)]
+    return found
+
+
+def test_a_message_asks_for_a_table_again_and_others_are_left_alone(db: Database) -> None:
+    with db.connect() as c:
+        for name in ("a", "b"):
+            c.execute(f"CREATE TABLE {name} (id int PRIMARY KEY)".encode())
+            c.execute(f"INSERT INTO {name} SELECT generate_series(1, 10)".encode())
+        c.execute("CREATE PUBLICATION p FOR TABLE a, b")
+        c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+        session = SlotSession(db.dsn, SourceSettings.of(dsn=db.dsn, slot="s", publication="p"))
+        c.execute("INSERT INTO a VALUES (11)")
+        assert drained(session, db) == [("public.a", "I", 1)]
+        assert "copy" not in session.snapshot()
+
+        c.execute("SELECT pg_logical_emit_message(true, 'pgoutput_source.copy', 'public.a')")
+        assert drained(session, db) == [("public.a", "T", 1), ("public.a", "R", 11)]
+
+        c.execute("INSERT INTO a VALUES (12)")
+        c.execute("INSERT INTO b VALUES (12)")
+        assert drained(session, db) == [("public.a", "I", 1), ("public.b", "I", 1)]
+        session.close()
+
+
+def test_a_table_that_is_published_later_is_copied_and_one_without_a_key_is_emptied_before_it_is_read_again(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_PIECE", 100)
+    with db.connect() as c:
+        c.execute("CREATE TABLE a (v int)")
+        c.execute("INSERT INTO a SELECT generate_series(1, 10000)")
+        c.execute("CREATE TABLE b (id int PRIMARY KEY)")
+        c.execute("INSERT INTO b SELECT generate_series(1, 10)")
+        c.execute("CREATE PUBLICATION p FOR TABLE a")
+        c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+        settings = SourceSettings.of(dsn=db.dsn, slot="s", publication="p", snapshot="initial")
+        session = SlotSession(db.dsn, settings)
+        while not len(session.next(0.1)):
+            pass
+        state = session.snapshot()
+        session.close()
+
+        session = SlotSession(db.dsn, settings, state)
+        found = drained(session, db)
+        assert found[0] == ("public.a", "T", 1)
+        assert sum(count for table, op, count in found if op == "R") == 10_000
+
+        c.execute("ALTER PUBLICATION p ADD TABLE b")
+        c.execute("INSERT INTO b VALUES (11)")
+        assert drained(session, db) == [("public.b", "R", 11)]
+        session.close()
+        with pytest.raises(ConfigurationError, match="not complete"):
+            SlotSession(db.dsn, SourceSettings.of(dsn=db.dsn, slot="s", publication="p"), state)
