@@ -149,8 +149,10 @@ class ChunkReader:
     def upper_bound(self, table: SourceTable, lower: Key | None, rows: int) -> Key | None:
         """The key that stands `rows` keys after `lower`; None if there are not so many."""
         names = sql.SQL(", ").join(sql.Identifier(c.name) for c in table.key)
-        query = sql.SQL("SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET {} LIMIT 1").format(
+        # The text of the one key: without the subquery the server would make that of all keys before it, too.
+        query = sql.SQL("SELECT {} FROM (SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET {} LIMIT 1) AS k").format(
             sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(c.name)) for c in table.key),
+            names,
             sql.SQL(table.sql_name),
             _range(table, lower, None),
             names,
