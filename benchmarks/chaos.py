@@ -439,7 +439,7 @@ class Chaos:
         assembler = Assembler((), look_up=Definitions(self.dsn))
         with ReplicationStream(self.dsn, slot=self.slots[1], publications=["cdc"]) as stream:
             stream.start(state.confirmed_flush_lsn)
-            while assembler.in_transaction or max(assembler.end_lsn, stream.keepalive_lsn) < end:
+            while assembler.in_transaction or max(assembler.end_lsn, stream.sent) < end:
                 for batch in assembler.feed(stream.poll(timeout=0.2)).batches:
                     made[batch.schema.table].append(pa.table(batch.data.select(POSITIONS.names)).cast(POSITIONS))
         return made

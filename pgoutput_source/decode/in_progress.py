@@ -36,9 +36,6 @@ from pgoutput_source.protocol import messages
 from pgoutput_source.protocol.wire import XLOG_DATA_HEADER, XLogData, parse_frame
 from pgoutput_source.settings import SourceSettings
 
-PROTOCOLS: Final = {"off": 1, "on": 2, "parallel": 4}
-"""The protocol version that each value of the option `streaming` needs."""
-
 BETWEEN, INSIDE, CHUNK = "between transactions", "inside a transaction", "inside a chunk of a streamed transaction"
 
 TRANSITIONS: Final[dict[str, dict[str, str]]] = {

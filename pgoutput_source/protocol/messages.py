@@ -20,6 +20,9 @@ from typing import Final, NamedTuple
 from pgoutput_source.errors import ProtocolError
 from pgoutput_source.protocol.wire import Cursor, Lsn
 
+PROTOCOLS: Final = {"off": 1, "on": 2, "parallel": 4}
+"""The protocol version that each value of the option `streaming` needs."""
+
 
 class Mode(NamedTuple):
     """What the bytes of a message do not tell: where it stands, and the options that the stream was started with.

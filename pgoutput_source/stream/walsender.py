@@ -42,7 +42,7 @@ from pgoutput_source.postgres.publications import binary_option
 from pgoutput_source.postgres.refusals import explained, server_error
 from pgoutput_source.postgres.remedies import NO_POOLER, ONE_PROCESS, newer_publication_hint, quote_name
 from pgoutput_source.postgres.slots import slot_state
-from pgoutput_source.protocol.wire import Lsn, StandbyStatus, pg_now
+from pgoutput_source.protocol.wire import Lsn, StandbyStatus
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,6 @@ class Walsender:
         backend: The walsender's process.
         socket: To wait on.
         fatal: What the server warned of and must not be ignored.
-        sent_flush, sent_at: The position last acknowledged, and when (`time.monotonic()`).
 
     Raises:
         ConnectionFailed, NotConfigured, SlotError: It can't be had.
@@ -115,8 +114,6 @@ class Walsender:
         self.slot = slot
         self.publications = publications
         self.fatal: PgOutputError | None = None
-        self.sent_flush = Lsn(0)
-        self.sent_at = 0.0
         with connect(dsn) as beside, explained(slot):
             if previous is not None:
                 beside.execute(
@@ -275,18 +272,17 @@ class Walsender:
             return chunk, None if chunk and chunk[-1][0] < 0 else Lost(_one_line(e))
         return chunk, None
 
-    def send_status(self, write: Lsn, flush: Lsn, *, reply: bool = False) -> None:
+    def send(self, status: StandbyStatus) -> None:
         """Report positions. What the kernel can't take now stays in libpq's buffer, and goes with the next.
 
         Raises:
             Lost: The server is gone.
         """
         try:
-            self._pgconn.put_copy_data(StandbyStatus(write, flush, flush, pg_now(), reply).encode())
+            self._pgconn.put_copy_data(status.encode())
             self._pgconn.flush()
         except psycopg.Error as e:
             raise Lost(_one_line(e)) from e
-        self.sent_flush, self.sent_at = flush, time.monotonic()
 
     def end(self) -> PgOutputError:
         """After a length of -1: the server's error. If it only stopped, or may come back, that is a `Lost`.

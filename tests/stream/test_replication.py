@@ -36,7 +36,8 @@ from pgoutput_source.postgres.connection import connect
 from pgoutput_source.postgres.creation import create_publication_and_slot
 from pgoutput_source.postgres.slots import SlotState, slot_state
 from pgoutput_source.postgres.system import current_lsn
-from pgoutput_source.protocol.wire import XLOG_DATA_HEADER, Lsn
+from pgoutput_source.protocol.wire import XLOG_DATA_HEADER, Lsn, StandbyStatus, pg_now
+from pgoutput_source.stream.feedback import Feedback
 from pgoutput_source.stream.replication import ReplicationStream
 from pgoutput_source.stream.walsender import Walsender
 
@@ -246,7 +247,7 @@ def test_a_commit_is_received_once_its_frame_is_handed_out(source: Source) -> No
         for frame in stream.poll(max_frames=1, timeout=2):
             if frame[XLOG_DATA_HEADER] == ord("C"):
                 end = Lsn(int.from_bytes(frame[XLOG_DATA_HEADER + 10 : XLOG_DATA_HEADER + 18], "big"))
-                ends.append((end, stream._received))
+                ends.append((end, stream._feedback._committed))
 
     assert [end for end, _ in ends] == [received for _, received in ends]
 
@@ -303,9 +304,9 @@ def test_the_current_position_is_reached_while_nothing_is_published(any_source: 
         assert tags(read(stream, current_lsn(source.conn), seconds=5)).strip("BC") == ""
     source.conn.execute("SELECT pg_switch_wal()")
     read(stream, current_lsn(source.conn), seconds=5)
-    stream.acknowledge(stream.keepalive_lsn, now=True)
+    stream.acknowledge(stream.sent, now=True)
 
-    wait(lambda: source.state().confirmed_flush_lsn == stream.keepalive_lsn)
+    wait(lambda: source.state().confirmed_flush_lsn == stream.sent)
 
 
 def test_a_position_behind_a_page_header_is_one_that_no_stream_reaches(source: Source) -> None:
@@ -478,14 +479,14 @@ def test_a_server_stops_at_once_with_a_reader_attached(
     own: Server, own_source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keepalives = 0
-    note = ReplicationStream._note_keepalive
+    note = Feedback.keepalive
 
-    def count(self: ReplicationStream, keepalive: Any) -> None:
+    def count(self: Feedback, keepalive: Any, now: float) -> None:
         nonlocal keepalives
         keepalives += 1
-        note(self, keepalive)
+        note(self, keepalive, now)
 
-    monkeypatch.setattr(ReplicationStream, "_note_keepalive", count)
+    monkeypatch.setattr(Feedback, "keepalive", count)
     source = own_source
     stream = source.stream()
     source.insert(1, 1000)
@@ -713,7 +714,7 @@ def test_a_walsender_streams_from_a_slot_once_and_then_ends(source: Source) -> N
     walsender = Walsender(source.dsn, slot=source.slot, publications=("p",), options={"proto_version": "1"})
     source.insert(1, 1)
     lsn = current_lsn(source.conn)
-    walsender.send_status(lsn, lsn)
+    walsender.send(StandbyStatus(lsn, lsn, lsn, pg_now()))
     assert walsender.finish(time.monotonic() + 5)
     walsender.close()
 
