@@ -26,7 +26,7 @@ from pgoutput_source.changes.schema import TableSchema
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import ConfigurationError, PgOutputError
-from pgoutput_source.postgres.connection import connect
+from pgoutput_source.postgres.connection import Connection, ask
 from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.postgres.table_facts import table_facts, table_schema
 from pgoutput_source.protocol.wire import Lsn
@@ -337,15 +337,22 @@ class PgOutputReader:
         Raises:
             ConfigurationError: There is no such table.
         """
-        dsn = self._address()
-        with connect(dsn) as connection:
-            schema = table_schema(connection, table, Relations((), Definitions(dsn)))
+        dsn, patience = self._address(), self.settings.reconnect_seconds
+        relations = Relations((), Definitions(dsn, patience))
+
+        def described(connection: Connection) -> type[BaseModel]:
+            schema = table_schema(connection, table, relations)
             return row_model(schema, table_facts(connection, schema))
+
+        return ask(dsn, described, patience=patience)
 
     def _facts_of(self, schema: TableSchema) -> TableFacts | None:
         if schema not in self._facts:
-            with connect(self._address()) as connection:
-                self._facts[schema] = table_facts(connection, schema)
+            self._facts[schema] = ask(
+                self._address(),
+                lambda connection: table_facts(connection, schema),
+                patience=self.settings.reconnect_seconds,
+            )
         return self._facts[schema]
 
 

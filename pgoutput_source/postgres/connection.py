@@ -143,13 +143,14 @@ def connect(dsn: str, *, replication: bool = False, beside: Connection | None = 
     return connection
 
 
-def ask(dsn: str, question: Callable[[Connection], T], *, patience: float = 0.0) -> T:
+def ask(dsn: str, question: Callable[[Connection], T], *, patience: float = 0.0, replication: bool = False) -> T:
     """The answer to a question, over a connection of its own; while the server is away, it is asked again.
 
     Args:
         dsn: A libpq connection string or URL.
         question: Reads from the connection. It may be called several times.
         patience: For how many seconds to ask again.
+        replication: Whether the question is one for a walsender.
 
     Raises:
         ServerError: What `connect` and `question` raise, if it does not pass in time.
@@ -158,7 +159,7 @@ def ask(dsn: str, question: Callable[[Connection], T], *, patience: float = 0.0)
     pause = 0.1
     while True:
         try:
-            with connect(dsn) as connection:
+            with connect(dsn, replication=replication) as connection:
                 return question(connection)
         except ServerError as e:
             if not passing(e) or time.monotonic() + pause > deadline:

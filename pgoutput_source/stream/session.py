@@ -88,7 +88,7 @@ class SlotSession:
         self.idle = True
         self._history = History(settings, state)
         self._history.connected(self.frames.confirmed)
-        self._timeline = Timeline(dsn, self.frames)
+        self._timeline = Timeline(dsn, self.frames, settings.reconnect_seconds)
         self._heartbeat = Heartbeat(dsn, settings.slot, settings.heartbeat_seconds)
         self._streamed = False
         bound = f" until {self.until}" if self.until else ""
@@ -103,7 +103,6 @@ class SlotSession:
         if self._copy is not None:
             self._copy.close()
         self._heartbeat.close()
-        self._timeline.close()
         self.frames.close(graceful=graceful)
         self._assembler.close()
 
@@ -249,7 +248,7 @@ def _assembler(dsn: str, settings: SourceSettings, start: Start, state: State | 
         (("system", system.system_id), ("database", system.database), ("slot", settings.slot)),
         skip_until=start.position,
         on_misfit=settings.on_misfit,
-        look_up=Definitions(dsn),
+        look_up=Definitions(dsn, settings.reconnect_seconds),
         streamed=streamed(settings),
         types=types_of(system.server_version),
         known_tables=None if settings.on_schema_change == "evolve" else (state or {}).get("tables", {}),

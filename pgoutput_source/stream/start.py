@@ -198,15 +198,17 @@ def last_delivered(position: Position | None, copied: int) -> Position | None:
     return max(position or Position(Lsn(0), 0), Position(Lsn(copied), 0))
 
 
-def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable: Lsn) -> Lsn:
+def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable: Lsn, *, patience: float = 0.0) -> Lsn:
     """The position on timeline `now` that corresponds to `durable` on `was`, the timeline before a failover.
+
+    While the server is away it is asked again for `patience` seconds.
 
     Raises:
         StateError: Not everything that was delivered happened on this server's timeline.
     """
     if was == now:
         return durable
-    end = timeline_end(dsn, was, now) if was < now else None
+    end = timeline_end(dsn, was, now, patience=patience) if was < now else None
     if end is None:
         raise StateError(
             f"the resume state is of timeline {was}, and the server's timeline {now} does not descend from it",

@@ -37,7 +37,7 @@ from pgoutput_source.errors import (
     SlotInUse,
 )
 from pgoutput_source.postgres.checks import check_server, check_slot
-from pgoutput_source.postgres.connection import Connection, connect, one_row
+from pgoutput_source.postgres.connection import Connection, ask, connect, one_row
 from pgoutput_source.postgres.publications import binary_option
 from pgoutput_source.postgres.refusals import explained, server_error
 from pgoutput_source.postgres.remedies import NO_POOLER, ONE_PROCESS, newer_publication_hint, quote_name
@@ -300,7 +300,7 @@ class Walsender:
             psycopg.errors.error_from_result(result), slot=self.slot, publications=self.publications, streaming=True
         )
         if isinstance(error, ConnectionFailed) and error.transient:
-            raise Lost(error.message)
+            raise Lost(error.message.removeprefix(f"slot {self.slot!r}: "))
         return error
 
     def finish(self, deadline: float) -> bool:
@@ -378,19 +378,22 @@ def _seconds(setting: str) -> float:
     return int(number) * _UNITS[unit]
 
 
-def timeline_end(dsn: str, timeline: int, current: int) -> Lsn | None:
+def timeline_end(dsn: str, timeline: int, current: int, *, patience: float = 0.0) -> Lsn | None:
     """Where the history of the server's `current` timeline left `timeline`; None if it never was on it.
 
+    While the server is away it is asked again for `patience` seconds.
     https://www.postgresql.org/docs/current/protocol-replication.html (TIMELINE_HISTORY)
     """
-    with connect(dsn, replication=True) as conn:
+
+    def history(conn: Connection) -> str:
         try:
-            row = one_row(conn, f"TIMELINE_HISTORY {current:d}")
+            return str(one_row(conn, f"TIMELINE_HISTORY {current:d}")[1])
         except ServerError as e:
             if e.sqlstate == _UNDEFINED_FILE:
-                return None  # the first timeline has no history
+                return ""  # the first timeline has no history
             raise
-    for line in str(row[1]).splitlines():
+
+    for line in ask(dsn, history, patience=patience, replication=True).splitlines():
         fields = line.split()
         if fields and fields[0] == str(timeline):
             return Lsn(fields[1])
