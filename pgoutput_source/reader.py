@@ -348,11 +348,8 @@ class PgOutputReader:
 
     def _facts_of(self, schema: TableSchema) -> TableFacts | None:
         if schema not in self._facts:
-            self._facts[schema] = ask(
-                self._address(),
-                lambda connection: table_facts(connection, schema),
-                patience=self.settings.reconnect_seconds,
-            )
+            patience = self.settings.reconnect_seconds
+            self._facts[schema] = ask(self._address(), lambda conn: table_facts(conn, schema), patience=patience)
         return self._facts[schema]
 
 
