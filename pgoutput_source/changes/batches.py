@@ -19,6 +19,7 @@ from pgoutput_source.changes.schema import (
     OPS,
     Column,
     Position,
+    TableName,
     TableSchema,
     metadata_fields,
 )
@@ -167,10 +168,11 @@ class ChangeSet:
         """All changes of a table as one Arrow table; a column that only some of its versions have is null in others.
 
         Args:
-            name: Schema and table: ``public.orders``.
+            name: Schema and table: ``public.orders``, or ``a."b.c"`` where a dot would be ambiguous.
 
         Raises:
-            ConfigurationError: The table did not change, or the type of a column did.
+            ConfigurationError: The table did not change, its name can be read in several ways, or the type of a
+                column changed.
         """
         versions = [pa.Table.from_batches([b.data]) for b in self.of(name)]
         if not versions:
@@ -189,7 +191,8 @@ class ChangeSet:
 
     def of(self, table: str) -> tuple[ChangeBatch, ...]:
         """The batches of `table`: none if it did not change, several if its schema changed within the set."""
-        return tuple(b for b in self.batches if b.table == table)
+        name = TableName.parse(table)
+        return tuple(b for b in self.batches if b.schema.full_name == name)
 
     @property
     def first(self) -> Position | None:

@@ -60,7 +60,7 @@ class OldRows:
             StateError: Old rows are needed that were not kept, or a column is another one now.
         """
         schema, ops = batch.schema, operations(batch.data)
-        if self.table not in (None, schema.table):
+        if self.table is not None and not schema.full_name.written(self.table):
             raise ConfigurationError(
                 f"step {step_id!r} has seen {self.table} and now gets changes of {schema.table}",
                 hint="one step for each table; partitions: publish_via_partition_root makes them one table",

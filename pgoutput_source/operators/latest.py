@@ -35,8 +35,13 @@ def latest(
     Each batch gives at most one row per key, in position order: what the key's row is now (`I`, `U`, `R`), or that it
     is gone (`D`). An update that changes the key also gives a `D` of the old key, at the same position. A truncate
     gives its `T` first and nothing from before it; so does a table that was recreated, or that another one replaced
-    under its name. Put and remove these rows in order, and after the last change of
-    each transaction you have the source's table, also where keys moved onto each other (``SET id = id + 1``).
+    under its name. Put and remove these rows in order, and after the last change of each transaction you have the
+    source's table, also where keys moved onto each other (``SET id = id + 1``).
+
+    One case is not covered. With identity FULL, rows of earlier transactions are not kept. If a row moves onto the key
+    of such a row and away again within one transaction, and the transaction is split between these two changes into
+    two batches, the mirror loses the row that had the key before. Only a deferrable key allows that, and such a
+    key can't be a replica identity itself. `current` sees the transaction whole and is right here as well.
 
     Rows are whole: a TOASTed value that an update left unchanged, and that PostgreSQL therefore did not send, comes
     from an earlier change. A value that was never seen stays named in `_unchanged`: it is not known, so leave it

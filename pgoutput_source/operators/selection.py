@@ -8,7 +8,6 @@ from bytewax.dataflow import Stream, operator
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message
 from pgoutput_source.changes.schema import TableName
 from pgoutput_source.dataflow.taken import take
-from pgoutput_source.errors import ConfigurationError
 
 
 @operator
@@ -18,10 +17,10 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
     Args:
         step_id: Unique name of the step.
         up: What `PgOutputSource` gives.
-        name: Schema and table: ``public.orders``.
+        name: Schema and table: ``public.orders``, or ``a."b.c"`` where a dot would be ambiguous.
 
     Raises:
-        ConfigurationError: `name` has no schema.
+        ConfigurationError: `name` has no schema, or dots that can be read in several ways.
 
     Example:
         >>> from bytewax.dataflow import Dataflow
@@ -35,12 +34,11 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
         >>> [(batch.table, batch.data["id"].to_pylist()) for batch in out]
         [('public.orders', [1])]
     """
-    if "." not in name:
-        raise ConfigurationError(f"table {name!r} has no schema", hint=f"write 'public.{name}'")
-    take(up, TableName.parse(name))
+    wanted = TableName.parse(name)
+    take(up, wanted)
 
     def of_table(sets: list[ChangeSet]) -> list[ChangeBatch]:
-        return [batch for s in sets for batch in s.of(name)]
+        return [batch for s in sets for batch in s if batch.schema.full_name == wanted]
 
     return op.flat_map_batch("of_table", up, of_table)
 

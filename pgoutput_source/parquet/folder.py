@@ -33,7 +33,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pgoutput_source.changes.batches import Position
-from pgoutput_source.errors import SinkError
+from pgoutput_source.changes.schema import TableName
+from pgoutput_source.errors import ConfigurationError, SinkError
 from pgoutput_source.parquet.place import explained, need_file, no_locks, sync
 from pgoutput_source.protocol.wire import Lsn
 
@@ -140,6 +141,57 @@ def origin_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
 def table_of(schema: pa.Schema) -> str:
     """The table that a schema's metadata names, empty where they don't say."""
     return str((schema.metadata or {}).get(b"pg.table", b"").decode())
+
+
+class Asked:
+    """The table that a reader asks for, against what files say of theirs.
+
+    Schema and name decide. Files of version 0.1.0 have only a text, in which the two are joined by a dot: one in which
+    the dots can be read in several ways is taken for each of these tables.
+
+    >>> asked = Asked('a."b.c"')
+    >>> [asked.has(text) for text in ('a."b.c"', "a.b.c", '"a.b".c')]
+    [True, True, False]
+    """
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+        self.name: TableName | None = None
+        try:
+            self.name = TableName.parse(table)
+        except ConfigurationError as e:
+            self._refusal = e
+
+    def has(self, text: str) -> bool:
+        """Whether a file that names its table as `text` may be of this one.
+
+        Raises:
+            ConfigurationError: `table` can be read in several ways, and `text` is one of them.
+        """
+        if self.name is not None:
+            return self.name.written(text)
+        if text != self.table and may_be(text, self.table):
+            raise self._refusal
+        return text == self.table
+
+    def of(self, schema: pa.Schema) -> bool:
+        """Whether a file with this schema is of the table; see `has`."""
+        metadata = schema.metadata or {}
+        if self.name is None or b"pg.namespace" not in metadata:
+            return self.has(table_of(schema))
+        return self.name == tuple(metadata[key].decode() for key in (b"pg.namespace", b"pg.name"))
+
+
+def may_be(table: str, text: str) -> bool:
+    """Whether version 0.1.0 wrote `text` for the table that is written as `table` now.
+
+    >>> may_be('a."b.c"', "a.b.c"), may_be("a.b.c", "a.b.c")
+    (True, False)
+    """
+    try:
+        return TableName.parse(table).written(text)
+    except ConfigurationError:
+        return False
 
 
 class FolderInUse(SinkError):

@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 from pgoutput_source.compute.metadata import BEFORE, Bools, Ints, own_columns, renamed
 from pgoutput_source.compute.versions import Past, column_in, relation_of
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.parquet.folder import table_of
+from pgoutput_source.parquet.folder import Asked, may_be, table_of
 from pgoutput_source.parquet.read import common_type, schemas_of
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,8 @@ def _of_table(folder: Path, table: str | None) -> tuple[str, dict[Path, pa.Schem
     """The table that is asked for, and all files of the folder."""
     files = schemas_of(folder)
     tables = {table_of(schema) for schema in files.values()}
-    if not tables or (table is not None and table not in tables):
+    tables -= {old for old in tables if any(new != old and may_be(new, old) for new in tables)}
+    if not tables or (table is not None and not any(map(Asked(table).of, files.values()))):
         raise ConfigurationError(
             f"there are no changes of {table or 'any table'} in {folder}",
             hint=f"it has changes of {', '.join(sorted(tables))}" if tables else "it has no published files (yet)",
@@ -146,11 +147,12 @@ def _of_table(folder: Path, table: str | None) -> tuple[str, dict[Path, pa.Schem
 def _of_relation(asked: tuple[str, dict[Path, pa.Schema]], folder: Path) -> dict[Path, pa.Schema]:
     """The files of the relation that has the table's name now."""
     table, files = asked
-    named = [file for file, schema in files.items() if table_of(schema) == table]
+    asked_for = Asked(table)
+    named = [file for file, schema in files.items() if asked_for.of(schema)]
     relation = relation_of(files[named[-1]])
     if relation is None:
         return {file: files[file] for file in named}
-    found = {f: s for f, s in files.items() if relation_of(s) == relation and (relation.told or table_of(s) == table)}
+    found = {f: s for f, s in files.items() if relation_of(s) == relation and (relation.told or asked_for.of(s))}
     others = [file for file in named if file not in found]
     if others:
         logger.warning(

@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pgoutput_source.parquet.folder import FOOTER, INDEX, table_of
+from pgoutput_source.parquet.folder import FOOTER, INDEX, Asked
 from pgoutput_source.parquet.place import local_path
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,11 @@ def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
 
     Args:
         folder: The folder.
-        table: Schema and table: only the files of its changes.
+        table: Schema and table: only the files of its changes. ``a."b.c"`` where a dot would be ambiguous: files that
+            version 0.1.0 wrote for such a table do not tell it from ``"a.b".c``, and are taken for both.
+
+    Raises:
+        ConfigurationError: The folder has a table that `table` can be read as, and it can be read in several ways.
 
     Example:
         >>> read("out/nothing-yet").count_rows()
@@ -67,11 +71,12 @@ def schemas_of(folder: Path, table: str | None = None) -> dict[Path, pa.Schema]:
     What the index says of a file need not be read from it: files of one version have the same schema.
     """
     listed = _index(folder)
+    asked = None if table is None else Asked(table)
     versions: dict[str, pa.Schema] = {}
     found = {}
     for file in sorted(folder.glob("*.parquet")):
         named, version = listed.get(file.name, (None, ""))
-        if named is not None and table is not None and named != table:
+        if named is not None and asked is not None and not asked.has(named):
             continue
         schema = versions.get(version)
         if schema is None:
@@ -80,7 +85,7 @@ def schemas_of(folder: Path, table: str | None = None) -> dict[Path, pa.Schema]:
             schema = schema.with_metadata({k: v for k, v in metadata.items() if k != FOOTER.encode()})
             if version:
                 versions[version] = schema
-        if table is None or table_of(schema) == table:
+        if asked is None or asked.of(schema):
             found[file] = schema
     return found
 

@@ -18,6 +18,7 @@ from harness.workload import Row, Workload, differences, tables
 
 import pgoutput_source.operators as cdc
 from pgoutput_source import ChangeBatch, ParquetSink, PgOutputSource, current, read, run
+from pgoutput_source.compute.old_rows import OldRows
 from pgoutput_source.embedded import shop
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.testing import batch
@@ -179,3 +180,70 @@ def test_files_of_other_tables_are_not_opened_where_the_index_names_them(tmp_pat
     assert read(tmp_path, table="public.t").count_rows() == 2
     with pytest.raises(pa.ArrowInvalid):
         read(tmp_path, table="public.u")
+
+
+DOTTED = ('a."b.c"', '"a.b".c')
+
+
+def test_a_table_is_its_schema_and_its_name(db: Database, tmp_path: Path) -> None:
+    connection = db.connect()
+    connection.execute('CREATE SCHEMA a; CREATE SCHEMA "a.b"')
+    for name in DOTTED:
+        connection.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, v text, n int)".encode())
+    connection.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
+    connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+    for i, name in enumerate(DOTTED):
+        for statement in (
+            f"INSERT INTO {name} SELECT g, 'of {i}', g FROM generate_series(1, {3 + i}) g",
+            f"UPDATE {name} SET n = n + {10 * (i + 1)} WHERE id > 1",
+            f"DELETE FROM {name} WHERE id = {2 + i}",
+        ):
+            connection.execute(statement.encode())
+    flow = Dataflow("dotted")
+    changes = op.input("in", flow, PgOutputSource(db.dsn, slot="cdc", publication="cdc", until="current"))
+    cdc.output("history", op.flat_map("batches", changes, list), ParquetSink(tmp_path / "history"))
+    cdc.output("mirror", cdc.latest("latest", op.flat_map("all", changes, list)), ParquetSink(tmp_path / "mirror"))
+    for i, name in enumerate((DOTTED[0], '"a.b"."c"')):
+        orders = cdc.table(f"table{i}", changes, name)
+        cdc.output(f"sums{i}", cdc.aggregate(f"sum{i}", orders, by="v", sum="n"), ParquetSink(tmp_path / f"sums{i}"))
+    run(flow, epoch=timedelta(seconds=1))
+
+    old = tmp_path / "of 0.1.0"
+    old.mkdir()
+    for file in (tmp_path / "history").glob("*.parquet"):
+        table = pq.read_table(file)
+        if table.schema.metadata[b"pg.table"].decode() == DOTTED[0]:
+            lacks = {b"pg.namespace", b"pg.name"}
+            metadata = {k: v for k, v in table.schema.metadata.items() if k not in lacks} | {b"pg.table": b"a.b.c"}
+            pq.write_table(table.replace_schema_metadata(metadata), old / file.name)
+
+    for i, name in enumerate(DOTTED):
+        rows = connection.execute(f"SELECT id, v, n FROM {name} ORDER BY id".encode()).fetchall()
+        for folder in ("history", "mirror"):
+            table = current(tmp_path / folder, key="id", table=name).select(["id", "v", "n"]).sort_by("id")
+            assert [tuple(row.values()) for row in table.to_pylist()] == rows, (folder, name)
+            assert set(read(tmp_path / folder, table=name).to_table()["v"].to_pylist()) <= {f"of {i}", None}
+        sums = current(tmp_path / f"sums{i}", key="v").select(["v", "n_sum"]).to_pylist()
+        assert [tuple(row.values()) for row in sums] == connection.execute(
+            f"SELECT v, sum(n) FROM {name} GROUP BY v".encode()
+        ).fetchall()
+    for step in (read, lambda folder, table: current(folder, key="id", table=table)):
+        with pytest.raises(ConfigurationError, match="can be read in several ways"):
+            step(tmp_path / "history", table="a.b.c")
+    whole = current(tmp_path / "history", key="id", table=DOTTED[0])
+    for named in ({"table": DOTTED[0]}, {"table": "a.b.c"}, {}):
+        assert current(old, key="id", **named).to_pylist() == whole.to_pylist(), named
+    assert read(old, table=DOTTED[0]).count_rows() == read(tmp_path / "history", table=DOTTED[0]).count_rows() > 0
+
+    for file in (tmp_path / "history").glob("*.parquet"):
+        (old / f"later {file.name}").write_bytes(file.read_bytes())
+    assert current(old, key="id", table=DOTTED[0]).num_rows == whole.num_rows
+
+
+def test_a_state_that_names_its_table_without_quotes_is_of_the_same_table() -> None:
+    first, second = (batch(name, [("I", {"id": 1})]) for name in DOTTED)
+    step = OldRows()
+    step.know("step", first, ["id"])
+    OldRows(step.snapshot() | {"table": "a.b.c"}).know("step", first, ["id"])
+    with pytest.raises(ConfigurationError, match="one step for each table"):
+        step.know("step", second, ["id"])
