@@ -171,8 +171,7 @@ class ChangeSet:
             name: Schema and table: ``public.orders``, or ``a."b.c"`` where a dot would be ambiguous.
 
         Raises:
-            ConfigurationError: The table did not change, its name can be read in several ways, or the type of a
-                column changed.
+            ConfigurationError: The table did not change, or the type of a column did.
         """
         versions = [pa.Table.from_batches([b.data]) for b in self.of(name)]
         if not versions:
@@ -191,7 +190,10 @@ class ChangeSet:
 
     def of(self, table: str) -> tuple[ChangeBatch, ...]:
         """The batches of `table`: none if it did not change, several if its schema changed within the set."""
-        name = TableName.parse(table)
+        try:
+            name = TableName.parse(table)
+        except ConfigurationError:
+            return ()  # no table is written like this
         return tuple(b for b in self.batches if b.schema.full_name == name)
 
     @property
