@@ -182,8 +182,8 @@ def missing_of(field: pa.Field) -> Missing | None:
 class MetadataNames(NamedTuple):
     """The names of the columns that follow a table's own in every batch, file and frame.
 
-    They begin with a prefix that can be chosen (`metadata_prefix`), for tables that have a column of such a name. Take
-    the names from a `TableSchema` or, with `of`, from an Arrow schema: these know their prefix.
+    They begin with a prefix, which is `_` in every stream. Take the names from a `TableSchema` or, with `of`, from an
+    Arrow schema: these know their prefix.
 
     >>> MetadataNames.with_prefix("pg_").op, MetadataNames.of(pa.schema([])).op
     ('pg_op', '_op')
@@ -320,7 +320,8 @@ class TableSchema:
                 f"column {clash[0]!r} has the name of a metadata column",
                 table=self.table,
                 column=clash[0],
-                hint="give the metadata columns other names: metadata_prefix='pg_' (PGOUTPUT_METADATA_PREFIX)",
+                hint="leave it out of the publication with a column list (PostgreSQL 15 or newer), which counts for "
+                "changes from then on; what the slot holds already still has it",
             )
         meta = {
             "pg.table": self.table,
