@@ -43,18 +43,21 @@ TYPES = {
 TOASTED = "(SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 100))"
 
 
+NAMES = {0: ("public", 'odd "name", really'), 4: ("a", "b.c"), 5: ("a.b", "c")}
+
+
 class Table:
     """One of the workload's tables; every third has no key and REPLICA IDENTITY FULL, every fourth a TOASTed column."""
 
     def __init__(self, number: int, rng: random.Random) -> None:
-        self.name = f"t{number}" if number else 'odd "name", really'
+        self.name = TableName(*NAMES.get(number, ("public", f"t{number}")))
         self.keyed = number % 3 != 2
         self.toasted = number % 4 == 1
         self.columns = {f"c{i}": kind for i, kind in enumerate(rng.sample(sorted(TYPES), rng.randint(2, 7)))}
 
     @property
     def identifier(self) -> sql.Identifier:
-        return sql.Identifier("public", self.name)
+        return sql.Identifier(*self.name)
 
     def ddl(self) -> Iterable[sql.Composed]:
         columns: list[sql.Composable] = [
@@ -91,6 +94,8 @@ class Workload:
 
     def create(self) -> None:
         self.connection.execute("CREATE SEQUENCE moved INCREMENT -1")
+        for schema in dict.fromkeys(table.name.namespace for table in self.tables):
+            self.connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
         for table in self.tables:
             for statement in table.ddl():
                 self.connection.execute(statement)
@@ -123,8 +128,15 @@ class Workload:
             statement = sql.SQL("UPDATE {} SET id = nextval('moved') WHERE {}").format(
                 table.identifier, self._some(table, min(size, 200))
             )
-        elif dice < 0.97:
+        elif dice < 0.8:
+            statement = self._rotate(table, min(size, 200))
+        elif dice < 0.96:
             statement = sql.SQL("DELETE FROM {} WHERE {}").format(table.identifier, self._some(table, size // 3 + 1))
+        elif dice < 0.97:
+            self.connection.execute(sql.SQL("DROP TABLE {}").format(table.identifier))
+            for ddl in table.ddl():
+                self.connection.execute(ddl)
+            statement = self._insert(table, size)  # without a change, nothing says that the rows are gone
         elif dice < 0.98:
             statement = sql.SQL("TRUNCATE {}").format(table.identifier)
         elif len(table.columns) < 12:
@@ -172,13 +184,21 @@ class Workload:
             table.identifier, sql.Identifier(column), self._value(kind), self._some(table, size)
         )
 
+    def _rotate(self, table: Table, size: int) -> sql.Composed:
+        # Each row gets the id of the next one: within the statement, two rows have the same.
+        return sql.SQL(
+            "UPDATE {} t SET id = s.next FROM ("
+            " SELECT id, coalesce(lead(id) OVER w, min(id) OVER ()) AS next FROM {} WHERE {} WINDOW w AS (ORDER BY id)"
+            ") s WHERE t.id = s.id"
+        ).format(table.identifier, table.identifier, self._some(table, size))
+
 
 def tables(workload: Workload) -> dict[str, Counter[Row]]:
     """What each table that is not empty holds, as a multiset of rows; types that Arrow lacks as their text."""
     connection = workload.connection
     found: dict[str, Counter[Row]] = {}
     for name in (table.name for table in workload.tables):
-        cursor = connection.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier("public", name)))
+        cursor = connection.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier(*name)))
         assert cursor.description is not None
         casts = {"jsonb": "text", "inet": "text", "numeric": "text", "uuid": "text", "float4": "float8"}
         columns = [
@@ -186,10 +206,10 @@ def tables(workload: Workload) -> dict[str, Counter[Row]]:
             for d in cursor.description
         ]
         rows = connection.execute(
-            sql.SQL("SELECT {} FROM {}").format(sql.SQL(", ").join(columns), sql.Identifier("public", name))
+            sql.SQL("SELECT {} FROM {}").format(sql.SQL(", ").join(columns), sql.Identifier(*name))
         ).fetchall()
         labels = [d.name for d in cursor.description]
-        found[str(TableName("public", name))] = Counter(_row(dict(zip(labels, row, strict=True))) for row in rows)
+        found[str(name)] = Counter(_row(dict(zip(labels, row, strict=True))) for row in rows)
     return {name: rows for name, rows in found.items() if rows}
 
 
@@ -206,9 +226,9 @@ def replayed(folder: Path, *, repeats: bool = False, but: Collection[str] = ()) 
             continue
         table = pq.read_table(file)
         key = [f.name for f in table.schema if not f.name.startswith("_")]
-        identity = (table.schema.metadata or {})[b"pg.identity"].decode()
+        identity, relation = (table.schema.metadata[entry].decode() for entry in (b"pg.identity", b"pg.relation_id"))
         for row in table.to_pylist():
-            changes[name].append(row | {"__columns": key, "__identity": identity})
+            changes[name].append(row | {"__columns": key, "__identity": identity, "__relation": relation})
     states: dict[str, Counter[Row]] = {}
     total = 0
     for name, rows in changes.items():
@@ -225,8 +245,12 @@ def replayed(folder: Path, *, repeats: bool = False, but: Collection[str] = ()) 
 def _replay(name: str, rows: list[dict[str, Any]]) -> Counter[Row]:
     keyed: dict[Any, dict[str, Any]] = {}
     full: Counter[Row] = Counter()
-    identity = rows[-1]["__identity"]
+    identity, relation = rows[-1]["__identity"], rows[0]["__relation"]
     for row in rows:
+        if row["__relation"] != relation:  # the table was recreated
+            keyed.clear()
+            full.clear()
+            relation = row["__relation"]
         columns = row["__columns"]
         new = {c: row[c] for c in columns}
         match row["_op"], identity:
