@@ -15,9 +15,9 @@ https://www.postgresql.org/docs/current/catalog-pg-type.html
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -94,56 +94,94 @@ class TypeFacts:
 
 def from_catalogue(facts: Iterable[TypeFacts], known: Mapping[int, PgType]) -> dict[int, PgType]:
     """The rows of the types that `facts` describe and `known`, the type table, does not have."""
-    open_facts = {f.oid: f for f in facts if f.oid not in known}
-    rows: dict[int, PgType] = {}
+    defined = _Defined(facts, known)
+    return {oid: replace(defined.row(oid), changed=defined.changed_by(oid)) for oid in defined.facts}
 
-    def row(oid: int) -> PgType:
-        if oid in known:
-            return known[oid]
-        if oid not in rows:
-            # Whatever can't be resolved, also what contains itself, is text.
-            fact = open_facts.get(oid)
-            rows[oid] = PgType(oid, fact.name if fact else "unknown", always(pa.utf8()), text)
-            if fact:
-                rows[oid] = make(fact)
-        return rows[oid]
 
-    def make(fact: TypeFacts) -> PgType:
+class _Defined:
+    """The types that a database defines, each made once from its facts and the rows of what it is made of."""
+
+    def __init__(self, facts: Iterable[TypeFacts], known: Mapping[int, PgType]) -> None:
+        self.facts = {fact.oid: fact for fact in facts if fact.oid not in known}
+        self._known = known
+        self._rows: dict[int, PgType] = {}
+
+    def row(self, oid: int) -> PgType:
+        """The row of a type: of the type table, or made. What can't be resolved, also what contains itself, is text."""
+        if oid in self._known:
+            return self._known[oid]
+        if oid not in self._rows:
+            fact = self.facts.get(oid)
+            # It stands for the type while that is being made, in case it contains itself.
+            self._rows[oid] = PgType(oid, fact.name if fact else "unknown", always(pa.utf8()), text)
+            if fact is not None:
+                self._rows[oid] = self._made(fact, self._rows[oid])
+        return self._rows[oid]
+
+    def _made(self, fact: TypeFacts, as_text: PgType) -> PgType:
         if fact.name in DEFINED:
             return DEFINED[fact.name](fact.oid, fact.name)
-        if fact.typtype == "d":
-            base = row(fact.base)
-            # A column of a domain has no typmod of its own.
-            describe = base.metadata
-            return replace(
-                base,
-                oid=fact.oid,
-                name=fact.name,
-                arrow=lambda typmod: base.arrow(fact.typmod),
-                array=0,
-                metadata=describe and (lambda typmod: describe(fact.typmod)),
-            )
-        if fact.typtype == "r" and fact.bound:
-            return range_of(row(fact.bound), fact.oid, fact.name)
-        if fact.typtype == "m" and fact.range:
-            return multirange_of(row(fact.range), fact.oid, fact.name)
-        if fact.typtype == "c" and fact.attributes:
-            return composite_of(
-                [(name, row(oid), typmod) for name, oid, typmod in fact.attributes], fact.oid, fact.name, row
-            )
+        if fact.typtype in _KINDS:
+            return _KINDS[fact.typtype](self, fact, as_text)
         if fact.element:
-            return array_of(row(fact.element), fact.oid, fact.delimiter or ",")
-        if fact.extension and (known_extension := EXTENSIONS.get((fact.extension, fact.typname))):
-            return known_extension(fact.oid, fact.name)
-        return replace(rows[fact.oid], binary=AS_TEXT) if fact.typtype == "e" else rows[fact.oid]
+            return array_of(self.row(fact.element), fact.oid, fact.delimiter or ",")
+        extension = EXTENSIONS.get((fact.extension, fact.typname)) if fact.extension else None
+        return extension(fact.oid, fact.name) if extension else as_text
 
-    def changed(oid: int, seen: frozenset[int] = frozenset()) -> tuple[int, int] | None:
-        """The youngest change of a type and of all that it is made of: its age, and the transaction."""
-        if oid in seen or (fact := open_facts.get(oid)) is None:
-            return None
-        parts = [fact.base, fact.element, fact.bound, fact.range, *(a[1] for a in fact.attributes or ())]
-        found = [changed(part, seen | {oid}) for part in parts if part]
-        own = (fact.changed[0], fact.changed[1]) if fact.changed else None
-        return min((change for change in (own, *found) if change), default=None)
+    def changed_by(self, oid: int) -> int:
+        """The transaction that last altered a type or anything that it is made of; 0 if none did."""
+        return min(self._changes(oid, frozenset()), default=(0, 0))[1]
 
-    return {oid: replace(row(oid), changed=(changed(oid) or (0, 0))[1]) for oid in open_facts}
+    def _changes(self, oid: int, seen: frozenset[int]) -> Iterator[tuple[int, int]]:
+        """The changes of a type and of all that it is made of: how many transactions ago, and by which."""
+        fact = self.facts.get(oid)
+        if fact is None or oid in seen:
+            return
+        if fact.changed:
+            yield fact.changed[0], fact.changed[1]
+        for part in (fact.base, fact.element, fact.bound, fact.range, *(a[1] for a in fact.attributes or ())):
+            if part:
+                yield from self._changes(part, seen | {oid})
+
+
+def _domain(defined: _Defined, fact: TypeFacts, _: PgType) -> PgType:
+    base = defined.row(fact.base)
+    describe = base.metadata
+    # A column of a domain has no typmod of its own.
+    return replace(
+        base,
+        oid=fact.oid,
+        name=fact.name,
+        arrow=lambda _: base.arrow(fact.typmod),
+        array=0,
+        metadata=describe and (lambda _: describe(fact.typmod)),
+    )
+
+
+def _range(defined: _Defined, fact: TypeFacts, as_text: PgType) -> PgType:
+    return range_of(defined.row(fact.bound), fact.oid, fact.name) if fact.bound else as_text
+
+
+def _multirange(defined: _Defined, fact: TypeFacts, as_text: PgType) -> PgType:
+    return multirange_of(defined.row(fact.range), fact.oid, fact.name) if fact.range else as_text
+
+
+def _composite(defined: _Defined, fact: TypeFacts, as_text: PgType) -> PgType:
+    if not fact.attributes:
+        return as_text
+    attributes = [(name, defined.row(oid), typmod) for name, oid, typmod in fact.attributes]
+    return composite_of(attributes, fact.oid, fact.name, defined.row)
+
+
+def _enum(defined: _Defined, fact: TypeFacts, as_text: PgType) -> PgType:
+    return replace(as_text, binary=AS_TEXT)
+
+
+_KINDS: Final[dict[str, Callable[[_Defined, TypeFacts, PgType], PgType]]] = {
+    "c": _composite,
+    "d": _domain,
+    "e": _enum,
+    "m": _multirange,
+    "r": _range,
+}
+"""By PostgreSQL's letter (`TypeFacts.typtype`): makes the row of a type from its facts, or gives back that of text."""
