@@ -39,7 +39,8 @@ SELECT oid::bigint, (array_agg(p -> 'attnames'))[1],
 
 _TABLE = """
 SELECT n.nspname::text, c.relname::text, c.relkind = 'p', c.relreplident::text, greatest(c.reltuples, 0)::bigint,
-       pg_relation_size(c.oid), row_security_active(c.oid), has_table_privilege(c.oid, 'SELECT')
+       pg_relation_size(c.oid), row_security_active(c.oid), has_table_privilege(c.oid, 'SELECT'),
+       pg_snapshot_xmax(pg_current_snapshot())::text::bigint & 4294967295
   FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
  WHERE c.oid = %s
 """
@@ -144,7 +145,7 @@ def describe(conn: Connection, wanted: Published, relations: Relations) -> Sourc
         columns = conn.execute(_COLUMNS, [wanted.relation_id]).fetchall()
     if row is None or not columns:
         return None
-    namespace, name, is_root, identity, count, size, secured, readable = row
+    namespace, name, is_root, identity, count, size, secured, readable, next_xid = row
     sql_name = f"{quote_name(namespace)}.{quote_name(name)}"
     _check_readable(conn, f"{namespace}.{name}", sql_name, readable=readable, secured=secured)
     by_number = conn.info.server_version < 180_000
@@ -156,7 +157,9 @@ def describe(conn: Connection, wanted: Published, relations: Relations) -> Sourc
     place = {c[1]: c[8] for c in columns if c[8] is not None}
     in_identity = {"f": {c[1] for c in live}, "n": set[str]()}.get(identity, set(place))
     announced = tuple(messages.RelationColumn(c[1] in in_identity, c[1], c[2], c[3]) for c in live)
-    relations.announce(messages.Relation(wanted.relation_id, namespace, name, identity, announced))
+    relations.expect([wanted.relation_id])
+    # All that this transaction sees in the catalogue was written before the next transaction number.
+    relations.announce(messages.Relation(wanted.relation_id, namespace, name, identity, announced), next_xid)
     schema = relations.current(wanted.relation_id).schema
     arrow = {column.name: column.arrow for column in schema.columns}
     key = [

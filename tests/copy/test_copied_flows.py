@@ -25,7 +25,7 @@ def copied(flow: Flow) -> int:
 
 def test_files_replayed_equal_the_tables(any_db: Database, tmp_path: Path) -> None:
     flow = Flow(any_db, tmp_path, PGOUTPUT_SNAPSHOT="initial", PGOUTPUT_UNTIL="current", CHUNK_ROWS="200")
-    with Workload(any_db.dsn, seed=any_db.server.major, tables=6, largest=1000) as workload:
+    with Workload(any_db.dsn, seed=any_db.server.major, tables=6, largest=1000, recreates=False) as workload:
         workload.run(3_000)
         publish(any_db)
         workload.run(1_000)
@@ -46,7 +46,7 @@ def test_kill_9_of_flow_and_server_in_the_midst_of_the_copy(tmp_path: Path) -> N
     with Server(settings=SETTINGS) as server:
         db = Database(server)
         flow = Flow(db, tmp_path, PGOUTPUT_SNAPSHOT="initial", CHUNK_ROWS="1000")
-        with Busy(db.dsn, seed=12, tables=6, largest=500) as workload:
+        with Busy(db.dsn, seed=12, tables=6, largest=500, recreates=False) as workload:
             time.sleep(2)
             publish(db)
             for turn in range(8):
