@@ -79,9 +79,7 @@ class Workload:
     Without `recreates` no table is dropped.
     """
 
-    def __init__(
-        self, dsn: str, *, seed: int, tables: int = 20, largest: int = 10_000, recreates: bool = True
-    ) -> None:
+    def __init__(self, dsn: str, *, seed: int, tables: int = 20, largest: int = 10_000, recreates: bool = True) -> None:
         self.recreates = recreates
         self.rng = random.Random(seed)
         self.connection = psycopg.connect(dsn, autocommit=True)
