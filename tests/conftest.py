@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
@@ -12,6 +13,10 @@ from harness.database import NEWEST, SETTINGS, Database
 
 from pgoutput_source.embedded import MAJORS, Server, find_binaries
 from pgoutput_source.errors import EmbeddedError
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has what it starts in the background ignore Ctrl-C, and so would the processes that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _server(major: int) -> Iterator[Server]:

@@ -317,17 +317,28 @@ class ReplicationStream:
             arrived = False
             match step:
                 case None:
+                    if not frames:  # also a poll that waits for nothing has looked once
+                        self._ask_if_silent(walsender, now)
                     return
                 case Nap(seconds):
                     if seconds:
                         time.sleep(seconds)
                 case Wait(seconds):
-                    if seconds and feedback.silence(now):
-                        with self._lock:
-                            self._report(walsender, reply=True)
+                    if seconds:
+                        self._ask_if_silent(walsender, now)
                     arrived = bool(self._poll.poll(seconds * 1000))
             with self._lock:
                 walsender.read(size)
+
+    def _ask_if_silent(self, walsender: Walsender, now: float) -> None:
+        """Nothing is there to be read: find out whether the server is.
+
+        Raises:
+            Lost: It does not answer, or is shutting down.
+        """
+        if self._feedback.silence(now):
+            with self._lock:
+                self._report(walsender, reply=True)
 
     def _take(self, walsender: Walsender, pacing: Pacing, frames: list[memoryview]) -> tuple[int, int]:
         """Take what libpq has, as far as there is room. Called with the lock held.
