@@ -50,9 +50,9 @@ _PIECE = 32_768  # messages of a peek that are decoded together
 class PgOutputReader:
     """The committed changes of a publication, in commit order: one by one, or columnar with `sets()`.
 
-    Delivery is at least once: a new reader goes on behind what the last one acknowledged. Changes come again if they
-    were not acknowledged, or if their transaction was not acknowledged to its end; none is ever left out. While the
-    body of the loop takes its time the server's keepalives are answered.
+    Delivery is at least once: a new reader resumes after what the last one acknowledged. Changes come again if they
+    were not acknowledged, or if their transaction was not acknowledged to its end; none is ever skipped. While the
+    body of the loop runs, the server's keepalives are answered.
 
     Args:
         dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables, and None stands for
@@ -60,7 +60,7 @@ class PgOutputReader:
         slot: The replication slot's name.
         publication: One name or several.
         create: Create the publication (for all tables) and then the slot where they are missing.
-        until: None reads for ever; "current" ends once everything committed before the start was given out; an LSN
+        until: None reads for ever; "current" ends once everything committed before the start was delivered; an LSN
             such as "0/16B3748" ends there.
         options: The other fields of `SourceSettings`.
 
@@ -98,8 +98,8 @@ class PgOutputReader:
         self._poller: int | None = None
         self._session: SlotSession | None = None
         self._set: ChangeSet | None = None  # fetched, and not yet taken
-        self._rest: Iterator[ChangeEvent] = iter(())  # of the set that is being given out as events
-        self._begun = 0  # how many sets were, or are being, given out as events
+        self._rest: Iterator[ChangeEvent] = iter(())  # of the set that is being delivered as events
+        self._begun = 0  # how many sets were, or are being, delivered as events
         self._beginning = threading.Lock()
         self._given: ChangeEvent | Position = _NOTHING
         self._by_set: bool | None = None
@@ -164,7 +164,7 @@ class PgOutputReader:
     # -- changes --------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Self:
-        """Each change as an event. A loop that was left goes on where it was when another one starts."""
+        """Each change as an event. A new loop resumes where the last one was left."""
         return self
 
     def __next__(self) -> ChangeEvent:
@@ -224,7 +224,7 @@ class PgOutputReader:
         return True
 
     def _begin_after(self, begun: int) -> bool:
-        """`_begin`, unless another has begun since: the thread of a task that was cancelled goes on to its end."""
+        """`_begin`, unless another has begun since: the thread of a cancelled task runs to its end."""
         # Nobody hears the error of such a thread: it must be kept for who comes next.
         with self._beginning, self._failing():
             return self._begun != begun or self._begin()
@@ -267,7 +267,7 @@ class PgOutputReader:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """An error ends the reader: going on behind it would leave changes out. It is raised again, if asked again."""
+        """An error ends the reader: resuming after it would skip changes. Later calls raise it again."""
         if self._failure is not None:
             raise self._failure
         try:
@@ -288,7 +288,7 @@ class PgOutputReader:
         In the middle of a transaction it counts only up to the one before: the rest follows with its last change.
 
         Args:
-            what: An event, a set or a position that this reader has given out.
+            what: An event, a set or a position that this reader has delivered.
 
         Raises:
             ConfigurationError: The reader has not given it out.

@@ -185,25 +185,25 @@ class SourceSettings(BaseModel):
         until: None runs for ever, "current" up to everything committed before the start, an LSN up to there.
         snapshot: What becomes of the rows that are in the tables already. "never" streams changes only. "initial"
             copies every published row, as a change with `_op` R, while the changes of all tables are streamed: no row
-            is left out and none comes twice. Tables that are published later are copied, too. How far the copy is, is
-            part of the resume state: without one it begins again at each start. A run that resumes one without a copy
-            goes on without it.
+            is skipped and none comes twice. Tables that are published later are copied, too. The resume state records
+            how far the copy is: without one it begins again at each start. A run that resumes a state without a copy
+            continues without it.
         status_interval: Seconds between two reports to the server; it is lowered to a third of the server's
             wal_sender_timeout where that is less.
-        max_frames: Most messages that one poll hands out.
-        max_bytes: Bytes after which a poll hands out what it has: the bound of memory, but for a single larger row.
+        max_frames: Most messages that one poll returns.
+        max_bytes: Bytes after which a poll returns. It bounds the memory, except for a single larger row.
         reconnect_seconds: How long a lost connection is tried again before the run fails.
         slot_wait_seconds: How long to wait at the start for a slot that another process still holds.
         stall_seconds: After so long without a call from Bytewax, while the server has more, the process ends with exit
             code 70, so that the slot is free for another; longer than any step or sink may take. None only warns.
         heartbeat_seconds: After so long without a change a few bytes are written to the server's WAL, so that the slot
-            moves on a server where nobody writes. None, the default, writes nothing, and is enough to let go of WAL.
+            moves on a server where nobody writes. None, the default, writes nothing, and is enough to release WAL.
         on_misfit: What happens to a value that its column's Arrow type can't hold: "raw" leaves the cell null and
             keeps the exact text in `_raw`, "error" stops.
         on_schema_change: What happens when a table's name, columns or replica identity are not what they were when
-            this run, or the one that it resumes, first saw them: "evolve" goes on with batches of the new version,
+            this run, or the one that it resumes, first saw them: "evolve" continues with batches of the new version,
             "fail" stops with `SchemaChanged`.
-        origin: "any" brings all changes, "none" leaves out those that came to the server by replication themselves;
+        origin: "any" brings all changes, "none" skips those that came to the server by replication themselves;
             from PostgreSQL 16 on.
         streaming: "on" has PostgreSQL send large transactions while they are in progress instead of keeping them on
             its own disk until they commit; they are kept here, and come out at their commit as ever. "parallel" is the
@@ -211,7 +211,7 @@ class SourceSettings(BaseModel):
         binary: "on" has PostgreSQL send values as the send functions of their types write them, where "off" has it send
             their text: the same columns for less work. It is refused at the start if a published column is of a type
             that can't be read so. "auto" is "on" unless there is one that can't, or that takes longer; that is decided
-            anew for each connection.
+            again for each connection.
         streaming_memory: Bytes of transactions in progress that are held in memory. What is more goes to files
             without a name in the folder for temporary files (TMPDIR).
 
@@ -359,7 +359,7 @@ def _check_variables(environ: Mapping[str, str], known: Iterable[str]) -> None:
 
 
 def _configuration_error(error: ValidationError) -> ConfigurationError:
-    """One error for all that pydantic found; our own validators put their hint behind a bar."""
+    """One error for all that pydantic found; our own validators put their hint after a bar."""
     texts: list[str] = []
     hints: list[str] = []
     for problem in error.errors(include_url=False, include_input=False):

@@ -1,10 +1,10 @@
-"""`python -m pgoutput_source resync`: what a lost slot took with it, and how a flow goes on behind the gap.
+"""`python -m pgoutput_source resync`: what a lost slot took with it, and how a flow resumes after the gap.
 
-A slot that was dropped, invalidated, made anew or moved by somebody else leaves a gap: what was committed between the
-flow's state and the slot's position is gone from the slot, and no restart brings it back. A flow refuses to go on then.
-This command says what the gap is. Only with ``--yes`` it makes the slot anew, if that is what is missing, and moves the
-flow's state in the recovery folder to the slot's position: files, windows and aggregates stay as they are, and the
-flow goes on from there. It is safe to repeat, and after an interruption it does what is left to do.
+A slot that was dropped, invalidated, recreated or moved by somebody else leaves a gap: what was committed between the
+flow's state and the slot's position is gone from the slot, and no restart brings it back. The flow refuses to resume.
+This command describes the gap. Only with ``--yes`` does it change anything: it recreates the slot if need be, and moves
+the flow's state in the recovery folder to the slot's position. Files, windows and aggregates stay as they are, and the
+flow resumes from there. It is safe to repeat, and after an interruption it does what is left to do.
 
 What happened in the gap has to be repaired by comparing the tables with what the flow wrote.
 """
@@ -40,7 +40,7 @@ class Gap:
 
     Attributes:
         reason: Why there is a gap.
-        anew: Whether the slot must be made anew; otherwise the slot is as it should be.
+        anew: Whether the slot must be recreated; otherwise the slot is as it should be.
         start: The last position that the flow, or the slot, is known to have seen; None if nothing is known.
         end: From here on the slot holds everything.
         last_commit: When the last change was committed that the flow has seen.
@@ -60,7 +60,7 @@ class Gap:
 
 
 def run(settings: SourceSettings, folders: Sequence[Path], *, yes: bool) -> int:
-    """Say what is missing on standard output, and with `yes` go on behind it; the exit status.
+    """Say what is missing on standard output, and with `yes` resume after it; the exit status.
 
     Args:
         settings: Which slot, and where.
@@ -68,7 +68,7 @@ def run(settings: SourceSettings, folders: Sequence[Path], *, yes: bool) -> int:
         yes: Whether to change anything.
 
     Returns:
-        0 if nothing is missing, or the flow can go on now; 1 if there is a gap and nothing was changed.
+        0 if nothing is missing, or the flow can resume now; 1 if there is a gap and nothing was changed.
 
     Raises:
         StateError: A recovery folder that can't be used, or a server that never had what the flow has seen.
@@ -174,7 +174,7 @@ def _steps(settings: SourceSettings, gap: Gap, store: RecoveryFolder | None) -> 
 
 
 def reanchor(conn: Connection, settings: SourceSettings, gap: Gap, store: RecoveryFolder | None) -> Lsn:
-    """Make the slot anew if the gap asks for it, and move the flow's state to its position, which is returned.
+    """Recreate the slot if the gap asks for it, move the flow's state to its position, and return that position.
 
     Raises:
         SlotInUse, NotConfigured: The slot can't be dropped or made.
