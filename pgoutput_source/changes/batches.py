@@ -1,6 +1,6 @@
 """The nouns: batches of changes, sets of batches and logical messages.
 
-What comes in are arrays that `columns` decoded; what goes out is what users hold. Nothing here reads bytes or
+In come arrays that `decode.columns` decoded; out goes what users hold. Nothing here reads bytes or
 touches a server. A change is one row's insert, update, delete or snapshot read, or one table's truncate.
 """
 
@@ -49,7 +49,7 @@ class ChangeBatch:
     """Changes of one version of one table, in position order, as one Arrow record batch.
 
     It speaks the Arrow PyCapsule interface: ``pl.DataFrame(batch)``, ``duckdb.from_arrow(batch)`` and
-    ``pa.record_batch(batch)`` take it as it is. See `metadata_fields` for the columns behind the table's own.
+    ``pa.record_batch(batch)`` take it as it is. See `metadata_fields` for the columns after the table's own.
 
     Example:
         >>> from pgoutput_source.testing import batch
@@ -101,7 +101,7 @@ class ChangeBatch:
 
 
 HEARTBEAT: Final = "pgoutput_source"
-"""The prefix of messages that are heartbeats of ours (`heartbeat`): they are not given out."""
+"""The prefix of messages that are heartbeats of ours (`heartbeat`): they are not delivered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -484,7 +484,7 @@ def declared_type(column: Column) -> str:
 def row_model(schema: TableSchema, facts: TableFacts | None = None) -> type[BaseModel]:
     """A pydantic model of a table's rows, one for each version of it; ``model.model_validate(event.after)``.
 
-    Fields are named like the columns; a name that Python or pydantic can't take gets an underscore behind it and keeps
+    Fields are named like the columns; a name that Python or pydantic can't take gets an underscore after it and keeps
     the column's name as its alias. Every field must be given: a row whose large, unchanged values PostgreSQL did not
     send is refused rather than completed with None. Values may be what events hold or what their JSON holds.
 

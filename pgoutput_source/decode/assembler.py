@@ -6,8 +6,8 @@ its transaction with a cumulative sum. A stream of single-row transactions costs
 Only what is rare (Relation, Type, Origin, Truncate, Message) is decoded one by one.
 
 This is protocol 1, in which PostgreSQL sends a transaction after its commit, contiguously, with the commit's LSN known
-from Begin on. So a transaction may be cut anywhere: what was read of it is final. Transactions that come while they are
-in progress are turned into this by `streaming`.
+from Begin on. So a transaction may be cut anywhere: what was read of it is final. `in_progress` turns transactions
+that are streamed before their commit into this.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class Assembler:
     re-sends transactions after a reconnect, and after its own crash even acknowledged ones.
 
     Attributes:
-        position: The last change that was given out; pass it as `skip_until` to go on elsewhere.
+        position: The last change that was delivered; pass it as `skip_until` to resume elsewhere.
         end_lsn: The end of the last complete transaction, what may be acknowledged once its changes are durable.
-        in_transaction: Whether a committed transaction was received and not yet given out to its end.
+        in_transaction: Whether a committed transaction was received and not yet delivered to its end.
         pending: Whether `feed` has more to give without new frames: call it with none before the next poll.
     """
 
@@ -97,10 +97,10 @@ class Assembler:
 
     @property
     def in_transaction(self) -> bool:
-        """Whether a committed transaction was received and not yet given out to its end.
+        """Whether a committed transaction was received and not yet delivered to its end.
 
-        One that is still in progress does not count: its commit lies behind every position that the server has
-        reported, so the server sends all of it again, whatever of that is acknowledged.
+        One that is still in progress does not count: its commit lies after every position that the server has
+        reported, so the server sends all of it again, whichever of these is acknowledged.
         """
         return self._open is not None or self.pending
 
@@ -111,16 +111,16 @@ class Assembler:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is kept of any transaction: all that was fed was given out, or did not count."""
+        """Whether nothing is kept of any transaction: all that was fed was delivered, or did not count."""
         return self._open is None and (self._streamed is None or not self._streamed.keeping)
 
     def close(self) -> None:
-        """Let go of temporary files."""
+        """Release temporary files."""
         if self._streamed is not None:
             self._streamed.close()
 
     def reconnected(self) -> None:
-        """A new connection starts: the server begins with a whole transaction and may repeat what was given out."""
+        """A new connection starts: the server begins with a whole transaction and may repeat what was delivered."""
         self._open = None
         self._last_end = Lsn(0)
         if self._streamed is not None:
@@ -374,7 +374,7 @@ def _announced(f: Frames, frame: NDArray[np.int64]) -> set[int]:
 
 
 def _truncates(f: Frames, rows: Rows, truncates: _Truncates) -> Iterator[Truncate]:
-    """The truncates whose rows are given out."""
+    """The truncates whose rows are delivered."""
     for i, (truncate, tables) in truncates.items():
         row = int(np.searchsorted(rows.frame, i))
         if row < len(rows) and rows.frame[row] == i:

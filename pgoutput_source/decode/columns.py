@@ -11,7 +11,7 @@ Three shapes of frames exist, and all share their first step:
     Delete           'D' relid ('K' | 'O') tuple
 
 Every read is checked against the end of its own frame, so that hostile bytes end in `ProtocolError`.
-This file may be dense; the order of messages, positions and relations live elsewhere (`transactions`, `relations`).
+This file may be dense; the order of messages, positions and relations live elsewhere (`assembler`, `relations`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Joined(NamedTuple):
 class Frames:
     """CopyData frames joined into one buffer, with readers of big-endian integers at any offset, for many at once.
 
-    `start` and `end` are the byte offsets of the XLogData frames; keepalives are left out. `tag` is the pgoutput
+    `start` and `end` are the byte offsets of the XLogData frames; keepalives are skipped. `tag` is the pgoutput
     message's first byte, `lsn` the WAL start of its frame.
 
     Raises:

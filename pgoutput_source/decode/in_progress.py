@@ -4,7 +4,7 @@ With protocol 2 and `streaming` a server does not spill a large transaction to i
 it in chunks, between StreamStart and StreamStop, which interleave with the chunks of others and with whole small
 transactions. `StreamedTransactions` turns such a stream back into one of protocol 1, frame by frame: a transaction's
 chunks are kept as the bytes that they are, and at its StreamCommit they come out between a Begin and a Commit, in
-pieces. Whatever reads protocol 1 (`transactions.Assembler`) then gives the same changes at the same positions.
+pieces. Whatever reads protocol 1 (`assembler.Assembler`) then gives the same changes at the same positions.
 
 Each message of a chunk names its subtransaction. A StreamAbort takes away what a subtransaction had brought, with all
 of its Relation messages; what of these is left is announced at the commit, for from then on the server counts on it.
@@ -60,7 +60,7 @@ Frame = bytes | memoryview
 
 @dataclass(slots=True, eq=False)
 class _Transaction:
-    """What came of a transaction so far: sealed segments, in memory or in its file, and the frames behind them."""
+    """What came of a transaction so far: sealed segments, in memory or in its file, and the frames after them."""
 
     xid: int
     frames: list[Frame] = field(default_factory=list)
@@ -84,7 +84,7 @@ class StreamedTransactions:
 
     Args:
         memory: Bytes of transactions in progress that are held in memory; what is more goes to files.
-        piece: About as many bytes are handed out at a time.
+        piece: About how many bytes to deliver at a time.
         parallel: The stream was started with streaming 'parallel'.
         slot: Under whose name the metric `pgoutput_spilled_bytes` counts; without one it does not.
 
@@ -103,7 +103,7 @@ class StreamedTransactions:
         self._open: dict[int, _Transaction] = {}
         self._chunk: _Transaction | None = None  # whose StreamStop is still to come
         self._inside = False
-        self._committed: list[_Transaction] = []  # of which not all is handed out
+        self._committed: list[_Transaction] = []  # not yet delivered to their end
         self._ready: deque[Iterator[Joined]] = deque()
         self._serial = itertools.count()
         self._announced: dict[int, tuple[int, Frame]] = {}  # the last Relation that counts, by relation: when, and it
@@ -210,7 +210,7 @@ class StreamedTransactions:
                         hint=_REPORT,
                     )
                 self._committed.append(transaction)
-                again = self._announce(transaction)  # now: a Relation that comes behind this commit counts from there
+                again = self._announce(transaction)  # now: a Relation that comes after this commit counts from there
                 self._ready.append(self._pieces(transaction, frame, message, again))
 
     def _start(self, frame: Frame, start: messages.StreamStart) -> None:
@@ -220,7 +220,7 @@ class StreamedTransactions:
         self._chunk = self._open.setdefault(start.xid, _Transaction(start.xid))
 
     def _abort(self, abort: messages.StreamAbort) -> None:
-        # PostgreSQL 18 names subtransactions of which it never streamed anything, and transactions likewise.
+        # PostgreSQL 18 also names transactions and subtransactions that it never streamed.
         transaction = self._open.get(abort.xid)
         if transaction is None:
             return
@@ -232,7 +232,7 @@ class StreamedTransactions:
     # -- kept -----------------------------------------------------------------------------------------------------
 
     def _seal(self, transaction: _Transaction) -> None:
-        """Join the frames behind the segments to one more: to the file, if there is one."""
+        """Join the frames after the segments into one more: in the file, if there is one."""
         if not transaction.frames:
             return
         lengths = np.fromiter(map(len, transaction.frames), _LENGTHS, len(transaction.frames))
@@ -299,7 +299,7 @@ class StreamedTransactions:
         )
 
     def _announce(self, transaction: _Transaction) -> list[Frame]:
-        """The transaction's Relations count from its commit on, but for those of which a younger one came meanwhile."""
+        """The transaction's Relations count from its commit on, unless a newer one has come meanwhile."""
         again: dict[int, Frame] = {}
         for serial, xid, relation_id, frame in transaction.relations:
             if xid in transaction.aborted:

@@ -2,8 +2,8 @@
 
 In comes the payload of one XLogData frame, out goes one frozen object whose fields bear the manual's names. Strings are
 text, positions are `Lsn`, moments stay microseconds since 2000-01-01 UTC, and the values of a row stay the exact bytes
-that PostgreSQL sent. Not here: what a relation id means, which order of messages is legal (`transactions`), and any
-meaning of values (`types`). This is the readable decoder; `columns` reads the same bytes column by column.
+that PostgreSQL sent. Not here: what a relation id means, which order of messages is legal (`decode.assembler`), and any
+meaning of values (`types`). This is the readable decoder; `decode.columns` reads the same bytes column by column.
 
 Each class lists its layout in the manual's words. The first byte names the message, and `READERS` is the table of it.
 Broken bytes raise `ProtocolError`, which names the field, and nothing else is ever raised.
