@@ -451,7 +451,7 @@ def counted(group: Ints, sign: Ints, size: int) -> Ints:
 
 
 def grown(array: NDArray[Any], size: int) -> NDArray[Any]:
-    """The array with zeros behind it, at least `size` long; grown by half, so that it is seldom copied."""
+    """The array with zeros after it, at least `size` long; grown by half, so that it is seldom copied."""
     if len(array) >= size:
         return array
     out = np.zeros((max(size, len(array) * 3 // 2 + 16), *array.shape[1:]), array.dtype)

@@ -147,7 +147,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         self.dsn = connection_string(settings.dsn, shop=True)
         self.session = SlotSession(self.dsn, settings, state, tables=tables)
         self.staged: Lsn | None = None
-        self.final = False  # the last snapshot covers all that this partition will give out
+        self.final = False  # the last snapshot covers all that this partition will deliver
         self.done = False  # … and it is durable
         self.left = False
         self.bytes_in_epoch = 0

@@ -36,7 +36,7 @@ STATE_VERSION: Final = 1
 _ORIGIN: Final = (
     946_857_600_000_000  # Monday 2000-01-03 00:00 UTC, in µs since 1970: windows of a week begin on Mondays
 )
-_TICKS: Final = 5  # an idle span is waited for in as many steps, each of which this process must have lived through
+_TICKS: Final = 5  # an idle span is waited for in this many steps; this process must live through each
 _AFTER_START: Final = timedelta(minutes=1)  # a server may need as long to find its way to a slot's first change
 _NOTICE: Final = timedelta(seconds=1)
 _COMPACT_ROWS: Final = 131_072
@@ -102,7 +102,7 @@ def window(
     **When a window closes.** Time is told by the commits: once a commit at or after the window's end plus `wait` was
     seen in `up`. PostgreSQL sends transactions in commit order, so that clocks that are set back, or several slots in
     one stream, are the only reasons to wait. When nothing comes for `idle`, the wall clock takes over: windows whose
-    end plus `wait` lies behind it close. This is counted in moments that this process was alive and idle, and for
+    end plus `wait` lies before it close. This is counted in moments that this process was alive and idle, and for
     a minute at first, so that a backlog after an outage is never late. At the end of the input all windows close.
 
     **What comes too late** (its window is closed already) never opens a window again: it is measured by itself, in
@@ -299,7 +299,7 @@ def windows(
     idle: timedelta | None,
     shards: int,
 ) -> WindowOut:
-    """The steps behind `window`: partial results of each batch, kept by window, given out when it closes."""
+    """The steps behind `window`: partial results of each batch, kept by window, delivered when it closes."""
 
     def parts(batches: list[ChangeBatch]) -> list[tuple[str, Part]]:
         return [keyed for batch in batches if len(batch) for keyed in _split(part(batch.data), grouping, shards)]
@@ -338,7 +338,7 @@ def _split(part: Part, grouping: Grouping, shards: int) -> list[tuple[str, Part]
 
 
 class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, Any]]):
-    """The open windows of one shard. Gives out (too late, results)."""
+    """The open windows of one shard. Emits (too late, results)."""
 
     def __init__(
         self,

@@ -195,7 +195,7 @@ def _encodings(sample: pa.Table) -> tuple[list[str], dict[str, str]]:
 
 
 def _heavy(files: list[Path]) -> set[str]:
-    """The columns of which a row group of these files holds more than a row group should."""
+    """The columns that exceed the limit of a row group by themselves, in some row group of these files."""
     chunks = (
         metadata.row_group(group).column(column)
         for metadata in map(pq.read_metadata, files)

@@ -46,7 +46,7 @@ class Publication:
     Attributes:
         name: Its name.
         all_tables: Whether it publishes every table of the database, those of the future included.
-        schemas: The schemas of which it does the same.
+        schemas: The schemas that it publishes whole, future tables included.
         kinds: What it publishes: some of insert, update, delete, truncate.
         via_root: Whether changes of a partition come under the name of the partitioned table.
     """

@@ -22,7 +22,7 @@ def quote_name(name: str) -> str:
 
 
 def resync_hint(slot: str) -> str:
-    """How to go on after a gap, the same words wherever there is one."""
+    """How to resume after a gap, the same words wherever there is one."""
     return (
         f"python -m pgoutput_source resync --slot {slot} --recovery … says what is missing and how to repair it, and "
         "with --yes has the flow go on after the gap"

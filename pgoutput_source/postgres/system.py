@@ -16,7 +16,7 @@ _FLUSH_PATIENCE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Which server this is: what must stay the same between a resume state and the slot that it goes on with.
+    """Which server this is: what must stay the same between a resume state and the slot that it resumes with.
 
     `lsn` is where its WAL ended when it was asked.
     """
@@ -85,7 +85,7 @@ def current_lsn(conn: Connection) -> Lsn:
 
 
 def _before_page_header(lsn: Lsn, page: int, segment: int) -> Lsn:
-    """The end of the last record, where the insert position stands behind the header of a page still without one.
+    """The end of the last record, where the insert position stands after the header of a page still without one.
 
     The next record would begin there, so that is what the server names; but what a stream reports is ends of records,
     and it would get to such a position only with the next record.

@@ -1,4 +1,4 @@
-"""`ParquetSink`: Arrow batches into a folder of Parquet files, exactly once, of which readers see only whole ones.
+"""`ParquetSink`: Arrow batches into a folder of Parquet files, exactly once; readers see only whole files.
 
 Two phases. In ``snapshot()`` everything of the epoch becomes *staged* parts: complete Parquet files, synced, invisible.
 After the gate, when the epoch is durable, they are marked *committed*, and what is due is *published*: a part that is

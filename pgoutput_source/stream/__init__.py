@@ -1,1 +1,1 @@
-"""A slot's stream: the walsender, reconnects, timelines, where a start goes on, and what is acknowledged."""
+"""A slot's stream: the walsender, reconnects, timelines, where a start resumes, and what is acknowledged."""

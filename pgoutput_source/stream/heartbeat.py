@@ -1,6 +1,6 @@
 """A heartbeat: while nothing changes in the publication, a few bytes of WAL that the slot can move over.
 
-It is optional, and most need none: the slot of a stream lets go of the WAL of all else, other databases included, by
+It is optional, and most need none: the slot of a stream releases the WAL of all else, other databases included, by
 the server's keepalives alone. What keepalives can't do is move where there is no WAL. Where nobody writes a slot
 stands still, and its position and age look like those of a slot whose reader hangs. With a heartbeat it moves, and so
 does all that follows the WAL: standbys, archives, slots on standbys that wait for a record to begin at.
@@ -8,7 +8,7 @@ does all that follows the WAL: standbys, archives, slots on standbys that wait f
 It is a logical decoding message, over a connection of its own: no table, nothing in the publication, no privilege but
 to connect. It is not transactional: that would take a transaction number each time, and bring nothing but a fifth of a
 second, after which the server flushes such a message by itself. It never comes out as a message of the stream. When it
-fails, the log has a warning, and the stream goes on.
+fails, the log has a warning, and the stream continues.
 
 https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
 """

@@ -45,7 +45,7 @@ class LargeMessages:
         """Whether the connection should be replaced now: what it has to send again holds no large message.
 
         To be asked while all that was received, up to `received`, are whole transactions. Once there is a new one, it
-        gives back what Arrow's pool holds, as soon as the values are let go.
+        gives back what Arrow's pool holds, as soon as the values are released.
         """
         if self._allocated is not None and self._seen_at is None:
             if pa.total_allocated_bytes() < self._allocated + LARGE:

@@ -76,7 +76,7 @@ class Patience:
             self.since = None
 
     def went_back(self, position: int) -> None:
-        """The server's history ends at `position`: what lay beyond it is no more, and comes anew."""
+        """The server's history ends at `position`: what lay beyond it is gone, and comes again."""
         self._reached = min(self._reached, position)
 
     def pause(self, now: float) -> float:

@@ -67,7 +67,7 @@ class ReplicationStream:
         proto_version: Of pgoutput, 1 to 4.
         messages: Whether logical decoding messages are wanted.
         streaming: "on" (protocol 2) and "parallel" (protocol 4) bring transactions while they are in progress.
-        origin: "none" leaves out what came to the server by replication; PostgreSQL 16.
+        origin: "none" skips what came to the server by replication; PostgreSQL 16.
         binary: "on" brings values in binary, "auto" does so if every published column can be read so.
         status_interval: Seconds between two reports, lowered to a quarter of the server's wal_sender_timeout.
         reconnect_seconds: How long to try again without anything new after a loss.
@@ -75,7 +75,7 @@ class ReplicationStream:
 
     Attributes:
         generation: 0, and one more after each reconnect.
-        exhausted: False: a slot always goes on.
+        exhausted: False: a slot never ends.
         system_id: The database system's identifier, known after `start`.
         timeline: Its timeline when the connection was made.
         standby, server, backend, confirmed: Of the last connection, see `Walsender`.
@@ -299,7 +299,7 @@ class ReplicationStream:
 
         Raises:
             Lost: The connection should be replaced; what came before is in `frames`.
-            PgOutputError: The server, or the stream, can't go on.
+            PgOutputError: The server, or the stream, can't continue.
         """
         feedback = self._feedback
         arrived = False

@@ -115,7 +115,7 @@ class SlotSession:
             timeout: Seconds to wait for the first.
 
         Raises:
-            ServerError: The connection was lost and can't be made again, or the server can't go on.
+            ServerError: The connection was lost and can't be restored, or the server can't continue.
             StateError: The server is not the one whose changes were delivered.
             ProtocolError, DecodeError, SchemaChanged, SpillError: See `Assembler.feed`.
         """

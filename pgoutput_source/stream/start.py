@@ -227,7 +227,7 @@ def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable
 
 
 def admit(walsender: Walsender, system_id: str, seen: Lsn) -> None:
-    """Check that a connection leads to a server from which the stream can go on.
+    """Check that a connection leads to a server from which the stream can resume.
 
     Args:
         walsender: The connection, which does not stream yet.

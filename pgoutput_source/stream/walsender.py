@@ -288,7 +288,7 @@ class Walsender:
         """After a length of -1: the server's error. If it only stopped, or may come back, that is a `Lost`.
 
         Raises:
-            Lost: The connection should be made again.
+            Lost: The connection should be replaced.
         """
         try:
             result = self._drain()
