@@ -27,7 +27,7 @@ WITHOUT_BYTEWAX = STAIRCASE[: STAIRCASE.index("parquet") + 1]
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [".".join((PACKAGE, *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for file in FILES]
-WITH_BYTEWAX = {"sinks", "operators", "dataflow.source", "dataflow.run", "cli.demo_flow"}
+WITH_BYTEWAX = {"sinks", "operators", "dataflow.source", "dataflow.run", "dataflow.taken", "cli.demo_flow"}
 THERE = find_spec("bytewax") is not None
 IMPORTABLE = [
     name

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
+
+# isort: split
 from collections.abc import Iterable, Iterator
 from typing import Any
 
