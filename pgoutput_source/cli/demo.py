@@ -314,8 +314,8 @@ def _report(verdict: Verdict, duck: Any, out: Path, seconds: float) -> None:
     size = sum(file.stat().st_size for file in files)
     print(f"They hold {verdict.changes:,} changes in {len(files)} files, {size / 1e6:.1f} MB. The last of them:")
     columns = ("_op", "_commit_ts", "id", "customer_id", "status", "amount")
-    # As text, so that no time zone library is needed.
-    texts = ", ".join(f"{name}::varchar" for name in columns)
+    # As text, so that no time zone library is needed. A delete has only the key.
+    texts = ", ".join(f"coalesce({name}::varchar, '')" for name in columns)
     last = duck.execute(f"SELECT {texts} FROM changes ORDER BY _commit_lsn DESC, _seq DESC LIMIT 5").fetchall()
     for row in (columns, *last):
         print("  {:<5}{:<31}{:<9}{:<13}{:<10}{:>10}".format(*row))
