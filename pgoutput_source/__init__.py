@@ -10,7 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Position, TableSchema
+    from pgoutput_source.changes import ChangeBatch, ChangeSet, Position, TableSchema
     from pgoutput_source.changes.events import ChangeEvent
     from pgoutput_source.dataflow.run import run
     from pgoutput_source.dataflow.source import PgOutputSource

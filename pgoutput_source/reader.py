@@ -20,9 +20,9 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 from pydantic import BaseModel
 
-from pgoutput_source.changes.batches import ChangeSet, Position
+from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.changes.events import ChangeEvent, TableFacts, events_of, row_model
-from pgoutput_source.changes.schema import TableSchema
+from pgoutput_source.changes.schema import Position, TableSchema
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import ConfigurationError, PgOutputError

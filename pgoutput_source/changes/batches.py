@@ -14,34 +14,15 @@ import pyarrow as pa
 
 from pgoutput_source.changes.events import ChangeEvent, events_of
 from pgoutput_source.changes.schema import (
-    METADATA_COLUMNS,
-    OP_CODE,
-    OPS,
-    Column,
     Position,
     TableName,
     TableSchema,
-    metadata_fields,
 )
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.protocol.wire import Lsn
 
 if TYPE_CHECKING:
     import datetime
-
-__all__ = [
-    "METADATA_COLUMNS",
-    "OPS",
-    "OP_CODE",
-    "ChangeBatch",
-    "ChangeSet",
-    "Column",
-    "Message",
-    "Position",
-    "TableSchema",
-    "Truncate",
-    "metadata_fields",
-]
 
 
 @dataclass(frozen=True, slots=True)

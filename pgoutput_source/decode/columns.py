@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +26,11 @@ from numpy.typing import NDArray
 
 from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.changes.schema import OP_CODE, OPS, Column, TableSchema
+from pgoutput_source.decode.cells import BadValue, decoded
 from pgoutput_source.decode.relations import ColumnType, TableVersion
 from pgoutput_source.errors import ConfigurationError, DecodeError, ProtocolError
 from pgoutput_source.protocol.wire import PG_EPOCH_US, XLOG_DATA_HEADER
-from pgoutput_source.types.base import PgType, Sent, exact_text, numbers_at, ranges_of
+from pgoutput_source.types.base import Sent, exact_text, numbers_at, ranges_of
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -333,14 +333,6 @@ class _Cells:
     order: int
 
 
-class _Sliced(Protocol):
-    """A column of values, as text or in binary, and any part of it."""
-
-    def __len__(self) -> int: ...
-
-    def slice(self, offset: int, length: int | None = None) -> Any: ...
-
-
 class _Decoder:
     """Decodes one table version's columns and collects the values that their Arrow type can't hold."""
 
@@ -400,21 +392,11 @@ class _Decoder:
         at: Ints | None,
     ) -> pa.Array:
         """`values` decoded; these are the cells `at`, all if it is None."""
-        kind = cells.column.arrow
         try:
-            return decode_part(values, kind)
-        except (ValueError, pa.ArrowException) as e:
-            if cells.type.defined:
-                # The type was altered since this was written, so the catalogue describes another version of it.
-                return _salvage(decode_part, values, kind)
-            alien = _not_utf8(values, cells.type.pg_type, kind)
-            if alien is None:
-                bad = _first_bad(values, lambda part: decode_part(part, kind))
-                raise self._error(cells, bad if at is None else int(at[bad]), "not a value of its type") from e
-            good = np.flatnonzero(~alien)
-            part = values.take(good) if isinstance(values, Sent) else values.take(pa.array(good))
-            decoded = self._decoded(cells, decode_part, part, good if at is None else at[good])
-            return decoded.take(pa.array(np.cumsum(~alien) - 1, mask=alien))
+            return decoded(values, cells.type.pg_type, decode_part, cells.column.arrow, defined=cells.type.defined)
+        except BadValue as e:
+            bad = e.index if at is None else int(at[e.index])
+            raise self._error(cells, bad, "not a value of its type") from e
 
     def _keep(self, cells: _Cells, values: pa.Array, sent: Bools) -> None:
         column, rows = cells.column, cells.rows
@@ -467,53 +449,6 @@ class _Decoder:
             return pa.nulls(len(self.rows), kind)
         found = {row: [(name, text) for _, name, text in sorted(items)] for row, items in self.misfits.items()}
         return pa.array([found.get(i) for i in range(len(self.rows))], kind)
-
-
-def _salvage(decode_part: Callable[[Any, pa.DataType], pa.Array], values: _Sliced, kind: pa.DataType) -> pa.Array:
-    """The values that decode; the others are null."""
-    try:
-        return decode_part(values, kind)
-    except (ValueError, pa.ArrowException):
-        if len(values) == 1:
-            return pa.nulls(1, kind)
-        half = len(values) // 2
-        parts = [_salvage(decode_part, part, kind) for part in (values.slice(0, half), values.slice(half))]
-        return pa.concat_arrays(parts)
-
-
-def _not_utf8(values: pa.BinaryArray | Sent, pg_type: PgType, kind: pa.DataType) -> Bools | None:
-    """Which values that hold text are not UTF-8, None if all are: a database in SQL_ASCII sends any bytes."""
-    if not (pa.types.is_string(kind) or pa.types.is_nested(kind)):
-        return None
-    texts = values.to_pylist() if isinstance(values, pa.Array) else map(_text_or_none, repeat(pg_type), values.values())
-    alien = np.zeros(len(values), np.bool_)
-    for at, text in enumerate(texts):
-        try:
-            (text or b"").decode()
-        except UnicodeDecodeError:
-            alien[at] = True
-    return alien if alien.any() else None
-
-
-def _text_or_none(pg_type: PgType, value: bytes) -> bytes | None:
-    try:
-        return pg_type.binary.text(value) if pg_type.binary else None
-    except ValueError:
-        return None
-
-
-def _first_bad(values: _Sliced, decode_part: Callable[[Any], pa.Array]) -> int:
-    """Index of the first value that fails to decode, found by halving."""
-    low, high = 0, len(values)
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            decode_part(values.slice(low, middle - low))
-        except (ValueError, pa.ArrowException):
-            high = middle
-        else:
-            low = middle
-    return low
 
 
 def _before(decoder: _Decoder, schema: TableSchema, old: _Tuples, old_rows: Ints, n: int) -> pa.Array:

@@ -32,8 +32,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgoutput_source.changes.batches import Position
-from pgoutput_source.changes.schema import TableName
+from pgoutput_source.changes.schema import Position, TableName
 from pgoutput_source.errors import ConfigurationError, SinkError
 from pgoutput_source.parquet.place import explained, need_file, no_locks, sync
 from pgoutput_source.protocol.wire import Lsn
