@@ -91,24 +91,29 @@ def numbers_at(raw: bytes, dtype: str, offsets: Ints) -> npt.NDArray[Any]:
     return view[offsets].astype(kind.newbyteorder("="))
 
 
-def ranges_of(raw: bytes, start: Ints, length: Ints, valid: Bools | None) -> pa.BinaryArray:
-    """The byte ranges [start, start + length) as one array, gathered in C++; null where not valid.
-
-    Offsets that run start0, end0, start1, end1, … make value 2i the wanted range and value 2i + 1 the gap behind it.
-    Ranges must ascend, which they do: rows lie in the buffer in order.
-    """
-    n = len(start)
-    if n == 1 and valid is None and 2 * length[0] > len(raw):
-        # Most of the buffer is this value: copying it would cost more than what keeping the rest does.
+def ranges_of(raw: bytes | Uint8s, start: Ints, length: Ints, valid: Bools | None) -> pa.BinaryArray:
+    """The byte ranges [start, start + length) as one array; null where not valid. Ranges must ascend."""
+    if len(start) == 1 and valid is None and 2 * length[0] > len(raw):
+        # Most of the buffer is this value: a copy would cost more than keeping the rest does.
         edge = np.array([start[0], start[0] + length[0]], np.int32)
         return pa.BinaryArray.from_buffers(pa.binary(), 1, [None, pa.py_buffer(edge), pa.py_buffer(raw)])
-    offsets = np.empty(2 * n, np.int32)
-    offsets[0::2] = start
-    np.add(start, length, out=offsets[1::2], casting="unsafe")
+    edges = np.empty(2 * len(start), np.int32)
+    edges[0::2] = start
+    np.add(start, length, out=edges[1::2], casting="unsafe")
+    return between(raw, edges, valid)
+
+
+def between(raw: bytes | Uint8s, edges: npt.NDArray[np.int32], valid: Bools | None = None) -> pa.BinaryArray:
+    """The byte ranges start0, end0, start1, end1, … as one array, gathered in C++; null where not valid.
+
+    Arrow takes the edges as offsets: value 2i is the wanted range and value 2i + 1 the gap after it. So the ranges must
+    ascend.
+    """
+    n = len(edges) // 2
     if n == 0:
         return pa.array([], pa.binary())
-    every = pa.BinaryArray.from_buffers(pa.binary(), 2 * n - 1, [None, pa.py_buffer(offsets), pa.py_buffer(raw)])
     even = np.arange(0, 2 * n, 2, dtype=np.int32)
+    every = pa.BinaryArray.from_buffers(pa.binary(), 2 * n - 1, [None, pa.py_buffer(edges), pa.py_buffer(raw)])
     return every.take(pa.array(even, mask=None if valid is None else ~valid))
 
 

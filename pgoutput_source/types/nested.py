@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pgoutput_source.types.base import Bools, Decode, Ints, Texts, Uint8s, nulled, refuse
+from pgoutput_source.types.base import Bools, Decode, Ints, Texts, Uint8s, between, nulled, refuse
 
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _SPACES = np.frombuffer(b" \t\n\r\v\f", np.uint8)
@@ -132,13 +132,9 @@ def gather(data: Uint8s, starts: Ints, ends: Ints, dropped: Ints = _NONE) -> pa.
         kept[dropped] = False
         place = np.cumsum(kept, dtype=np.int32) - kept  # where each byte goes
         data, starts, ends = data[kept[:-1]], place[starts], place[ends]
-    # Every second value of an array whose others are the gaps.
-    offsets = np.empty(2 * len(starts) + 1, np.int32)
-    offsets[0:-1:2], offsets[1::2], offsets[-1] = starts, ends, len(data)
-    every = pa.Array.from_buffers(
-        pa.binary(), 2 * len(starts), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(data))]
-    )
-    return every.take(pa.array(np.arange(0, 2 * len(starts), 2)))
+    edges = np.empty(2 * len(starts), np.int32)
+    edges[0::2], edges[1::2] = starts, ends
+    return between(np.ascontiguousarray(data), edges)
 
 
 def decode_cells(cells: Cells, missing: Bools, decode: Decode, kind: pa.DataType) -> tuple[pa.Array, Bools]:
