@@ -49,7 +49,7 @@ _BEFORE = {0: b"", 2: b"=>", -2: b", ", 8: b"=>NULL, "}
 def hstore(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     """``"a"=>"1", "b c"=>NULL``: all strings are in quotes, and what stands between them says what each one is."""
     t = Texts(values)
-    quoting, escapes = quoting_of(t)
+    quoting, escapes = quoting_of(t, "hstore")
     if len(quoting) & 1:
         refuse("hstore")
     opens, closes = quoting[0::2], quoting[1::2]

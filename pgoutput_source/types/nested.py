@@ -47,7 +47,7 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
         return Cells(np.zeros(0, np.int64), pa.array([], pa.binary()), np.zeros(0, bool))
     if t.lengths.min() < 2 or not _all_in(t.at(0), opening) or not _all_in(t.at(-1), closing):
         refuse(name)
-    quoting, escapes = quoting_of(t)
+    quoting, escapes = quoting_of(t, name)
     delimiters = np.flatnonzero(t.data == delimiter[0])
     if len(quoting):
         delimiters = delimiters[outside(quoting, delimiters)]
@@ -76,15 +76,19 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
     return Cells(counts, gather(t.data, starts + enclosed, ends - enclosed, dropped), enclosed)
 
 
-def quoting_of(t: Texts) -> tuple[Ints, Ints]:
+def quoting_of(t: Texts, name: str) -> tuple[Ints, Ints]:
     """Where the quotes are that mean something, and the backslashes that do."""
     # Looking for a byte in all values is nearly free, and most columns have none.
     raw = t.data.tobytes()
     escapes = _escapes(np.flatnonzero(t.data == _BACKSLASH)) if b"\\" in raw else _NONE
+    escaped = (escapes + 1)[escapes + 1 < len(t.data)]
+    # Bytes 10xxxxxx continue a character: without the backslash that splits it, what is not UTF-8 would become UTF-8.
+    if (t.data[escaped] & 0xC0 == 0x80).any():
+        refuse(name)
     if b'"' not in raw:
         return _NONE, escapes
     quotes = t.data == _QUOTE
-    quotes[(escapes + 1)[escapes + 1 < len(quotes)]] = False
+    quotes[escaped] = False
     return np.flatnonzero(quotes), escapes
 
 

@@ -89,7 +89,7 @@ def _ranges_in(values: pa.BinaryArray) -> Cells:
     t = Texts(values)
     if len(t) and (t.lengths.min() < 2 or (t.at(0) != ord("{")).any() or (t.at(-1) != ord("}")).any()):
         refuse("multirange")
-    quoting, _ = quoting_of(t)
+    quoting, _ = quoting_of(t, "multirange")
     commas = np.flatnonzero(t.data == ord(","))
     commas = commas[outside(quoting, commas) & np.isin(t.data[commas - 1], _CLOSING)]
     filled = t.lengths > 2

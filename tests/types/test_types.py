@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pgoutput_source.embedded import Server
-from pgoutput_source.types import OPAQUE, PgType, type_of
+from pgoutput_source.types import EXTENSIONS, OPAQUE, PgType, type_of
 from pgoutput_source.types.base import nulled
+from pgoutput_source.types.composite import composite_of
 
 
 class Oracle:
@@ -167,3 +168,22 @@ def test_an_unknown_type_is_its_exact_text() -> None:
 def test_char_above_127_is_the_same_from_every_server() -> None:
     decoded = type_of(18).decode(pa.array([b"\xff", b"\\377", b"\x80", b"a", b"", None], pa.binary()), pa.utf8())
     assert decoded.to_pylist() == ["\\377", "\\377", "\\200", "a", "", None]
+
+
+SPLIT = {
+    "array": (type_of(1009), b'{"%b"}', ["é"]),
+    "array of two dimensions": (type_of(1009), b'{{"%b"}}', None),
+    "composite": (composite_of([("a", type_of(25), -1)], 1, "c", type_of), b'("%b")', {"a": "é"}),
+    "key of an hstore": (EXTENSIONS["hstore", "hstore"](1, "hstore"), b'"%b"=>NULL', [("é", None)]),
+    "value of an hstore": (EXTENSIONS["hstore", "hstore"](1, "hstore"), b'"k"=>"%b"', [("k", "é")]),
+}
+
+
+@pytest.mark.parametrize(("row", "around", "expected"), SPLIT.values(), ids=SPLIT)
+def test_a_backslash_within_a_character_is_refused(row: PgType, around: bytes, expected: Any) -> None:
+    r"""Without the backslash ``\xc3\\\xa9`` would be the é that nobody sent."""
+    for good in ("é".encode(), b"\\" + "é".encode()):
+        assert row.decode(pa.array([around % good], pa.binary()), row.arrow(-1)).to_pylist() == [expected]
+    for bad in (b"\xc3\\\xa9", b"\xc3\\\\\xa9", b"\xe2\x82\\\xac", b"\xf0\\\x9f\x98\x80"):
+        with pytest.raises(ValueError, match=r"not a value of type|UTF8"):
+            row.decode(pa.array([around % bad], pa.binary()), row.arrow(-1))
