@@ -24,10 +24,10 @@ from pydantic import BeforeValidator, Field
 from pgoutput_source.changes import exact_json
 from pgoutput_source.changes.schema import Column
 from pgoutput_source.types.base import unescaped
+from pgoutput_source.types.calendar import US_PER_DAY, date_text, moment_text
 
 Leaf = Callable[[str], Any]
 
-_DAY_US = 86_400_000_000
 _FIRST_DAY = date.min.toordinal() - date(1970, 1, 1).toordinal()
 _LAST_DAY = date.max.toordinal() - date(1970, 1, 1).toordinal()
 _MIDNIGHT = datetime(1970, 1, 1)
@@ -112,17 +112,17 @@ def _dates(array: pa.Array, leaf: Leaf | None) -> list[date | str]:
     days: NDArray[np.int32] = array.view(pa.int32()).to_numpy()
     if days.min() >= _FIRST_DAY and days.max() <= _LAST_DAY:
         return days.astype("M8[D]").tolist()  # type: ignore[no-any-return]
-    return [_MIDNIGHT.date() + timedelta(d) if _FIRST_DAY <= d <= _LAST_DAY else _text_date(d) for d in days.tolist()]
+    return [_MIDNIGHT.date() + timedelta(d) if _FIRST_DAY <= d <= _LAST_DAY else date_text(d) for d in days.tolist()]
 
 
 def _timestamps(array: pa.Array, leaf: Leaf | None) -> list[datetime | str]:
     aware = array.type.tz is not None
     epoch, zone = (_EPOCH, "+00") if aware else (_MIDNIGHT, "")
     moments: NDArray[np.int64] = array.cast(pa.timestamp("us", array.type.tz)).view(pa.int64()).to_numpy()
-    first, end = _FIRST_DAY * _DAY_US, (_LAST_DAY + 1) * _DAY_US
+    first, end = _FIRST_DAY * US_PER_DAY, (_LAST_DAY + 1) * US_PER_DAY
     if moments.min() >= first and moments.max() < end:
         return [epoch + since for since in moments.astype("m8[us]").tolist()]
-    return [epoch + timedelta(0, 0, m) if first <= m < end else _text_timestamp(m, zone) for m in moments.tolist()]
+    return [epoch + timedelta(0, 0, m) if first <= m < end else moment_text(m, zone) for m in moments.tolist()]
 
 
 def _times(array: pa.Array, leaf: Leaf | None) -> list[time]:
@@ -148,22 +148,6 @@ def rows(names: Sequence[str], columns: Sequence[Sequence[Any]], count: int) -> 
 
 def _arrow(array: pa.Array, leaf: Leaf | None) -> list[Any]:
     return array.to_pylist()  # type: ignore[no-any-return]
-
-
-def _text_date(days: int) -> str:
-    """PostgreSQL's text of a date that Python's calendar does not reach, from days since 1970-01-01."""
-    # The Gregorian calendar repeats every 400 years, so a year that Python knows has the same months and days.
-    cycles = days // 146_097
-    twin = date(2000, 1, 1) + timedelta(days - cycles * 146_097 - 10_957)
-    year = twin.year + 400 * cycles
-    return f"{year:04d}-{twin:%m-%d}" if year > 0 else f"{1 - year:04d}-{twin:%m-%d} BC"
-
-
-def _text_timestamp(moment: int, zone: str) -> str:
-    days, of_day = divmod(moment, _DAY_US)
-    day, _, era = _text_date(days).partition(" ")
-    clock = (_MIDNIGHT + timedelta(0, 0, of_day)).strftime("%H:%M:%S.%f").rstrip("0").rstrip(".")
-    return f"{day} {clock}{zone}{' BC' if era else ''}"
 
 
 # -- strings that are more than texts -------------------------------------------------------------------------------

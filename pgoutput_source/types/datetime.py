@@ -28,33 +28,26 @@ from pgoutput_source.types.base import (
     refuse,
     with_misfits,
 )
+from pgoutput_source.types.calendar import US_PER_DAY, day_of, days_in_month
 from pgoutput_source.types.datetime_binary import DATE, INTERVAL_BINARY, TIME, TIMESTAMP, TIMESTAMPTZ, TIMETZ
 from pgoutput_source.types.interval import interval
 
 _INFINITY = (b"infinity", b"-infinity")
-_DAY = 86_400_000_000
-_YEAR_ONE = -719_162  # 0001-01-01 in days since 1970-01-01: Arrow would also read a year 0000.
-_FIRST_DAY = -2_440_588  # 4714-11-24 BC, PostgreSQL's first
+_YEAR_ONE = day_of(1, 1, 1)  # Arrow would also read a year 0000.
+_FIRST_DAY = day_of(-4713, 11, 24)  # 4714-11-24 BC, PostgreSQL's first
 _DATE = re.compile(rb"([1-9]\d{4,6}|\d{4})-(\d\d)-(\d\d)")
 _TIME = re.compile(rb"(\d\d):(\d\d):(\d\d)(?:\.(\d{1,6}))?")
-_DAYS_IN_MONTH = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
 def _parse_date(value: bytes, before_christ: bool, last_year: int) -> int:
-    """Days since 1970-01-01, in the Gregorian calendar also where it was not yet in use."""
+    """Days since 1970-01-01."""
     if (match := _DATE.fullmatch(value)) is None:
         refuse("date")
     year, month, day = map(int, match.groups())
-    # PostgreSQL counts 1 BC right before 1 AD; year 0 of the arithmetic here is 1 BC.
-    year_0 = 1 - year if before_christ else year
-    leap = year_0 % 4 == 0 and (year_0 % 100 != 0 or year_0 % 400 == 0)
-    if not (1 <= year <= last_year and 1 <= month <= 12 and 1 <= day <= _DAYS_IN_MONTH[month - 1]):
+    astronomical = 1 - year if before_christ else year
+    if not (1 <= year <= last_year and 1 <= month <= 12 and 1 <= day <= days_in_month(astronomical, month)):
         refuse("date")
-    if month == 2 and day == 29 and not leap:
-        refuse("date")
-    # Years are counted from March, so that a leap day is the last day of one.
-    shifted, month_0 = year_0 - (month <= 2), (month + 9) % 12
-    days = 365 * shifted + shifted // 4 - shifted // 100 + shifted // 400 + (153 * month_0 + 2) // 5 + day - 1 - 719_468
+    days = day_of(astronomical, month, day)
     if days < _FIRST_DAY:
         refuse("date")
     return days
@@ -81,7 +74,7 @@ def _rare_timestamp(zone: bytes) -> Callable[[bytes], int]:
         if not moment.endswith(zone):
             refuse("timestamp")
         date, _, time = moment.removesuffix(zone).partition(b" ")
-        return _parse_date(date, moment != value, 294_276) * _DAY + _parse_time(time)
+        return _parse_date(date, moment != value, 294_276) * US_PER_DAY + _parse_time(time)
 
     return parse
 
@@ -155,7 +148,7 @@ def _time(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
 
 
 _TIMESTAMP, _TIMESTAMPTZ = (
-    _decoder(name, _plain_timestamp(zone), _rare_timestamp(zone), pa.int64(), _YEAR_ONE * _DAY)
+    _decoder(name, _plain_timestamp(zone), _rare_timestamp(zone), pa.int64(), _YEAR_ONE * US_PER_DAY)
     for name, zone in (("timestamp", b""), ("timestamp with time zone", b"+00"))
 )
 

@@ -17,12 +17,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pgoutput_source.types.base import Binary, Sent, fixed_width, pattern, refuse, through_text
+from pgoutput_source.types.calendar import US_PER_DAY, date_text, day_of, moment_text, time_text
 
-_DAY: Final = 86_400_000_000
-_EPOCH_DAYS: Final = 10_957  # 2000-01-01 in days since 1970-01-01
-_EPOCH_US: Final = _EPOCH_DAYS * _DAY
+_EPOCH_DAYS: Final = day_of(2000, 1, 1)
+_EPOCH_US: Final = _EPOCH_DAYS * US_PER_DAY
 _FIRST_DATE, _LAST_DATE = -2_451_545, 2_145_031_948  # 4714-11-24 BC and 5874897-12-31 in days since 2000-01-01
-_FIRST_MOMENT, _END_MOMENT = _FIRST_DATE * _DAY, 9_223_371_331_200_000_000
+_FIRST_MOMENT, _END_MOMENT = _FIRST_DATE * US_PER_DAY, 9_223_371_331_200_000_000
 _FARTHEST_ZONE: Final = 16 * 3600
 
 
@@ -48,27 +48,7 @@ def _date_text(days: int) -> str:
         return infinite
     if not _FIRST_DATE <= days <= _LAST_DATE:
         refuse("date")
-    date, suffix = _calendar(days)
-    return date + suffix
-
-
-def _calendar(days: int) -> tuple[str, str]:
-    """A day since 2000-01-01 in the Gregorian calendar, and what stands behind it, and any time, before Christ."""
-    # Years are counted from March, so that a leap day is the last day of one; 400 of them have equally many days.
-    era, day_of_era = divmod(days + _EPOCH_DAYS + 719_468, 146_097)
-    year_of_era = (day_of_era - day_of_era // 1_460 + day_of_era // 36_524 - day_of_era // 146_096) // 365
-    day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
-    month_0 = (5 * day_of_year + 2) // 153
-    day = day_of_year - (153 * month_0 + 2) // 5 + 1
-    month = month_0 + 3 if month_0 < 10 else month_0 - 9
-    year = year_of_era + 400 * era + (month <= 2)
-    return f"{year if year > 0 else 1 - year:04}-{month:02}-{day:02}", "" if year > 0 else " BC"
-
-
-def _clock(us: int) -> str:
-    seconds, fraction = divmod(us, 1_000_000)
-    text = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-    return f"{text}.{fraction:06}".rstrip("0") if fraction else text
+    return date_text(days + _EPOCH_DAYS)
 
 
 def _moment_text(us: int, zone: str, name: str) -> str:
@@ -76,9 +56,7 @@ def _moment_text(us: int, zone: str, name: str) -> str:
         return infinite
     if not _FIRST_MOMENT <= us < _END_MOMENT:
         refuse(name)
-    days, time = divmod(us, _DAY)
-    date, suffix = _calendar(days)
-    return f"{date} {_clock(time)}{zone}{suffix}"
+    return moment_text(us + _EPOCH_US, zone)
 
 
 def _moments(name: str, zone: str) -> Binary:
@@ -91,16 +69,16 @@ def _moments(name: str, zone: str) -> Binary:
 
 
 def _times(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    misfit = numbers == _DAY
-    if ((numbers < 0) | (numbers > _DAY)).any():
+    misfit = numbers == US_PER_DAY
+    if ((numbers < 0) | (numbers > US_PER_DAY)).any():
         refuse("time")
     return pa.array(numbers, pa.int64(), mask=misfit if misfit.any() else None).view(kind)
 
 
 def _time_text(us: int) -> str:
-    if not 0 <= us <= _DAY:
+    if not 0 <= us <= US_PER_DAY:
         refuse("time")
-    return _clock(us)
+    return time_text(us)
 
 
 def _timetz_text(value: bytes) -> bytes:
@@ -160,7 +138,7 @@ def _interval_text(months: int, days: int, us: int) -> str:
             parts.append(f"{'+' if before and count > 0 else ''}{count} {unit}{'' if count == 1 else 's'}")
             before = count < 0
     if us or not parts:
-        parts.append(f"{'-' if us < 0 else '+' if before else ''}{_clock(abs(us))}")
+        parts.append(f"{'-' if us < 0 else '+' if before else ''}{time_text(abs(us))}")
     return " ".join(parts)
 
 
