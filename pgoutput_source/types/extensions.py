@@ -28,21 +28,39 @@ from __future__ import annotations
 
 import binascii
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pgoutput_source.types.base import Binary, Decode, Ints, PgType, Texts, always, dense, refuse, text, through_text
+from pgoutput_source.types.base import (
+    Binary,
+    Bools,
+    Decode,
+    Ints,
+    PgType,
+    Texts,
+    always,
+    dense,
+    refuse,
+    text,
+    through_text,
+)
 from pgoutput_source.types.nested import cells_of, gather, quoting_of
 from pgoutput_source.types.nested_binary import HSTORE, vector_of_floats
 from pgoutput_source.types.numbers import float_text, floating_text, integer_text
 from pgoutput_source.types.text import AS_TEXT, VERSIONED
 
 _FLOAT = floating_text("vector")
-# What stands before a string of an hstore, by its length: nothing before the first, and what makes it a value or a key.
-_BEFORE = {0: b"", 2: b"=>", -2: b", ", 8: b"=>NULL, "}
+# What stands before a string of an hstore: nothing before the first key, an arrow before a value, and before another
+# key the end of the last pair. `_FOLLOWS` says what each of them follows.
+_NOTHING, _KEY, _VALUE = range(3)
+_BEFORE = (b"", b"=>", b", ", b"=>NULL, ")
+_FOLLOWS = np.array([_NOTHING, _KEY, _VALUE, _KEY])
+_ARROW = _BEFORE.index(b"=>")
+# What stands after the last string: nothing after a value, a NULL after a key.
+_AFTER = (b"", b"=>NULL")
 
 
 @dense
@@ -54,28 +72,9 @@ def hstore(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         refuse("hstore")
     opens, closes = quoting[0::2], quoting[1::2]
     owner = np.searchsorted(t.starts, opens, "right") - 1
-    # A string begins where the last one or the value begins, and ends within the value.
-    first = np.diff(owner, prepend=-1) > 0
-    gap_from = np.where(first, t.starts[owner], np.append(0, closes[:-1]) + 1)
-    gap = opens - gap_from
-    is_value = (gap == 2) & (t.data[gap_from] == ord("="))
-    kind_of_gap = np.where(is_value | (gap != 2), gap, -2)
-    filled = np.flatnonzero(t.lengths)
-    last = np.cumsum(np.bincount(owner, minlength=len(t)))[filled] - 1
-    if len(filled) != np.count_nonzero(first) or (closes >= t.ends[owner]).any():
+    if (closes >= t.ends[owner]).any():
         refuse("hstore")
-    tail = t.ends[filled] - closes[last] - 1
-    after_key = np.append(False, ~is_value[:-1]) & ~first
-    if (
-        (first != (gap == 0)).any()
-        # A value and a NULL come behind a key, the comma alone behind a value.
-        or (np.isin(kind_of_gap, (2, 8)) != after_key).any()
-        or (tail != np.where(is_value[last], 0, 6)).any()
-        or any(not _follows(t, gap_from[kind_of_gap == width], text) for width, text in _BEFORE.items())
-        or not np.isin(kind_of_gap, list(_BEFORE)).all()
-        or not _follows(t, (closes[last] + 1)[tail == 6], b"=>NULL")
-    ):
-        refuse("hstore")
+    is_value = _hstore_values(t, opens, closes, owner)
     strings = gather(t.data, opens + 1, closes, escapes).cast(pa.utf8())
     key = np.flatnonzero(~is_value)
     has_value = np.append(is_value, False)[key + 1]
@@ -84,9 +83,34 @@ def hstore(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     return pa.MapArray.from_arrays(pa.array(offsets), strings.take(pa.array(key)), items, type=kind)
 
 
-def _follows(t: Texts, at: Ints, text: bytes) -> bool:
-    """Whether `text`, for which there is room, stands at all these places."""
-    return all((t.data[at + i] == character).all() for i, character in enumerate(text))
+def _hstore_values(t: Texts, opens: Ints, closes: Ints, owner: Ints) -> Bools:
+    """Which strings are values; the others are keys. `owner` is the hstore that a string belongs to."""
+    first = np.diff(owner, prepend=-1) > 0
+    filled = np.flatnonzero(t.lengths)
+    if len(filled) != np.count_nonzero(first):
+        refuse("hstore")
+    last = np.flatnonzero(np.diff(owner, append=len(t)) > 0)
+    before = _which(t, np.where(first, t.starts[owner], np.append(0, closes[:-1]) + 1), opens, _BEFORE)
+    is_value: Bools = before == _ARROW
+    previous = np.where(first, _NOTHING, np.where(np.append(False, is_value[:-1]), _VALUE, _KEY))
+    after = _which(t, closes[last] + 1, t.ends[filled], _AFTER)
+    if (_FOLLOWS[before] != previous).any() or (after != ~is_value[last]).any():
+        refuse("hstore")
+    return is_value
+
+
+def _which(t: Texts, start: Ints, end: Ints, words: Sequence[bytes]) -> Ints:
+    """For each range of bytes the index of the word that it is."""
+    which = np.full(len(start), -1)
+    width = end - start
+    for index, word in enumerate(words):
+        at = np.flatnonzero(width == len(word))
+        for i, character in enumerate(word):
+            at = at[t.data[start[at] + i] == character]
+        which[at] = index
+    if (which < 0).any():
+        refuse("hstore")
+    return which
 
 
 @dense
