@@ -1,18 +1,18 @@
 """The type table: one row per PostgreSQL type, one file per family.
 
 A row knows the canonical Arrow type (which may depend on the typmod) and how to turn a *whole column* of PostgreSQL's
-text into it. In come the gathered values of one column, out goes an Arrow array; rows never become Python objects.
+text into it: the gathered values of one column become an Arrow array. Rows never become Python objects.
 
-The rule that everything rests on: **no value is ever silently wrong.** `decode` gets a `pa.BinaryArray` of PostgreSQL
+One rule holds everywhere: **no value is ever silently wrong.** `decode` gets a `pa.BinaryArray` of PostgreSQL
 text (UTF-8, NULL is null) and the Arrow type, and returns an array of this type and the same length in which
 
 - a NULL is null,
 - a legitimate value that the Arrow type can't hold (NaN in a decimal, infinity in a date, 24:00 …) is null as well:
   the caller sees it by the difference in nulls and keeps its exact text in `_raw`,
-- and for bytes that are no text of the type, a ValueError (pa.ArrowInvalid is one) is raised, never a value returned.
+- bytes that are not a text of the type raise a ValueError (pa.ArrowInvalid is one) and never become a value.
 
-With the option `binary` values come as the send functions of their types write them. `PgType.binary` gives the same
-column for these, and each value's text for `_raw`. A type of one's own may do without: its tables then come as text.
+With the option `binary`, the send functions of the types write the values. `PgType.binary` makes the same column from
+them, and each value's text for `_raw`. Your own type may omit it: its tables then arrive as text.
 
 https://www.postgresql.org/docs/current/datatype.html
 """
@@ -88,9 +88,9 @@ _TYPES_BEFORE_17 = TYPES | {1186: _INTERVAL, 1187: array_of(_INTERVAL, 1187)}
 
 
 def types_of(server_version: int) -> Mapping[int, PgType]:
-    """The table for a server, whose version is as libpq says it: 180006.
+    """The table for a server of this version, in libpq's notation: 180006.
 
-    An interval in which every field is the largest or the smallest number is an infinity from PostgreSQL 17 on.
+    From PostgreSQL 17 on, an interval is infinite if each of its fields is the largest, or the smallest, number.
     """
     return TYPES if server_version >= 170_000 else _TYPES_BEFORE_17
 

@@ -1,8 +1,8 @@
 """Arrays: ``T[]`` is a list of what T is.
 
-PostgreSQL does not declare how many dimensions an array has, nor where its subscripts begin: each value brings its own.
-A list holds those of one dimension that begin at 1, which is nearly all; others are misfits. So is an array that has
-an element that is a misfit.
+PostgreSQL declares neither the number of an array's dimensions nor its lower bounds: each value has its own. A list
+holds an array of one dimension that begins at 1, as nearly all do. Others are misfits, and so is an array with an
+element that is a misfit.
 
 https://www.postgresql.org/docs/current/arrays.html
 """
@@ -45,7 +45,7 @@ def _decoder(element: Decode, delimiter: bytes) -> Decode:
         missing = np.zeros(len(cells.texts), bool)
         if (unquoted.lengths == 4).any() and b"NULL" in raw.upper():
             missing = (one_of(cells.texts, b"NULL") == 0) & ~cells.quoted
-            # PostgreSQL would read null and Null as NULL too, and so never writes a text like that without quotes.
+            # PostgreSQL would read null and Null as NULL too, so it always puts such texts in quotes.
             four = unquoted.starts[unquoted.lengths == 4]
             anycase = [(unquoted.data[four + at] & 0xDF) == letter for at, letter in enumerate(b"NULL")]
             if np.logical_and.reduce(anycase).sum() != missing.sum():
@@ -84,7 +84,7 @@ def _flat(value: bytes, delimiter: bytes) -> bytes:
 
     skeleton = re.sub(rb'"(?:[^"\\]|\\.)*"|[^"\\{}\s' + re.escape(delimiter) + rb"]+", leaf, body, flags=re.DOTALL)
     lengths: list[int] = []
-    while skeleton != b"x":  # The innermost arrays are all of one length; each becomes an element of the next.
+    while skeleton != b"x":  # All the innermost arrays have the same length. Each becomes an element of the next.
         innermost = re.findall(rb"\{x(?:" + re.escape(delimiter) + rb"x)*\}", skeleton)
         if len(set(innermost)) != 1 or skeleton.count(b"x") != len(innermost) * innermost[0].count(b"x"):
             refuse("array")
@@ -93,7 +93,7 @@ def _flat(value: bytes, delimiter: bytes) -> bytes:
     declared = [(int(low), int(high)) for low, high in _BOUND.findall(bounds[1])] if bounds else []
     if not 1 <= len(lengths) <= 6 or (bounds and [high - low + 1 for low, high in declared] != lengths):
         refuse("array")
-    # PostgreSQL's limits; and it writes bounds only if some dimension does not begin at 1.
+    # PostgreSQL's limits. It writes bounds only if a dimension does not begin at 1.
     if any(low < -(2**31) or high >= 2**31 - 1 for low, high in declared) or (
         bounds and {1} == {low for low, _ in declared}
     ):

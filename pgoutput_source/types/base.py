@@ -1,11 +1,11 @@
-"""The contract of a row of the type table, and how a family looks at a column as a whole.
+"""The contract of a row of the type table, and the tools to decode a whole column.
 
 A family's decoder is written for a column without NULLs (`dense` puts them back). It looks at the bytes of all values
-at once: `Texts` is a NumPy view of them. It first refuses what is not PostgreSQL's grammar, because Arrow's own casts
-are more generous (``0x1F`` is an int32 to them, ``1e400`` a double), and then lets an Arrow kernel parse the column.
+at once: `Texts` is a NumPy view of them. It first refuses what is not in PostgreSQL's grammar, because Arrow's casts
+accept more (``0x1F`` as an int32, ``1e400`` as a double). Then an Arrow kernel parses the column.
 
-With the option `binary` values come as what the send functions of their types make of them. `Sent` is a view of a
-column of these, and `Binary` says what they mean: the same column, and for each value the same text.
+With the option `binary`, the send functions of the types write the values. `Sent` is a view of a column of them.
+`Binary` decodes it to the same column, and each value to the same text.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Uint8s = npt.NDArray[np.uint8]
 class Sent:
     """Values in binary, none of them NULL: ranges of one buffer, which ascend and do not overlap.
 
-    Behind the last value the buffer has at least 8 bytes more, so that a gather may look there before lengths are
-    known to be right.
+    The buffer has at least 8 more bytes after the last value, so a gather may read there before the lengths are
+    checked.
     """
 
     __slots__ = ("length", "raw", "start", "u1")
@@ -51,16 +51,16 @@ class Sent:
         return len(self.start)
 
     def integers(self, dtype: str, at: Ints | int = 0) -> npt.NDArray[Any]:
-        """Big-endian numbers of `dtype`, `at` bytes behind each value's start, in native byte order."""
+        """Big-endian numbers of `dtype`, `at` bytes after each value's start, in native byte order."""
         return numbers_at(self.raw, dtype, self.start + at)
 
     def fixed(self, width: int, name: str) -> None:
-        """Refuse values that have not `width` bytes."""
+        """Refuse values that do not have `width` bytes."""
         if (self.length != width).any():
             refuse(name)
 
     def part(self, at: Ints | int, length: Ints) -> Sent:
-        """A part of each value: `length` bytes, `at` bytes behind its start."""
+        """A part of each value: `length` bytes, `at` bytes after its start."""
         return Sent(self.raw, self.start + at, length)
 
     def take(self, rows: Ints | Bools | slice) -> Sent:
@@ -119,12 +119,12 @@ def between(raw: bytes | Uint8s, edges: npt.NDArray[np.int32], valid: Bools | No
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """How to read what the send function of a type makes of its values.
+    """How to read what a type's send function writes.
 
-    `decode` gives what the type's decoder of text gives for the same values: the same Arrow values, null where the
-    Arrow type can't hold one, a ValueError for bytes that the send function does not make. `text` gives the exact text
-    that PostgreSQL writes for one value, or a ValueError. `by_value` says that this is how columns are decoded as well,
-    which is so much slower that such values had better come as text.
+    `decode` gives the same Arrow values as the type's decoder of text: null where the Arrow type can't hold a value,
+    and a ValueError for bytes that the send function never writes. `text` gives the exact text that PostgreSQL writes
+    for one value, or a ValueError. `by_value` says that columns, too, are decoded value by value. That is slow: prefer
+    text for such types.
     """
 
     decode: Callable[[Sent, pa.DataType], pa.Array]
@@ -138,11 +138,11 @@ class PgType:
 
     `oid` is PostgreSQL's (0 for a type whose OID differs from database to database); `arrow` gives the canonical Arrow
     type for a typmod (-1: none); `decode` turns a column of PostgreSQL's text into it, see `pgoutput_source.types`.
-    `misfits` says in words which legitimate values the Arrow type can't hold. `array` is the OID of the type of its
-    arrays, 0 if it has none, and `delimiter` what separates their elements. `binary` reads what the type's send
-    function writes; None if that can't be read without the server's help. `metadata` gives for a typmod what the Arrow
-    field says besides PostgreSQL's names, such as the name of an Arrow extension type. `changed` is the transaction
-    that last changed what a value of the type consists of, 0 if it is as it was made.
+    `misfits` names the legitimate values that the Arrow type can't hold. `array` is the OID of the type's array type, 0
+    if it has none, and `delimiter` separates its elements. `binary` reads what the type's send function writes; None if
+    that needs the server's help. `metadata` gives, for a typmod, the metadata of the Arrow field besides PostgreSQL's
+    names, such as the name of an Arrow extension type. `changed` is the last transaction that altered the parts of the
+    type, 0 if none did.
     """
 
     oid: int
@@ -158,7 +158,7 @@ class PgType:
 
 
 def always(kind: pa.DataType) -> Callable[[int], pa.DataType]:
-    """The Arrow type that does not depend on the typmod."""
+    """The same Arrow type for every typmod."""
     return lambda typmod: kind
 
 
@@ -173,7 +173,7 @@ def same_bytes(decode: Decode) -> Binary:
 
 
 def through_text(to_text: Callable[[bytes], bytes], decode: Decode) -> Binary:
-    """For a rare type: value by value to its text, which is then decoded."""
+    """For a rare type: turn each value into its text, then decode the texts."""
 
     def decode_texts(sent: Sent, kind: pa.DataType) -> pa.Array:
         return decode(pa.array(list(map(to_text, sent.values())), pa.binary()), kind)
@@ -184,7 +184,7 @@ def through_text(to_text: Callable[[bytes], bytes], decode: Decode) -> Binary:
 def fixed_width(
     dtype: str, name: str, to_arrow: Callable[[npt.NDArray[Any], pa.DataType], pa.Array], to_text: Callable[[Any], str]
 ) -> Binary:
-    """For a type of one number of `dtype`: what makes the column, and the text, of numbers."""
+    """For a type that is one number of `dtype`, from functions that make the column and the text."""
     width = np.dtype(dtype).itemsize
 
     def decode(sent: Sent, kind: pa.DataType) -> pa.Array:
@@ -225,7 +225,7 @@ def unescaped(text: str) -> bytes:
 
 
 def refuse(name: str) -> NoReturn:
-    """Say that a column has a value that is no text of the type `name`; whoever called finds out which."""
+    """Raise: a value of the column is not of the type `name`. The caller finds out which one."""
     raise ValueError(f"not a value of type {name}")
 
 
@@ -236,7 +236,7 @@ class Texts:
 
     def __init__(self, values: pa.BinaryArray) -> None:
         _, offsets, data = values.buffers()
-        if len(values) == 0:  # Arrow then may give no buffers at all.
+        if len(values) == 0:  # Then Arrow may have no buffers at all.
             self.data, edges = np.zeros(0, np.uint8), np.zeros(1, np.int32)
         else:
             edges = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
@@ -251,7 +251,7 @@ class Texts:
         return len(self.starts)
 
     def at(self, position: int) -> Uint8s:
-        """The byte at `position` of each value; a negative one counts from the end. Every value must be so long."""
+        """The byte at `position` of each value; a negative one counts from the end. No value may be shorter."""
         return self.data[(self.starts if position >= 0 else self.ends) + position]
 
     def without(self, characters: bytes) -> bytes:
@@ -267,7 +267,7 @@ def nulled(values: pa.BinaryArray, mask: Bools) -> pa.BinaryArray:
 
 
 def dense(decode: Decode) -> Decode:
-    """A decoder of any column from one of columns without NULLs."""
+    """Make a decoder of columns without NULLs accept NULLs."""
 
     @wraps(decode)
     def with_nulls(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
@@ -280,15 +280,15 @@ def dense(decode: Decode) -> Decode:
 
 
 def one_of(values: pa.BinaryArray, *words: bytes) -> Ints:
-    """For each value the index of the word that it is, -1 if it is none of them."""
+    """The index of each value among the words, -1 if it is not among them."""
     found = pc.index_in(values, pa.array(words, values.type))
     return found.fill_null(-1).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
 
 
 def with_misfits(decode: Decode, *words: bytes) -> Decode:
-    """A decoder to which the rare values `words` are misfits, from one (of columns without NULLs) that refuses them.
+    """Make a decoder of columns without NULLs accept NULLs, and treat the rare values `words` as misfits.
 
-    Almost no column holds one, so the column is first tried as it is.
+    `decode` refuses these words. Few columns have any, so the column is first decoded as it is.
     """
     whole = dense(decode)
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pgoutput_source.types.base import Binary, PgType, Texts, always, dense, refuse
 
-_LONG = 1 << 16  # digits of a value, in the mean
+_LONG = 1 << 16  # average digits of a value
 
 
 @dense
@@ -24,7 +24,7 @@ def bytea(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     if t.lengths.min() < 2 or (t.lengths & 1).any() or (t.at(0) != ord("\\")).any() or (t.at(1) != ord("x")).any():
         refuse("bytea")
     if len(t.data) > _LONG * len(t):
-        # Copies of all digits would be several times the memory that the values take.
+        # Copies of all digits would take several times the memory of the values.
         parts = [binascii.unhexlify(t.data[start + 2 : end].data) for start, end in zip(t.starts, t.ends, strict=True)]
         edges = np.cumsum([0, *map(len, parts)], dtype=np.int32)
         return pa.Array.from_buffers(kind, len(t), [None, pa.py_buffer(edges), pa.py_buffer(b"".join(parts))])

@@ -1,14 +1,15 @@
 """Types that a database defines: rows made from what its catalogue says.
 
 Enums, domains, composites, ranges, their arrays and the types of extensions have OIDs of their own in each database.
-`FACTS` reads what is to be known about some of them and all that they are made of; `from_catalogue` makes the rows.
+`FACTS` reads about some of them and about all the types they consist of; `from_catalogue` makes the rows.
 Nothing here touches a server.
 
-The catalogue may be newer than the WAL from which a value came. Text is robust against that: a new label of an enum
-is just another text. The text of a composite does not name its attributes, and nothing announces that they were
-altered: what a transaction wrote that is not younger than the one that altered them is a misfit, never something wrong.
-What a type is, is asked once in a run. Values of a composite whose attributes are altered while it runs are misfits if
-their number is another; where some were dropped and as many added, start again, or they come under the old names.
+The catalogue may be newer than the WAL that a value comes from. Text is robust against that: a new label of an enum is
+just another text. But the text of a composite does not name its attributes, and the stream does not announce that they
+were altered. So values that are not newer than the last alteration are misfits, and never wrong.
+A run reads the facts of a type once. If the attributes of a composite are altered during the run, its values are
+misfits when the number of attributes changed. If as many were added as dropped, restart the run: the values would
+otherwise arrive under the old names.
 
 https://www.postgresql.org/docs/current/catalog-pg-type.html
 """
@@ -71,10 +72,10 @@ ORDER BY t.oid
 
 @dataclass(frozen=True, slots=True)
 class TypeFacts:
-    """What the catalogue says about one type; the fields stand in the order of the columns of `FACTS`.
+    """What the catalogue says about one type; the fields have the order of the columns of `FACTS`.
 
     `typtype` is PostgreSQL's letter: b base, c composite, d domain, e enum, m multirange, p pseudo, r range.
-    `changed` is the last transaction that altered the attributes, behind its age; None if they are as they were made.
+    `changed` is the age of the last transaction that altered the attributes, and its ID; None if none did.
     """
 
     oid: int
@@ -99,7 +100,7 @@ def from_catalogue(facts: Iterable[TypeFacts], known: Mapping[int, PgType]) -> d
 
 
 class _Defined:
-    """The types that a database defines, each made once from its facts and the rows of what it is made of."""
+    """The types that a database defines, each made once from its facts and the rows of its parts."""
 
     def __init__(self, facts: Iterable[TypeFacts], known: Mapping[int, PgType]) -> None:
         self.facts = {fact.oid: fact for fact in facts if fact.oid not in known}
@@ -107,12 +108,12 @@ class _Defined:
         self._rows: dict[int, PgType] = {}
 
     def row(self, oid: int) -> PgType:
-        """The row of a type: of the type table, or made. What can't be resolved, also what contains itself, is text."""
+        """A type's row, from the type table or made here. One that can't be resolved, or contains itself, is text."""
         if oid in self._known:
             return self._known[oid]
         if oid not in self._rows:
             fact = self.facts.get(oid)
-            # It stands for the type while that is being made, in case it contains itself.
+            # A placeholder, in case the type contains itself.
             self._rows[oid] = PgType(oid, fact.name if fact else "unknown", always(pa.utf8()), text)
             if fact is not None:
                 self._rows[oid] = self._made(fact, self._rows[oid])
@@ -129,11 +130,11 @@ class _Defined:
         return extension(fact.oid, fact.name) if extension else as_text
 
     def changed_by(self, oid: int) -> int:
-        """The transaction that last altered a type or anything that it is made of; 0 if none did."""
+        """The last transaction that altered a type or any of its parts; 0 if none did."""
         return min(self._changes(oid, frozenset()), default=(0, 0))[1]
 
     def _changes(self, oid: int, seen: frozenset[int]) -> Iterator[tuple[int, int]]:
-        """The changes of a type and of all that it is made of: how many transactions ago, and by which."""
+        """The changes of a type and of its parts: how many transactions ago, and by which one."""
         fact = self.facts.get(oid)
         if fact is None or oid in seen:
             return

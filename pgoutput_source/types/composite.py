@@ -1,4 +1,4 @@
-"""Composite types: a struct of what their attributes are.
+"""Composite types: a struct of their attributes.
 
 https://www.postgresql.org/docs/current/rowtypes.html
 """
@@ -23,9 +23,8 @@ def composite_of(
 ) -> PgType:
     """The row of a composite type with these attributes: name, type and typmod.
 
-    The attributes that the catalogue tells may be newer or older than a value. One with another number of attributes is
-    a misfit, and so is one with an attribute that is a misfit. `type_of` gives the rows of types that a value in binary
-    may have instead.
+    The catalogue may be newer or older than a value. A value with another number of attributes is a misfit, and so is
+    one with an attribute that is a misfit. `type_of` gives the row of any other type that a value in binary names.
     """
     kind = pa.struct([pa.field(attribute, row.arrow(typmod)) for attribute, row, typmod in attributes])
     rows = [row for _, row, _ in attributes]

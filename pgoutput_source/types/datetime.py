@@ -1,8 +1,8 @@
 """Dates and times.
 
 The plain shapes, ``2024-02-29`` and ``2024-02-29 12:34:56.789``, are parsed by Arrow, the whole column at once.
-Infinities are found by comparing the whole column. What then remains, years above 9999 and before Christ, is parsed
-value by value.
+Infinities are found by comparing the whole column. The rest, years above 9999 and before Christ, is parsed value by
+value.
 https://www.postgresql.org/docs/current/datatype-datetime.html
 """
 
@@ -118,7 +118,7 @@ def _plain_date(t: Texts) -> Bools:
 
 def _plain_timestamp(zone: bytes) -> Callable[[Texts], Bools]:
     def is_plain(t: Texts) -> Bools:
-        """Arrow takes the ``T``, leaves out seconds and knows other zones: only PostgreSQL's own form is plain."""
+        """Only PostgreSQL's own form is plain: Arrow also accepts ``T``, other zones, and times without seconds."""
         shortest = 19 + len(zone)
         plain: Bools = (t.lengths >= shortest) & (t.lengths != shortest + 1) & (t.lengths <= shortest + 7)
         starts = t.starts if plain.all() else t.starts[plain]
@@ -142,7 +142,7 @@ def _time(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         refuse("time")
     if (t.at(2) != ord(":")).any() or (t.at(5) != ord(":")).any():
         refuse("time")
-    # Arrow parses no times, but does parse timestamps: of the first day of its calendar both are the same number.
+    # Arrow parses no times, but it parses timestamps; on 1970-01-01 both are the same number.
     moments = pc.binary_join_element_wise(pa.scalar("1970-01-01"), values.cast(pa.utf8()), " ")
     return moments.cast(pa.timestamp("us")).view(kind)
 

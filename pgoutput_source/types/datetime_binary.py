@@ -1,7 +1,7 @@
 """Dates and times in binary: days and microseconds since 2000-01-01.
 
-Their columns are a shift of the numbers. Their texts are needed where a value has no column of its own: in `_raw`, and
-in a nested value that its Arrow type can't hold.
+A column is its numbers, shifted. Texts are needed for values that their Arrow type can't hold, in `_raw`, and for
+nested values that contain one.
 
 https://www.postgresql.org/docs/current/datatype-datetime.html
 https://github.com/postgres/postgres/blob/REL_18_STABLE/src/backend/utils/adt/timestamp.c
@@ -95,7 +95,7 @@ def _timetz_text(value: bytes) -> bytes:
 
 
 def _interval_binary(*, infinities: bool) -> Binary:
-    """What is infinity since PostgreSQL 17 was a number like any other before."""
+    """Before PostgreSQL 17, the values that now mean infinity were ordinary intervals."""
 
     def infinite(sent: Sent) -> npt.NDArray[np.bool_]:
         found = np.zeros(len(sent), bool)
@@ -129,7 +129,7 @@ def _interval_binary(*, infinities: bool) -> Binary:
 
 
 def _interval_text(months: int, days: int, us: int) -> str:
-    """The style ``postgres``: a plus is written only behind a minus."""
+    """The style ``postgres``: a plus is written only after a minus."""
     sign = -1 if months < 0 else 1
     parts: list[str] = []
     before = False

@@ -7,7 +7,7 @@ A type of your own is an entry here, made before a reader or a flow starts, in `
 >>> from pgoutput_source.types import DEFINED, TYPES, PgType, always
 >>> DEFINED["public.celsius"] = lambda oid, name: PgType(oid, name, always(pa.float64()), TYPES[701].decode)
 
-A decoder of your own gets a whole column as PostgreSQL's text (UTF-8, without NULLs behind `dense`) and returns one of
+A decoder of your own gets a whole column as PostgreSQL's text (UTF-8, without NULLs inside `dense`) and returns one of
 the same length. It must refuse, with a ValueError, what it does not understand.
 
 >>> import pyarrow.compute as pc

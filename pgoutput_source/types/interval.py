@@ -1,6 +1,6 @@
 """Intervals in the style ``postgres``: ``-1 years -2 mons +3 days -04:05:06.789``, each field with its own sign.
 
-The words of all values are looked at together: pairs of a number and a unit, and behind them the time of day.
+The words of all values are read together: pairs of a number and a unit, then the time of day.
 https://www.postgresql.org/docs/current/datatype-datetime.html#DATATYPE-INTERVAL-OUTPUT
 """
 

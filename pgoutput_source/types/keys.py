@@ -30,9 +30,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pgoutput_source.types.calendar import US_PER_DAY
 from pgoutput_source.types.datetime import INTERVAL
 
-_DAY_US: Final = 86_400_000_000
 _NAN: Final = "NaN"
 
 
@@ -146,7 +146,7 @@ def _characters(values: pa.Array) -> pa.Array:
 def _intervals(values: pa.Array) -> pa.Array:
     """A month is 30 days and a day is 24 hours, to ``=``."""
     months, days, us = (pc.fill_null(child, 0).to_numpy().astype(np.int64) for child in values.flatten())
-    more, us = np.divmod(us, _DAY_US)
+    more, us = np.divmod(us, US_PER_DAY)
     parts = (pa.array(part).cast(pa.utf8()) for part in (30 * months + days + more, us))
     written = pc.binary_join_element_wise(*parts, " ")
     return pc.if_else(values.is_valid(), written, pa.scalar(None, pa.utf8()))

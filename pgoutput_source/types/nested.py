@@ -1,8 +1,8 @@
 r"""Values with values inside: how PostgreSQL writes arrays, ranges and composites.
 
-All three are cells between an opening and a closing character, separated by a delimiter; a cell that could be mistaken
-is in double quotes, within which a quote is written ``\"`` or ``""`` and a backslash ``\\``. So one reader serves all:
-it finds the delimiters that stand outside quotes for the whole column at once.
+All three are cells between an opening and a closing character, separated by a delimiter. An ambiguous cell is in double
+quotes; inside them, a quote is written ``\"`` or ``""`` and a backslash ``\\``. So one reader serves all: it finds the
+delimiters outside quotes for the whole column at once.
 
 https://www.postgresql.org/docs/current/arrays.html#ARRAYS-IO
 https://www.postgresql.org/docs/current/rowtypes.html#ROWTYPES-IO-SYNTAX
@@ -36,7 +36,7 @@ class Cells:
 
     @property
     def owners(self) -> Ints:
-        """For each cell the value that it belongs to."""
+        """The value that each cell belongs to."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
 
@@ -51,7 +51,7 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
     delimiters = np.flatnonzero(t.data == delimiter[0])
     if len(quoting):
         delimiters = delimiters[outside(quoting, delimiters)]
-    # Quotes are paired within each value, and nothing but cells, delimiters and the two ends stands outside of them.
+    # Quotes are paired within each value. Outside of them there are only cells, delimiters and the two ends.
     raw = t.data.tobytes()
     spaces = np.flatnonzero(np.isin(t.data, _SPACES)) if any(space in raw for space in _SPACES.tolist()) else _NONE
     if not outside(quoting, t.ends - 1).all() or outside(quoting, spaces).any():
@@ -66,7 +66,7 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
     if len(quoting) != 2 * np.count_nonzero(enclosed):
         quotes[starts[enclosed]] = quotes[ends[enclosed] - 1] = False
         inner = np.flatnonzero(quotes)
-        # They stand in pairs, for one each, which arrays do not know.
+        # A pair of them means one quote, except in arrays.
         if opening == b"{" or len(inner) & 1 or (inner[1::2] != inner[0::2] + 1).any():
             refuse(name)
     within = np.searchsorted(starts, np.concatenate([inner, escapes]), "right") - 1
@@ -77,12 +77,12 @@ def cells_of(values: pa.BinaryArray, opening: bytes, closing: bytes, delimiter: 
 
 
 def quoting_of(t: Texts, name: str) -> tuple[Ints, Ints]:
-    """Where the quotes are that mean something, and the backslashes that do."""
+    """Where the quotes are that open or close, and the backslashes that escape."""
     # Looking for a byte in all values is nearly free, and most columns have none.
     raw = t.data.tobytes()
     escapes = _escapes(np.flatnonzero(t.data == _BACKSLASH)) if b"\\" in raw else _NONE
     escaped = (escapes + 1)[escapes + 1 < len(t.data)]
-    # Bytes 10xxxxxx continue a character: without the backslash that splits it, what is not UTF-8 would become UTF-8.
+    # Bytes 10xxxxxx continue a character: dropping the backslash that splits it would turn invalid UTF-8 into valid.
     if (t.data[escaped] & 0xC0 == 0x80).any():
         refuse(name)
     if b'"' not in raw:
@@ -93,7 +93,7 @@ def quoting_of(t: Texts, name: str) -> tuple[Ints, Ints]:
 
 
 def _escapes(backslashes: Ints) -> Ints:
-    """The backslashes that make the next character stand for itself; the second of a pair does not."""
+    """The backslashes that escape the next character; the second of a pair does not."""
     index = np.arange(len(backslashes))
     begins = np.append(True, np.diff(backslashes) != 1)
     escapes: Ints = backslashes[(index - np.maximum.accumulate(np.where(begins, index, 0))) & 1 == 0]
@@ -107,18 +107,18 @@ def outside(quoting: Ints, at: Ints) -> Bools:
 
 
 def cut(first: Ints, last: Ints, delimiters: Ints) -> tuple[Ints, Ints, Ints]:
-    """How many cells each value has, and where each cell begins and ends, from the places of the delimiters.
+    """Cut values at their delimiters: how many cells each value has, and where each cell begins and ends.
 
     `first` and `last` say where the first cell of each value begins and its last one ends.
     """
     before = np.append(np.searchsorted(delimiters, first), len(delimiters))
     inner = np.diff(before)
     value = np.arange(len(first))
-    behind = np.arange(len(delimiters)) + np.repeat(value, inner)
+    closing_cell = np.arange(len(delimiters)) + np.repeat(value, inner)
     starts, ends = np.empty((2, len(first) + len(delimiters)), np.int64)
     starts[value + before[:-1]] = first
-    starts[behind + 1] = delimiters + 1
-    ends[behind] = delimiters
+    starts[closing_cell + 1] = delimiters + 1
+    ends[closing_cell] = delimiters
     ends[value + before[1:]] = last
     return inner + 1, starts, ends
 
@@ -130,7 +130,7 @@ def _all_in(column: Uint8s, allowed: bytes) -> bool:
 
 
 def gather(data: Uint8s, starts: Ints, ends: Ints, dropped: Ints = _NONE) -> pa.BinaryArray:
-    """The ranges of bytes, which ascend, as one array, without the bytes at the places `dropped`."""
+    """Ascending ranges of bytes as one array, without the bytes at the places `dropped`."""
     if len(dropped):
         kept = np.ones(len(data) + 1, bool)
         kept[dropped] = False
@@ -142,7 +142,7 @@ def gather(data: Uint8s, starts: Ints, ends: Ints, dropped: Ints = _NONE) -> pa.
 
 
 def decode_cells(cells: Cells, missing: Bools, decode: Decode, kind: pa.DataType) -> tuple[pa.Array, Bools]:
-    """The decoded cells, null where `missing`, and for each *value* whether one of its cells is a misfit."""
+    """The decoded cells, null where `missing`, and whether each *value* has a cell that is a misfit."""
     texts = nulled(cells.texts, missing) if missing.any() else cells.texts
     decoded = decode(texts, kind)
     misfit = np.zeros(len(cells.counts), bool)

@@ -1,8 +1,8 @@
 """Values with values inside, in binary: arrays, ranges, multiranges, composites, and those of two extensions.
 
-All consist of items, each behind its length, of which -1 is NULL. `Items` finds them for a whole column; all items of
-one type are then decoded together, wherever they lie. The texts are composed of the items' texts, with the quotes that
-PostgreSQL's output functions write.
+All consist of items; a length precedes each, and -1 means NULL. `Items` finds them for a whole column. Then all items
+of one type are decoded together. The texts are composed of the items' texts, with the quotes that PostgreSQL's output
+functions write.
 
 https://github.com/postgres/postgres/blob/REL_18_STABLE/src/backend/utils/adt/arrayfuncs.c (array_send)
 https://github.com/postgres/postgres/blob/REL_18_STABLE/src/backend/utils/adt/rangetypes.c (range_send)
@@ -26,7 +26,7 @@ from pgoutput_source.types.numbers import float_text
 Ints = npt.NDArray[np.integer[Any]]
 
 _MOST_DIMENSIONS: Final = 6
-_FEW: Final = 32  # values that are walked through one by one, not all at once
+_FEW: Final = 32  # up to so many values are walked one by one
 
 
 class Items:
@@ -38,7 +38,7 @@ class Items:
     __slots__ = ("edges", "missing", "sent")
 
     def __init__(self, sent: Sent, at: Ints, counts: Ints, name: str, *, nulls: bool) -> None:
-        """`at` is where, behind each value's start, its first item begins; the last one ends where the value does."""
+        """Each value's first item begins `at` bytes after its start; the last one ends with the value."""
         if (at + 4 * counts > sent.length).any():
             refuse(name)
         self.edges = np.append(0, np.cumsum(counts))
@@ -54,7 +54,7 @@ class Items:
         self.sent = Sent(sent.raw, start, length)
 
     def _regular(self, sent: Sent, pos: Ints, end: Ints, counts: Ints, start: Ints, length: Ints) -> bool:
-        """Find items that have all the same length."""
+        """Find items that all have the same length."""
         first = int(np.flatnonzero(counts)[0])
         width = int(sent.integers(">i4", pos - sent.start)[first])
         if width < 0 or (pos + counts * (4 + width) != end).any():
@@ -96,7 +96,7 @@ class Items:
             refuse(name)
 
     def decoded(self, binary: Binary, kind: pa.DataType) -> tuple[pa.Array, Bools]:
-        """All items, null where they are missing, and for each *value* whether one of its items is a misfit."""
+        """All items, null where they are missing, and whether each *value* has an item that is a misfit."""
         misfit = np.zeros(len(self.edges) - 1, bool)
         values, lost = decode_items(self.sent, self.missing, binary, kind)
         if lost is not None:
@@ -200,7 +200,7 @@ def vector_binary(element: PgType) -> Binary | None:
 
 
 class _Header:
-    """What stands before the items of arrays: `size` bytes, for `counts` items in so many `dimensions`."""
+    """The header of arrays: `size` bytes, for `counts` items in so many `dimensions`."""
 
     def __init__(self, sent: Sent, element: int, least: int = 1) -> None:
         self.sent = sent
@@ -270,7 +270,7 @@ _RANGE_ODD: Final = re.compile(rb'[\s"\\()\[\],]|\A\Z')
 
 
 def range_binary(bound: PgType) -> Binary | None:
-    """Ranges over `bound`: a byte of flags, and an item for each bound that there is."""
+    """Ranges over `bound`: a byte of flags, and an item for each bound but the unbounded ones."""
     binary = bound.binary
     if binary is None:
         return None
@@ -353,8 +353,8 @@ def composite_binary(
 ) -> Binary | None:
     """Composites: how many attributes, and the type of each before its item.
 
-    Values of other attributes than the catalogue's are older or newer than it. They go through their text, for which
-    `type_of` knows the types, and `from_text` what it means.
+    Values with other attributes than the catalogue's are older or newer than it. They are turned into text, with the
+    types that `type_of` knows, and `from_text` decodes it.
     """
     readers = [row.binary for row in attributes]
     binaries = [binary for binary in readers if binary is not None]
@@ -407,7 +407,7 @@ def composite_binary(
 
 
 def _same_attributes(sent: Sent, attributes: Sequence[PgType]) -> tuple[Bools, list[tuple[Sent, Bools]]]:
-    """Which values have just these attributes, and of these the items of each attribute and which are NULL."""
+    """Which values have exactly these attributes; for these, the items of each attribute and which are NULL."""
     same: Bools = (sent.length >= 4 + 8 * len(attributes)) & (sent.integers(">i4") == len(attributes))
     pos, end = sent.start + 4, sent.start + sent.length
     found: list[tuple[Ints, Ints]] = []

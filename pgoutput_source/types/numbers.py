@@ -53,10 +53,10 @@ def _leading_zeros(t: Texts, minus: Bools) -> bool:
 
 
 def _check_plain(t: Texts, scale: int, name: str) -> None:
-    """Every value is digits, perhaps behind a minus, with exactly `scale` of them behind a point.
+    """Check that every value is digits, after an optional minus, with exactly `scale` of them after a point.
 
-    Positions where a minus or a point may stand are looked at; then all the other bytes must be digits, and it is
-    enough to count those of the whole column.
+    It looks where a minus or a point may be. All the other bytes must be digits, so counting the digits of the whole
+    column is enough.
     """
     point = scale + 1 if scale else 0
     if not len(t):
@@ -93,8 +93,8 @@ def floating_text(name: str) -> Decode:
             values = nulled(values, special >= 0)
             if Texts(values.drop_null()).without(b"0123456789-.e+"):
                 refuse(name)
-        # Arrow's parser rounds to the nearest value as PostgreSQL does, but gives infinity and zero for what is out of
-        # range, where PostgreSQL would have raised an error: so neither may come out unless it stands there.
+        # Arrow's parser rounds to the nearest value as PostgreSQL does, but gives infinity or zero for values out of
+        # range, where PostgreSQL raises an error: so neither may result unless the text says so.
         numbers = values.cast(pa.utf8()).cast(kind)
         out = numbers.fill_null(1).to_numpy(zero_copy_only=False)
         if not np.isfinite(out).all():
@@ -110,7 +110,7 @@ def floating_text(name: str) -> Decode:
 
 
 def precision_and_scale(typmod: int) -> tuple[int, int]:
-    """What stands in the brackets of ``numeric(p,s)``.
+    """The p and s of ``numeric(p,s)``.
 
     >>> precision_and_scale(655366), precision_and_scale(329729), precision_and_scale(196617)
     ((10, 2), (5, -3), (3, 5))
@@ -122,8 +122,8 @@ def numeric_arrow(typmod: int) -> pa.DataType:
     """The narrowest decimal for ``numeric(p,s)``; utf8 where there is none.
 
     Parquet knows no negative scale and no scale above the precision: ``numeric(5,-3)`` needs 8 digits before the point,
-    ``numeric(3,5)`` five behind it. Without bounds no Arrow type holds every value. With more than 38 digits decimal256
-    would, but Polars can't read a table that has one, and DuckDB reads it from Parquet as DOUBLE, which is wrong.
+    ``numeric(3,5)`` needs five after it. Without bounds, no Arrow type holds every value. Above 38 digits, decimal256
+    would, but Polars can't read a table that has one, and DuckDB wrongly reads it from Parquet as DOUBLE.
 
     >>> numeric_arrow(655366), numeric_arrow(329729), numeric_arrow(-1)
     (Decimal128Type(decimal128(10, 2)), Decimal128Type(decimal128(8, 0)), DataType(string))
@@ -139,7 +139,7 @@ def _exact(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     t = Texts(values)
     _check_plain(t, kind.scale, "numeric")
     if len(t):
-        # Digits before the point. Arrow's cast overflows without a word, so there may not be one too many.
+        # Digits before the point. Arrow's cast overflows silently, so there must not be too many.
         minus = t.at(0) == _MINUS
         whole = t.lengths - minus - (kind.scale + 1 if kind.scale else 0)
         room = kind.precision - kind.scale
@@ -168,7 +168,7 @@ def _any_numeric(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     strings = values.cast(kind)
     t = Texts(values)
     if len(t):
-        # Each value is a special one or digits, perhaps behind a minus, with at most one point between them.
+        # Each value is a special one, or digits after an optional minus, with at most one point among them.
         special = one_of(values, *_SPECIAL) >= 0
         finite = Texts(values.filter(pa.array(~special))) if special.any() else t
         points = np.flatnonzero(finite.data == _DOT)
@@ -179,7 +179,7 @@ def _any_numeric(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
             len(minus) != len(finite)
             or digits + len(points) + np.count_nonzero(minus) != len(finite.data)
             or (owner[1:] == owner[:-1]).any()
-            # A digit stands on each side of a point, and behind a minus.
+            # There is a digit on each side of a point, and after a minus.
             or (points - finite.starts[owner] - minus[owner] < 1).any()
             or (points + 1 == finite.ends[owner]).any()
             or (finite.lengths <= minus).any()
@@ -196,7 +196,7 @@ def numeric(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
 
 @dense
 def money(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
-    """What ``lc_monetary=C`` makes of it: ``-$1,234,567.89``."""
+    """Money in the format of ``lc_monetary=C``: ``-$1,234,567.89``."""
     t = Texts(values)
     if not len(t):
         return pa.nulls(0, kind)
@@ -204,7 +204,7 @@ def money(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
         refuse("money")
     minus = t.at(0) == _MINUS
     first = t.starts + minus + 1
-    # The digits before the point stand in threes, each but the first behind a comma; what else may be is seen below.
+    # Commas separate the digits before the point into groups of three; the rest is checked below.
     commas = np.flatnonzero(t.data == ord(","))
     point = t.ends - 3
     owner = np.searchsorted(t.starts, commas, "right") - 1
@@ -241,14 +241,14 @@ def integer_binary(dtype: str, name: str) -> Binary:
 def _floats(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     missing = np.isnan(numbers)
     if missing.any():
-        numbers[missing] = np.nan  # there are many NaNs, which have all one text
+        numbers[missing] = np.nan  # there are many NaNs, with the same text
     return pa.array(numbers, kind)
 
 
 def float_text(value: float, bits: int = 64) -> str:
-    """What PostgreSQL writes for a floating-point number: the fewest digits that lie nearer to it than to any other.
+    """PostgreSQL's text of a floating-point number: the fewest digits that are nearer to it than to any other.
 
-    Python may give one that lies in the middle between two numbers, as it is read back to the even one.
+    Python's text may lie midway between two numbers, because it is read back as the even one.
 
     >>> float_text(9.06930671788664e17), float_text(1e15), float_text(0.1), float_text(1.6777216e7, 32)
     ('9.069306717886641e+17', '1e+15', '0.1', '1.6777216e+07')

@@ -1,7 +1,7 @@
 """``numeric`` in binary: digits of base 10000, the weight of the first, a sign, and how many decimal places are shown.
 
 A column is read digit by digit, each step for all rows at once: into integers where the Arrow type is a decimal, into
-characters where it is text. What no column should be made wide for is written value by value.
+characters where it is text. Values that would make all rows too wide are written one by one.
 
 https://www.postgresql.org/docs/current/datatype-numeric.html#DATATYPE-NUMERIC-DECIMAL
 https://github.com/postgres/postgres/blob/REL_18_STABLE/src/backend/utils/adt/numeric.c (numeric_send)
@@ -23,7 +23,7 @@ _HEAD: Final = 8
 _NEGATIVE: Final = 0x4000
 _SPECIAL: Final = {0xC000: b"NaN", 0xD000: b"Infinity", 0xF000: b"-Infinity"}
 _LAST_DSCALE: Final = 0x3FFF
-_WIDEST: Final = 8  # digits of base 10000 on one side of the point that a whole column is made wide for
+_WIDEST: Final = 8  # more digits of base 10000 on one side of the point are written value by value
 
 # The characters of each digit of base 10000, as one integer.
 _CHARACTERS = np.frombuffer(b"".join(b"%04d" % i for i in range(10_000)), "<u4")
@@ -36,7 +36,7 @@ Ints = npt.NDArray[np.integer[Any]]
 
 
 class _Parts(NamedTuple):
-    """The heads of values, and which of them are no numbers."""
+    """The headers of values, and which of them are not numbers."""
 
     digits: Ints
     weight: Ints
@@ -63,8 +63,8 @@ def _parts(sent: Sent) -> _Parts:
         if not np.isin(sign[special], list(_SPECIAL)).all() or digits[special].any():
             refuse("numeric")
         dscale[special] = weight[special] = 0
-    # A zero has no digits and no sign, and no digit stands where it is not shown. The server never sends other numbers:
-    # their text would hide something.
+    # A zero has no digits and no sign, and no digit is beyond the decimal places shown. The server sends no other
+    # numbers: their text would hide something.
     if (
         dscale.min(initial=0) < 0
         or dscale.max(initial=0) > _LAST_DSCALE
@@ -91,15 +91,15 @@ def _digit(sent: Sent, parts: _Parts, weight: int) -> Ints:
 def _decimals(sent: Sent, parts: _Parts, kind: pa.Decimal128Type) -> pa.Array:
     precision, scale = kind.precision, kind.scale
     name = f"numeric({precision},{scale})"
-    before, behind = -(-(precision - scale) // 4), -(-scale // 4)
+    before, after = -(-(precision - scale) // 4), -(-scale // 4)
     if (parts.dscale != scale).any() or (parts.digits.astype(bool) & (parts.weight >= before)).any():
         refuse(name)
     words = _Words(len(sent), precision)
-    for weight in range(min(int(parts.weight.max(initial=-1)), before - 1), -behind - 1, -1):
+    for weight in range(min(int(parts.weight.max(initial=-1)), before - 1), -after - 1, -1):
         digit = _digit(sent, parts, weight)
         if weight == before - 1 and digit.max(initial=0) >= 10 ** (precision - scale - 4 * weight):
             refuse(name)
-        if weight == -behind and (unseen := 4 * behind - scale):
+        if weight == -after and (unseen := 4 * after - scale):
             digit, hidden = np.divmod(digit, 10**unseen)
             if hidden.any():
                 refuse(name)
@@ -141,7 +141,7 @@ class _Words:
         self.base, self.digit = 1, np.zeros_like(carry)
 
     def signed(self, negative: Bools) -> npt.NDArray[np.int64]:
-        """As decimal128 wants it: little-endian integers of 128 bits."""
+        """As decimal128 needs them: little-endian integers of 128 bits."""
         if not self.narrow:
             self._multiply()
         out = np.zeros((len(negative), 2), "<u8")
@@ -156,11 +156,11 @@ class _Words:
 
 
 def _texts(sent: Sent, parts: _Parts) -> pa.Array:
-    """Numbers that are not too wide, as text: each is what stands between two places of a row of characters."""
+    """Numbers that are not too wide, as text: each is a range of a row of characters."""
     before = max(int(parts.weight.max(initial=0)), 0) + 1
-    behind = (int(parts.dscale.max(initial=0)) + 3) // 4
-    point = 1 + 4 * before  # There is a place for a minus before the first digit.
-    width = point + 1 + 4 * behind
+    after = (int(parts.dscale.max(initial=0)) + 3) // 4
+    point = 1 + 4 * before  # A minus has a place before the first digit.
+    width = point + 1 + 4 * after
     characters = bytearray(len(sent) * width + 8)
 
     def write(at: int, digit: Ints) -> None:
@@ -169,7 +169,7 @@ def _texts(sent: Sent, parts: _Parts) -> pa.Array:
 
     for group in range(before):
         write(1 + 4 * group, _digit(sent, parts, before - 1 - group))
-    for group in range(behind):
+    for group in range(after):
         digit = _digit(sent, parts, -1 - group)
         hidden = np.clip(4 * (group + 1) - parts.dscale, 0, 4)
         if hidden.any() and (digit % _TENS[hidden]).any():

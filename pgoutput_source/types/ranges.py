@@ -1,8 +1,8 @@
 """Ranges and multiranges.
 
-A range is a struct of its bounds and of how they are meant; a bound that is null is unbounded, unless the range is
-empty. PostgreSQL writes ranges of integers and dates in their canonical form, ``[1,6)``. A range with a bound that the
-bound's type can't hold (``[2024-01-01,infinity)`` is not ``[2024-01-01,)``) is a misfit.
+A range is a struct of its bounds, whether they are inclusive, and whether it is empty. A null bound means unbounded,
+unless the range is empty. PostgreSQL writes ranges of integers and dates in their canonical form, ``[1,6)``. A range is
+a misfit if its Arrow type can't hold one of its bounds: ``[2024-01-01,infinity)`` is not ``[2024-01-01,)``.
 
 https://www.postgresql.org/docs/current/rangetypes.html
 """
@@ -85,7 +85,7 @@ def multirange_of(one: PgType, oid: int, name: str, array: int = 0) -> PgType:
 
 
 def _ranges_in(values: pa.BinaryArray) -> Cells:
-    """The ranges of ``{[1,3),[5,8)}``: a comma outside of quotes, behind the end of one, separates it from the next."""
+    """The ranges of ``{[1,3),[5,8)}``: a comma outside of quotes separates two if it follows the end of one."""
     t = Texts(values)
     if len(t) and (t.lengths.min() < 2 or (t.at(0) != ord("{")).any() or (t.at(-1) != ord("}")).any()):
         refuse("multirange")

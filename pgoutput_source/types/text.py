@@ -1,4 +1,4 @@
-"""Types whose values are text, or arrive as theirs: characters, XML, JSON, network addresses, bit strings, text search.
+"""Types whose values are text, or arrive as text: characters, XML, JSON, network addresses, bit strings, text search.
 
 https://www.postgresql.org/docs/current/datatype-character.html
 """
@@ -31,8 +31,8 @@ _OCTAL = re.compile(rb"\\[23][0-7][0-7]")
 def char(values: pa.BinaryArray, kind: pa.DataType) -> pa.Array:
     r"""``"char"``, the one-byte type of the system catalogues.
 
-    PostgreSQL 16 and newer write a byte above 127 as ``\377``; older servers send the byte itself, which is no UTF-8.
-    It becomes the same text here.
+    PostgreSQL 16 and newer write a byte above 127 as ``\377``; older servers send the byte itself, which is not UTF-8.
+    Here it becomes the same text.
     """
     t = Texts(values)
     if (t.lengths > 1).any() or (t.data > 127).any():
@@ -49,7 +49,7 @@ def _one_char(value: bytes) -> str:
 
 
 def _one_byte(value: bytes) -> bytes:
-    """`"char"` in binary is always one byte, of which 0 stands for nothing."""
+    """`"char"` in binary is always one byte; 0 means the empty text."""
     if len(value) != 1:
         refuse('"char"')
     return value.strip(b"\0") if value[0] < 128 else f"\\{value[0]:o}".encode()
@@ -62,7 +62,7 @@ def _without_version(value: bytes) -> bytes:
 
 
 def _versioned(sent: Sent, kind: pa.DataType) -> pa.Array:
-    """What begins with the number of its format, which is 1; its text follows."""
+    """A type that sends the number of its format, which is 1, before its text."""
     if (sent.length < 1).any() or (sent.u1[sent.start] != 1).any():
         refuse("jsonb")
     return sent.part(1, sent.length - 1).slices().cast(kind)
@@ -89,7 +89,7 @@ TEXT = (
     PgType(3802, "jsonb", _UTF8, text, array=3807, binary=VERSIONED),
 )
 
-# What has no Arrow type that every reader knows keeps PostgreSQL's notation, which every server casts back.
+# Types without an Arrow type that every reader knows keep PostgreSQL's notation: every server casts it back.
 _IP, _MAC = b"0123456789abcdef.:/", b"0123456789abcdef:"
 NOTATIONS = (
     PgType(869, "inet", _UTF8, charset(_IP, "inet"), array=1041, binary=INET),

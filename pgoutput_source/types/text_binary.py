@@ -1,7 +1,7 @@
 """Notations: what PostgreSQL's output functions write, made from what the send functions of these types send.
 
-Columns of these types are PostgreSQL's text, so that is all there is to make. Most of them are rare, and made value by
-value; addresses are made for a whole column.
+Columns of these types are PostgreSQL's text, so only texts are needed. Most of the types are rare, and written value by
+value; addresses are written for a whole column.
 
 https://www.postgresql.org/docs/current/datatype-net-types.html
 https://www.postgresql.org/docs/current/datatype-bit.html
@@ -24,7 +24,7 @@ from pgoutput_source.types.numbers import float_text
 
 
 def _notation(name: str, write: Callable[[bytes], str]) -> Binary:
-    """From what writes a value as characters, each of which is one byte."""
+    """For a type whose values `write` turns into characters of one byte each."""
 
     def to_text(value: bytes) -> bytes:
         try:
@@ -67,8 +67,8 @@ def _ipv6(address: bytes) -> str:
         return ":".join(f"{word:x}" for word in words)
     if best == 0 and (length == 6 or (length == 5 and words[5] == 0xFFFF)):
         return ("::ffff:" if length == 5 else "::") + ".".join(map(str, address[12:]))
-    before, behind = words[:best], words[best + length :]
-    return f"{':'.join(f'{word:x}' for word in before)}::{':'.join(f'{word:x}' for word in behind)}"
+    before, after = words[:best], words[best + length :]
+    return f"{':'.join(f'{word:x}' for word in before)}::{':'.join(f'{word:x}' for word in after)}"
 
 
 _OCTETS = pa.array(list(map(str, range(256))))
@@ -157,7 +157,7 @@ def _tsvector(value: bytes) -> str:
         lexeme = value[at:end].decode("latin-1").replace("\\", "\\\\").replace("'", "''")
         (positions,) = struct.unpack_from(">H", value, end + 1)
         at = end + 3
-        # The weight is in the two highest bits; D, the usual one, is not written.
+        # The two highest bits are the weight. D is the default, and is not written.
         placed = [f"{p & 0x3FFF}{'DCBA'[p >> 14]}".rstrip("D") for p in struct.unpack_from(f">{positions}H", value, at)]
         at += 2 * positions
         words.append(f"'{lexeme}'{':' if placed else ''}{','.join(placed)}")
