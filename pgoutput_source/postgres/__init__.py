@@ -1,1 +1,1 @@
-"""PostgreSQL over ordinary connections: slots, publications, checks, definitions and facts of tables."""
+"""PostgreSQL over ordinary connections: slots, publications, checks, and the definitions of tables and types."""

@@ -1,6 +1,6 @@
-"""Whether a stream can run: one function for each thing that must be so. A finding is an error with its remedy as SQL.
+"""Checks whether a stream can run, one function for each precondition. A finding is an error with its remedy as SQL.
 
-Everything here runs over an ordinary connection, at a start or when somebody asks.
+Everything here runs over an ordinary connection, at the start or on request.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from pgoutput_source.settings import SourceSettings
 logger = logging.getLogger(__name__)
 
 _INVALIDATIONS: Final = {
-    "wal_removed": "max_slot_wal_keep_size says how much WAL a slot may keep",
-    "idle_timeout": "idle_replication_slot_timeout says for how long a slot may be unused",
+    "wal_removed": "max_slot_wal_keep_size limits how much WAL a slot may keep",
+    "idle_timeout": "idle_replication_slot_timeout limits how long a slot may stay unused",
     "rows_removed": "on a standby, hot_standby_feedback with a physical slot on the primary keeps the rows it needs",
     "conflict with recovery": "on a standby, hot_standby_feedback with a physical slot on the primary prevents it",
     "wal_level_insufficient": "the primary's wal_level must stay 'logical'",
 }
-"""What to change so that it does not happen again, by the reason of an invalidation."""
+"""How to prevent it next time, by the reason of the invalidation."""
 
 
 def check(conn: Connection, settings: SourceSettings) -> SlotState:
-    """Whether a stream can run with these settings: the slot if it can, otherwise an error with the remedy.
+    """Check that a stream can run with these settings, and return its slot.
 
-    A slot that another process streams from now is no error here, that may pass. A publication without a table is a
-    warning in the log.
+    A slot in use by another process is not an error here: that may pass. A publication without tables is a warning in
+    the log.
 
     Raises:
-        NotConfigured: wal_level, or a role that may not replicate.
-        SlotNotFound, SlotMismatch, SlotLost: The slot is missing, can't be used by this reader, or is dead.
+        NotConfigured: wal_level is not logical, or the role may not replicate.
+        SlotNotFound, SlotMismatch, SlotLost: The slot is missing, unsuitable for this reader, or invalidated.
         PublicationError: A publication is missing.
-        ConfigurationError: An option that this server is too old for.
+        ConfigurationError: The server is too old for an option.
     """
     check_server(conn)
     check_options(conn, settings)
@@ -62,7 +62,7 @@ def check(conn: Connection, settings: SourceSettings) -> SlotState:
 
 
 def check_publications(conn: Connection, settings: SourceSettings) -> None:
-    """Whether the publications exist; the slot is there already. One without a table is a warning in the log.
+    """Check that the publications exist; the slot does already. One without tables is a warning in the log.
 
     Raises:
         PublicationError: Some don't; the hint names those that do.
@@ -80,12 +80,12 @@ def check_publications(conn: Connection, settings: SourceSettings) -> None:
 
 
 def check_server(conn: Connection) -> None:
-    """Whether the server decodes logically, and this role may have it do so.
+    """Check that the server supports logical decoding, and that this role may use it.
 
     Raises:
-        NotConfigured: wal_level, or the role.
+        NotConfigured: wal_level is not logical, or the role may not replicate.
     """
-    # From 19 on a logical slot raises the effective level by itself.
+    # From PostgreSQL 19 on, a logical slot raises the effective level by itself.
     standby, level, effective, role, may_replicate = one_row(
         conn,
         """
@@ -97,8 +97,8 @@ def check_server(conn: Connection) -> None:
     )
     if standby and conn.info.server_version < 160_000:
         raise NotConfigured(
-            f"this server is a standby of PostgreSQL {conn.info.server_version // 10_000}, which does not decode",
-            hint="connect to the primary: target_session_attrs=read-write; from PostgreSQL 16 on standbys decode, too",
+            f"this server is a standby of PostgreSQL {conn.info.server_version // 10_000}, and does not decode",
+            hint="connect to the primary: target_session_attrs=read-write; standbys decode from PostgreSQL 16 on",
         )
     if "logical" not in (level, effective) and not (effective and level == "replica"):
         raise NotConfigured(
@@ -114,14 +114,14 @@ def check_server(conn: Connection) -> None:
 
 
 def check_options(conn: Connection, settings: SourceSettings) -> None:
-    """Whether the server is new enough for the options of the stream.
+    """Check that the server is new enough for the options of the stream.
 
     Raises:
-        ConfigurationError: It is not; which version it takes, and what to do without.
+        ConfigurationError: It is not. The error names the version needed, and what to do instead.
     """
     for option, value, since, instead in (
         ("streaming", "parallel", 16, "streaming='on' gives the same changes"),
-        ("origin", "none", 16, "without it, a publication of other tables keeps replicated ones out"),
+        ("origin", "none", 16, "without it, use a publication without the tables that are replicated here"),
     ):
         if getattr(settings, option) == value and conn.info.server_version < since * 10_000:
             raise ConfigurationError(
@@ -131,16 +131,16 @@ def check_options(conn: Connection, settings: SourceSettings) -> None:
             )
     if settings.binary == "on" and (columns := text_columns(conn, settings.publication)):
         raise ConfigurationError(
-            f"binary='on': these columns can be read as text only: {'; '.join(columns)}",
+            f"binary='on': these columns can only be read as text: {'; '.join(columns)}",
             hint="leave it out, or use binary='auto'; or leave the columns out of the publication (PostgreSQL 15)",
         )
 
 
 def check_slot(conn: Connection, slot: SlotState) -> None:
-    """Whether this reader, in this database, can use the slot at all; nothing is said of its position.
+    """Check that this reader can use the slot in this database. Its position is not checked.
 
     Raises:
-        SlotMismatch: It is physical, of another plugin or database, two-phase, or another server's copy.
+        SlotMismatch: It is physical, of another plugin or database, two-phase, or a copy of another server's slot.
         SlotLost: It was invalidated.
     """
     database, standby = one_row(conn, "SELECT current_database()::text, pg_is_in_recovery()")
@@ -157,12 +157,12 @@ def check_slot(conn: Connection, slot: SlotState) -> None:
         )
     if slot.two_phase:
         raise SlotMismatch(
-            f"{name} was created for two-phase commits, whose rows would come before they are committed",
-            hint=f"use a slot without: SELECT pg_create_logical_replication_slot('…', '{PLUGIN}')",
+            f"{name} was created with two_phase, which sends prepared transactions before they are committed",
+            hint=f"use a slot without it: SELECT pg_create_logical_replication_slot('…', '{PLUGIN}')",
         )
     if slot.invalidation:
         raise SlotLost(
-            f"{name} was invalidated by the server ({slot.invalidation}): changes that it held are lost",
+            f"{name} was invalidated by the server ({slot.invalidation}): the changes that it held are lost",
             hint=f"{resync_hint(slot.name)}; {_INVALIDATIONS.get(slot.invalidation, 'the server log has the reason')}",
         )
     if slot.synced and standby:

@@ -1,7 +1,7 @@
-"""Connections to PostgreSQL with everything pinned that correctness rests on, and its refusals as errors of ours.
+"""Connections to PostgreSQL that pin every setting that correctness rests on, and raise the package's errors.
 
-The slot's stream, the initial copy and the catalogue's readers all connect here, so that they give identical text for a
-value, hear the same warnings, and raise the same error for a wrong password.
+The stream, the initial copy and the queries of the catalogue all connect here. So they get identical text for a value
+and the same warnings, and they raise the same error for a wrong password.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ VERIFIED: Final = {
     "standard_conforming_strings": "on",
     "client_min_messages": "warning",
 }
-"""What values look like, how our SQL is read, and that warnings arrive: each connection is asked for these.
+"""How values look, how our SQL is parsed, and that warnings arrive. Each connection is checked for these.
 
-PostgreSQL 18 says no more than a warning when a publication is missing, and leaves its rows out.
+PostgreSQL 18 only warns when a publication is missing, and leaves its rows out.
 """
 
 PINNED: Final = VERIFIED | {
@@ -55,15 +55,15 @@ PINNED: Final = VERIFIED | {
     "idle_session_timeout": "0",
     "default_transaction_read_only": "off",
 }
-"""Settings in the startup packet, which win over those of role, database and server. No timeout ends our sessions.
+"""Settings in the startup packet, which override those of role, database and server. No timeout ends our sessions.
 
 https://www.postgresql.org/docs/current/runtime-config-client.html
 """
 
-# libpq sends PGTZ and PGDATESTYLE as parameters of their own, and the server applies these after all options.
+# libpq sends PGTZ and PGDATESTYLE as separate parameters, which the server applies after all options.
 _ENVIRONMENT_WINS: Final = ("TimeZone", "DateStyle")
 
-# For a peer that vanished without a word. DSN, service file and environment win.
+# To notice a peer that vanished silently. DSN, service file and environment override these.
 _DEFAULTS: Final = {
     "connect_timeout": "10",
     "keepalives_idle": "30",
@@ -73,11 +73,13 @@ _DEFAULTS: Final = {
     "fallback_application_name": "pgoutput_source",
 }
 
-_PAUSE: Final = 2.0  # seconds, the longest between two attempts
+_PAUSE: Final = 2.0  # seconds, at most, between two attempts
 
 
 class _Cursor(psycopg.ClientCursor[Row]):
-    """Raises our errors, so that no caller can forget to. It quotes parameters here: a walsender takes none."""
+    """Raises the package's errors, so that no caller can forget to. Parameters are quoted on the client's side, because
+    a walsender takes none.
+    """
 
     def execute(
         self, query: Any, params: Params | None = None, *, prepare: bool | None = None, binary: bool | None = None
@@ -95,7 +97,7 @@ _open: Final[weakref.WeakSet[Connection]] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    # To the server a child's copy of a socket is its client, even when this process has ended: a slot stayed in use.
+    # A child's copy of the socket would keep the session alive after this process ends, and with it the slot in use.
     nothing = os.open(os.devnull, os.O_RDWR)
     for connection in list(_open):
         if not connection.closed:
@@ -107,24 +109,24 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def connect(dsn: str, *, replication: bool = False, beside: Connection | None = None) -> Connection:
-    """A connection in autocommit mode, with `PINNED` set, and `VERIFIED` asked for.
+    """A connection in autocommit mode, with `PINNED` set and `VERIFIED` checked.
 
-    What its cursors raise are errors of ours. It speaks the simple query protocol.
+    Its cursors raise errors of this package. It speaks the simple query protocol.
 
     Args:
-        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables.
-        replication: As a walsender.
-        beside: For a walsender that will decode: a connection with the same DSN, to whose server it must lead. It says
-            beforehand what otherwise takes SQL.
+        dsn: A libpq connection string or URL; "" leaves everything to libpq's environment variables.
+        replication: Whether to connect as a walsender.
+        beside: For a walsender that will decode: a connection with the same DSN. The walsender connects to the same
+            server, and learns from it what would otherwise take SQL.
 
     Raises:
-        ConnectionFailed: No server, no database, not let in, or no TLS; `transient` says whether trying again may help.
-        NotConfigured: The role may not stream, no walsender is free, the server is older than PostgreSQL 14, or what
-            answers ignores the settings.
-        ConfigurationError: The DSN can't be read.
+        ConnectionFailed: No server, no database, no access, or no TLS; `transient` says whether a retry may help.
+        NotConfigured: The role may not stream, no walsender is free, the server is older than PostgreSQL 14, or the
+            peer ignores the settings.
+        ConfigurationError: The DSN can't be parsed.
     """
     try:
-        # prepare_threshold: a walsender refuses a statement that is prepared after its fifth execution.
+        # prepare_threshold: a walsender refuses prepared statements, and psycopg prepares after the fifth execution.
         connection = psycopg.connect(
             _conninfo(dsn, replication, beside), autocommit=True, prepare_threshold=None, cursor_factory=_Cursor
         )
@@ -144,12 +146,12 @@ def connect(dsn: str, *, replication: bool = False, beside: Connection | None = 
 
 
 def ask(dsn: str, question: Callable[[Connection], T], *, patience: float = 0.0, replication: bool = False) -> T:
-    """The answer to a question, over a connection of its own; while the server is away, it is asked again.
+    """Ask a question over a new connection, again and again while the server is away.
 
     Args:
         dsn: A libpq connection string or URL.
         question: Reads from the connection. It may be called several times.
-        patience: For how many seconds to ask again.
+        patience: For how many seconds to retry.
         replication: Whether the question is one for a walsender.
 
     Raises:
@@ -171,7 +173,7 @@ def ask(dsn: str, question: Callable[[Connection], T], *, patience: float = 0.0,
 
 
 def one_row(conn: Connection, query: str) -> tuple[Any, ...]:
-    """The one row that a query has. Text is str, also where psycopg gives bytes, for want of an encoding."""
+    """The single row of a query. Text is always str: psycopg returns bytes when the encoding is SQL_ASCII."""
     row = conn.execute(query.encode()).fetchone()
     assert row is not None, "a query of one row"
     return tuple(value.decode(errors="replace") if isinstance(value, bytes) else value for value in row)
@@ -189,10 +191,10 @@ def _conninfo(dsn: str, replication: bool, beside: Connection | None) -> str:
         # Several hosts, or several addresses of one, may be several servers.
         parameters |= {"host": info.host, "hostaddr": info.hostaddr, "port": str(info.port)}
         if info.server_version >= 170000:
-            # Decoding runs in transactions, and a large one takes its time. Older servers refuse the name.
+            # Decoding runs within transactions, and a large one takes long. Older servers don't know the setting.
             pinned = pinned | {"transaction_timeout": "0"}
         if info.parameter_status("server_encoding") == "SQL_ASCII":
-            # Bytes are of no known encoding there. As UTF8 the first that isn't would end the stream for ever.
+            # The encoding of the bytes is unknown. With UTF8, the first invalid ones would block the stream for good.
             parameters["client_encoding"] = "SQL_ASCII"
     # The last option of a name wins.
     options = [given.get("options") or "", *(f"-c {name}={value}" for name, value in pinned.items())]
@@ -200,7 +202,7 @@ def _conninfo(dsn: str, replication: bool, beside: Connection | None) -> str:
 
 
 def _given(dsn: str) -> dict[str, str]:
-    """What DSN, service file and environment say together, as libpq reads them. It connects to nothing."""
+    """The parameters from DSN, service file and environment, as libpq reads them. It connects to nothing."""
     nowhere = pq.PGconn.connect_start(make_conninfo(dsn, host="/", hostaddr="").encode())
     try:
         return {option.keyword.decode(): option.val.decode() for option in nowhere.info if option.val}
@@ -209,22 +211,22 @@ def _given(dsn: str) -> dict[str, str]:
 
 
 def _verify(connection: Connection, replication: bool) -> None:
-    """Whether the settings are what the startup packet asked for. Nothing asks for more than a few settings here.
+    """Check that the settings are those of the startup packet.
 
-    A walsender's relation cache must stay empty before it decodes (see `walsender`). SHOW and SET read no table.
+    A walsender's relation cache must stay empty until it decodes (see `walsender`). SHOW and SET read no table.
     """
     status = connection.info.parameter_status
     for name in _ENVIRONMENT_WINS:
         if _plain(status(name)) != VERIFIED[name]:
             connection.execute(f"SET {name} = '{VERIFIED[name]}'".encode())
     unreported = [name for name in VERIFIED if status(name) is None]
-    if replication:  # which takes one command at a time
+    if replication:  # a walsender takes one command at a time
         values = [one_row(connection, f"SHOW {name}")[0] for name in unreported]
     else:
         settings = ", ".join(f"current_setting('{name}')" for name in unreported)
         query = f"SELECT {settings}"
         if connection.info.server_version >= 170000:
-            query = f"SET transaction_timeout = 0; {query}"  # older servers refuse the name
+            query = f"SET transaction_timeout = 0; {query}"  # older servers don't know it
         cursor = connection.execute(query.encode())
         while cursor.description is None:
             cursor.nextset()
@@ -234,13 +236,13 @@ def _verify(connection: Connection, replication: bool) -> None:
         found = _plain(shown.get(name, status(name)))
         if found != wanted:
             raise NotConfigured(
-                f"{name} is {found!r} on a connection that asked for {wanted!r}: what answers drops settings",
+                f"{name} is {found!r} on a connection that asked for {wanted!r}: the peer ignores settings",
                 hint=NO_POOLER,
             )
 
 
 def _plain(value: str | None) -> str:
-    """A setting without the blanks and quotes that SHOW writes.
+    """A setting without the spaces and quotes that SHOW writes.
 
     >>> _plain("ISO, YMD"), _plain('""')
     ('ISO,YMD', '')

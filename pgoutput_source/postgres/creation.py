@@ -1,4 +1,4 @@
-"""Creating the publications and the slot that a stream needs, in the order that matters: the slot is the younger."""
+"""Creates the publications and then the slot: a slot must be younger than its publications."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pgoutput_source.settings import SourceSettings
 
 
 def create(conn: Connection, settings: SourceSettings) -> None:
-    """Create the publications (for all tables) and then the slot, as far as they are missing.
+    """Create the publications (for all tables) and then the slot, if the slot is missing.
 
-    A publication that is missing while the slot is there is left alone: it would be younger than the slot, which
-    `check` then explains.
+    If the slot exists, a missing publication is not created: it would be younger than the slot. `check` explains that.
     """
     if slot_state(conn, settings.slot) is None:
         check_server(conn)
@@ -25,16 +24,16 @@ def create(conn: Connection, settings: SourceSettings) -> None:
 def create_publication_and_slot(
     conn: Connection, *, slot: str, publications: Iterable[str], tables: Iterable[str] | None = None
 ) -> None:
-    """Create what is missing of the publications, then the slot: the stream fails if the slot is the older one.
+    """Create the missing publications, then the slot: the stream fails if the slot is older than a publication.
 
-    Creating a slot waits for all transactions that write at this moment; the log says so every few seconds.
+    Creating a slot waits for all transactions that are writing at that moment. The log says so every few seconds.
 
     Args:
         conn: In autocommit mode.
         slot: Its name.
         publications: Their names.
-        tables: Tables of new publications, as SQL wants them (``public.orders``, ``"We Ird"``); None for all tables,
-            which needs a superuser.
+        tables: The tables of new publications, as SQL writes them (``public.orders``, ``"We Ird"``); None for all
+            tables, which needs a superuser.
 
     Raises:
         NotConfigured: The role may not do this, or all slots are in use.

@@ -1,4 +1,4 @@
-"""Types and tables as the database defines them, looked up when the stream first names them."""
+"""Looks up types and tables in the database when the stream first names them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pgoutput_source.types.catalogue import FACTS, TypeFacts, from_catalogue
 
 
 class Definitions:
-    """A `relations.LookUp`: each time on a connection of its own.
+    """A `relations.LookUp` that opens a new connection for each question.
 
     Args:
         dsn: A libpq connection string or URL.
-        patience: For how many seconds to ask a server again that is away.
+        patience: For how many seconds to retry while the server is away.
     """
 
     def __init__(self, dsn: str, patience: float = 0.0) -> None:
@@ -43,7 +43,7 @@ class Definitions:
         return ask(self._dsn, name, patience=self._patience)
 
     def attributes(self, relation_ids: Collection[int]) -> dict[int, Attributes]:
-        """All columns of these tables, dropped ones too, by relation; without the tables that are gone."""
+        """All columns of these tables by relation, including dropped columns. Tables that are gone are left out."""
 
         def found(connection: Connection) -> dict[int, Attributes]:
             return attributes_of(connection.execute(QUERY, {"relations": list(relation_ids)}).fetchall())

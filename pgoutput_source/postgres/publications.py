@@ -1,4 +1,4 @@
-"""Publications: which exist, what they publish, whether it can be sent in binary, and how to create them.
+"""Publications: which ones exist, what they publish, whether it can come in binary, and how to create them.
 
 https://www.postgresql.org/docs/current/logical-replication-publication.html
 """
@@ -39,12 +39,12 @@ def publication_names(conn: Connection) -> tuple[str, ...]:
 
 
 def create_publications(conn: Connection, names: Iterable[str], tables: Iterable[str] | None = None) -> None:
-    """Create those of these publications that are missing.
+    """Create the publications that are missing.
 
     Args:
         conn: In autocommit mode.
         names: Their names.
-        tables: Their tables, as SQL wants them (``public.orders``, ``"We Ird"``); None for all tables, which needs a
+        tables: Their tables, as SQL writes them (``public.orders``, ``"We Ird"``); None for all tables, which needs a
             superuser.
 
     Raises:
@@ -57,7 +57,7 @@ def create_publications(conn: Connection, names: Iterable[str], tables: Iterable
         if name in found:
             continue
         try:
-            # The names of tables are SQL on purpose: ONLY, column lists and row filters are allowed.
+            # Tables are SQL on purpose: ONLY, column lists and row filters are allowed.
             conn.execute(sql.SQL("CREATE PUBLICATION {} FOR ").format(sql.Identifier(name)) + sql.SQL(what))
         except ServerError as e:
             if e.sqlstate == _DUPLICATE_OBJECT:
@@ -73,7 +73,7 @@ def create_publications(conn: Connection, names: Iterable[str], tables: Iterable
 
 
 def published_tables(conn: Connection, names: Iterable[str]) -> tuple[str, ...]:
-    """The tables of these publications now, with their schemas, as SQL writes them."""
+    """The tables that these publications have now, with their schemas, quoted as in SQL."""
     rows = conn.execute(
         "SELECT DISTINCT format('%%I.%%I', schemaname, tablename) AS name"
         "  FROM pg_publication_tables WHERE pubname = ANY(%s) ORDER BY name",
@@ -83,12 +83,12 @@ def published_tables(conn: Connection, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def text_columns(conn: Connection, names: Iterable[str], *, by_value: bool = False) -> list[str]:
-    """The columns of these publications, with their types, that can be read as text only.
+    """The columns of these publications, with their types, that can only be read as text.
 
-    With `by_value` also those whose values can be read only one by one, which takes longer than their text does.
-    What a type without a send function has is sent as text in any case.
+    With `by_value` it also lists columns whose binary values are read one by one, which is slower than reading text.
+    A type without a send function is always sent as text, and not listed.
     """
-    # pg_publication_tables has column lists from PostgreSQL 15 on: as a key of the row's JSON it may be absent.
+    # pg_publication_tables has attnames from PostgreSQL 15 on. As a key of the row's JSON it may be absent.
     columns = conn.execute(
         """
         SELECT DISTINCT p.schemaname || '.' || p.tablename || '.' || a.attname, a.atttypid::bigint,
@@ -115,9 +115,9 @@ def text_columns(conn: Connection, names: Iterable[str], *, by_value: bool = Fal
 
 
 def binary_option(conn: Connection, binary: str, names: Iterable[str]) -> dict[str, str]:
-    """What pgoutput is told about binary: nothing without, as ever."""
+    """The option `binary` for pgoutput; empty when values come as text."""
     if binary == "auto" and conn.info.parameter_status("server_encoding") == "SQL_ASCII":
-        binary = "off"  # of an array in binary it can't be told which element is not UTF-8
+        binary = "off"  # a binary array does not tell which of its elements is not UTF-8
     if binary == "auto" and (columns := text_columns(conn, names, by_value=True)):
         logger.info(
             "values come as text, because some can't be read, or only slowly, in binary: %s", "; ".join(columns)

@@ -1,7 +1,7 @@
-"""What the publications publish, compared with what is wanted of them: the tables of steps, or no surprises.
+"""Compares what the publications publish with what the steps of a flow take.
 
-`check_tables` is for a start: a table that a step takes and that will never come is an error. `remarks` is for a person
-who asks beforehand.
+`check_tables` runs at the start: a table that a step takes and that will never come is an error. `remarks` tells a
+person beforehand what may surprise.
 https://www.postgresql.org/docs/current/sql-createpublication.html
 """
 
@@ -34,7 +34,7 @@ _NEVER: Final = {
     "u": "is an unlogged table",
     "t": "is a temporary table",
 }
-"""What has no logical replication, by `relkind` or `relpersistence`."""
+"""Relations without logical replication, by `relkind` or `relpersistence`."""
 
 _SHOWN: Final = 5  # names in one text
 
@@ -45,8 +45,8 @@ class Publication:
 
     Attributes:
         name: Its name.
-        all_tables: Whether it publishes every table of the database, those of the future included.
-        schemas: The schemas that it publishes whole, future tables included.
+        all_tables: Whether it publishes every table of the database, including future ones.
+        schemas: The schemas of which it publishes every table, including future ones.
         kinds: What it publishes: some of insert, update, delete, truncate.
         via_root: Whether changes of a partition come under the name of the partitioned table.
     """
@@ -63,13 +63,13 @@ class Publication:
         return tuple(kind for kind in ("insert", "update", "delete", "truncate") if kind not in self.kinds)
 
     def grows_to(self, table: Name) -> bool:
-        """Whether it would publish a table of this name, once there is one."""
+        """Whether it would publish a table of this name as soon as one exists."""
         return self.all_tables or table[0] in self.schemas
 
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """Something that works, and perhaps not as expected; `hint` is what to do if not."""
+    """Something that works, but perhaps not as expected. `hint` says what to do then."""
 
     text: str
     hint: str
@@ -79,8 +79,8 @@ class Published:
     """What some publications publish now.
 
     Attributes:
-        publications: Those that exist.
-        tables: Under which names changes come, and which of the publications have them.
+        publications: The publications that exist.
+        tables: The names under which changes come, each with the publications that publish them.
     """
 
     def __init__(self, conn: Connection, names: Sequence[str]) -> None:
@@ -107,24 +107,24 @@ class Published:
 
     @property
     def named(self) -> str:
-        """The publications, for a text."""
+        """The publications, for a message."""
         return f"publication{'s'[: len(self.publications) > 1]} {', '.join(repr(p.name) for p in self.publications)}"
 
 
 def check_tables(conn: Connection, settings: SourceSettings, wanted: Iterable[Name], once: Iterable[Name] = ()) -> None:
-    """Whether the tables that steps take will come.
+    """Check that the tables that steps take will come.
 
-    A table may be missing only if a publication will publish it by itself once it is created (FOR ALL TABLES, FOR
-    TABLES IN SCHEMA), or if it came to this flow before: what the slot still holds of it comes. That is a warning.
+    A missing table is only a warning in two cases: a publication will include it as soon as it is created (FOR ALL
+    TABLES, FOR TABLES IN SCHEMA), or this flow received it before, and the slot may still hold changes of it.
 
     Args:
         conn: An ordinary connection.
-        settings: Which publications.
+        settings: Names the publications.
         wanted: The tables.
-        once: Those that were published when the flow started before.
+        once: The tables that were published at an earlier start of the flow.
 
     Raises:
-        PublicationError: Tables that will never come; the hint has the nearest name, or what to do.
+        PublicationError: Some tables will never come. The hint has the nearest name, or what to do.
     """
     wanted, once = sorted(set(wanted)), set(once)
     if not wanted:
@@ -155,7 +155,7 @@ def check_tables(conn: Connection, settings: SourceSettings, wanted: Iterable[Na
 
 
 def _missing(conn: Connection, published: Published, table: Name) -> tuple[Remark, bool]:
-    """Why a table is not among the published ones, and whether it may come nevertheless."""
+    """Why a table is not published, and whether it may still come."""
     name, where = _text(table), published.named
     row = conn.execute(
         "SELECT c.relkind::text, c.relpersistence::text, c.oid::bigint FROM pg_class c"
@@ -171,7 +171,7 @@ def _missing(conn: Connection, published: Published, table: Name) -> tuple[Remar
     kind, persistence, oid = row
     never = _NEVER.get(kind) or _NEVER.get(persistence)
     if never:
-        return Remark(f"{name} {never}: logical replication has no changes of it", "take the table instead"), False
+        return Remark(f"{name} {never}: logical replication does not cover it", "take the table instead"), False
     family = conn.execute(
         "SELECT n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE c.oid IN (SELECT relid FROM pg_partition_tree(%s::bigint::oid)"
@@ -183,7 +183,7 @@ def _missing(conn: Connection, published: Published, table: Name) -> tuple[Remar
     if instead and kind == "p":
         return Remark(
             f"{name} is partitioned, and {where} has its changes under the names of its partitions: {_some(instead)}",
-            f"{_via_root(published.publications)} gives them the name {name} (only changes from then on); or take the "
+            f"{_via_root(published.publications)} gives them the name {name}, for changes from then on; or take the "
             "partitions",
         ), False
     if instead:
@@ -199,7 +199,7 @@ def _missing(conn: Connection, published: Published, table: Name) -> tuple[Remar
 
 
 def remarks(conn: Connection, settings: SourceSettings) -> Iterator[Remark]:
-    """What may surprise who reads these publications, and what a flow that takes the table can't get past."""
+    """What may surprise a reader of these publications, and what would stop a flow."""
     published = Published(conn, settings.publication)
     for p in published.publications:
         if p.withheld:
@@ -213,8 +213,8 @@ def remarks(conn: Connection, settings: SourceSettings) -> Iterator[Remark]:
     if settings.binary == "auto" and (columns := text_columns(conn, settings.publication, by_value=True)):
         yield Remark(
             f"binary='auto': all values of all tables come as text, because of {_some_of(columns)}",
-            "leave these columns out of the publication with a column list (PostgreSQL 15), or put their tables into a "
-            "publication with a slot of its own; the values are the same either way",
+            "leave these columns out of the publication with a column list (PostgreSQL 15), or move their tables to "
+            "another publication with its own slot; the values are the same either way",
         )
 
 
@@ -234,12 +234,12 @@ def _partitions(conn: Connection, published: Published) -> Iterator[Remark]:
             yield Remark(
                 f"{_text((schema, root))} is partitioned, and its changes come under the names of its partitions: "
                 f"{_some(leaves)}",
-                f"{_via_root(owners)} has them come under the name of the partitioned table",
+                f"{_via_root(owners)} makes them come under the name of the partitioned table",
             )
 
 
 def _columns(conn: Connection, settings: SourceSettings) -> Iterator[Remark]:
-    # Column lists exist from PostgreSQL 15 on: as a key of the row's JSON they may be absent.
+    # Column lists exist from PostgreSQL 15 on. As a key of the row's JSON, attnames may be absent.
     rows = conn.execute(
         """
         SELECT p.schemaname::text, p.tablename::text, array_remove(array_agg(DISTINCT a.attname::text), NULL)
@@ -256,8 +256,8 @@ def _columns(conn: Connection, settings: SourceSettings) -> Iterator[Remark]:
         name = _text((schema, table))
         if clash := [column for column in METADATA_COLUMNS if column in columns]:
             yield Remark(
-                f"table {name} has columns with the names of metadata columns: {', '.join(clash)}. A flow stops at its "
-                "first change",
+                f"table {name} has columns with the names of metadata columns: {', '.join(clash)}. A flow stops at the "
+                "first change of it",
                 "leave them out of the publication with a column list (PostgreSQL 15), or leave the table out",
             )
         if not columns:

@@ -1,9 +1,9 @@
-"""What a refusal means: PostgreSQL's errors, and libpq's when there is no connection, as errors of ours.
+"""Turns what PostgreSQL and libpq refuse into errors of this package.
 
-A command's error carries a SQLSTATE, and that decides. The error of an attempt to connect carries none: libpq keeps it
-to itself. It does say who refused. The server's own words follow its severity and two spaces (``FATAL:  …``), and no
-text of libpq does; so the two have a table each, and each pattern is matched from the beginning of what was said. Names
-of hosts, users and databases stand further in, and never decide.
+When a command fails, its SQLSTATE decides. When a connection attempt fails there is none, because libpq keeps it to
+itself. But the text shows who refused: a server's message follows its severity and two spaces (``FATAL:  …``), and no
+text of libpq does. So there are two tables. Patterns match from the beginning of the text: names of hosts, users and
+databases come later in it and never decide.
 
 https://www.postgresql.org/docs/current/errcodes-appendix.html
 """
@@ -45,7 +45,7 @@ from pgoutput_source.settings import describe
 
 
 class _Refusal(NamedTuple):
-    """Why a connection could not be made, by how the text about it begins."""
+    """Why a connection attempt failed, recognized by how its text begins."""
 
     pattern: str
     hint: str
@@ -56,7 +56,7 @@ class _Refusal(NamedTuple):
 
 _CHECK_PASSWORD: Final = "check user name and password (in the DSN, PGPASSWORD or ~/.pgpass)"
 
-# The first that matches counts. Servers translate their texts: one that matches nothing is passed on, and tried again.
+# The first match counts. Servers translate their messages, so a text that matches nothing counts as transient.
 _BY_SERVER: Final = (
     _Refusal(
         r"the database system is |terminating connection ",
@@ -67,8 +67,8 @@ _BY_SERVER: Final = (
     _Refusal(r'("?\w+"? )?authentication failed for user |invalid authorization ', _CHECK_PASSWORD, sqlstate="28P01"),
     _Refusal(
         r"no pg_hba\.conf entry |pg_hba\.conf rejects ",
-        "let this user, database and address in with a line of pg_hba.conf, then SELECT pg_reload_conf(); logical "
-        "replication is matched by the database's name, not by the word replication",
+        "add a line to pg_hba.conf for this user, database and address, then SELECT pg_reload_conf(); logical "
+        "replication matches the database's name, not the word replication",
         sqlstate="28000",
     ),
     _Refusal(r"(no such )?database(:|.* does not exist$)", "name an existing database: dbname=…", sqlstate="3D000"),
@@ -114,11 +114,11 @@ _BY_LIBPQ: Final = (
         "check the host's name: host=…",
         transient=True,
     ),
-    # A server that goes down, or a proxy whose server is away, hangs up in the midst of the handshake.
+    # A server that is shutting down, or a proxy without its server, hangs up during the handshake.
     _Refusal(
         r"SSL SYSCALL error|SSL connection has been closed|SSL error: unexpected eof|server closed the connection|"
         r"could not (receive data|send)|lost synchronization",
-        "the server, or a proxy before it, hung up. See its log",
+        "the server, or a proxy in front of it, hung up. See its log",
         transient=True,
     ),
     _Refusal(r"fe_sendauth: |SCRAM|SASL|channel binding|password ", _CHECK_PASSWORD, sqlstate="28P01"),
@@ -130,7 +130,7 @@ _BY_LIBPQ: Final = (
     _Refusal(r"Connection refused", "is the server running, and is this its port: port=…?", transient=True),
     _Refusal(
         r"No such file or directory",
-        "no server has its unix socket there: is it running? Name its socket's folder or its address: host=…",
+        "no server has its Unix socket there: is it running? Give its socket's folder or its address: host=…",
         transient=True,
     ),
     _Refusal(
@@ -150,13 +150,13 @@ _SEVERITY: Final = re.compile(r"^[^\s:]+ ?:  ")
 
 
 def connect_error(error: psycopg.Error, dsn: str) -> ServerError:
-    """The error for a connection that could not be made.
+    """The error for a failed connection attempt.
 
-    With several hosts or addresses there were several attempts. If trying one of them again may help, it does so for
-    all; and what a server said tells more than that another one is away.
+    Several hosts or addresses mean several attempts. The whole is transient if one of them is. A server's answer is
+    reported rather than the absence of another server.
     """
     lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
-    # What is indented belongs to the line before: advice of libpq.
+    # An indented line is libpq's advice on the line before.
     tried = [line for line in lines if not line[0].isspace() and not line.startswith("Multiple connection attempts")]
     refusals = [_refusal(_ATTEMPT.sub("", line)) for line in tried]
     answered = [each for each in refusals if each in _BY_SERVER]
@@ -183,7 +183,7 @@ def _refusal(said: str) -> _Refusal:
 
 
 class _Complaint(NamedTuple):
-    """What a SQLSTATE means, in the server's answer to a command or in the midst of the stream."""
+    """What a SQLSTATE means, in the answer to a command or within the stream."""
 
     kind: type[ServerError]
     hint: str | None = None
@@ -192,35 +192,35 @@ class _Complaint(NamedTuple):
 _COMPLAINTS: Final = {
     "42501": _Complaint(NotConfigured, "the role needs the REPLICATION attribute (ALTER ROLE … REPLICATION)"),
     "53300": _Complaint(NotConfigured, "end other sessions, or raise max_connections or max_wal_senders"),
-    "53400": _Complaint(NotConfigured, "drop a slot that nobody uses, or raise max_replication_slots and restart"),
+    "53400": _Complaint(NotConfigured, "drop an unused slot, or raise max_replication_slots and restart the server"),
     "55006": _Complaint(SlotInUse, ONE_PROCESS),
-    "25006": _Complaint(NotConfigured, "a standby can't write: do this on the primary, and it follows here"),
+    "25006": _Complaint(NotConfigured, "a standby is read-only: do this on the primary, and the standby will follow"),
     "55000": _Complaint(SlotError, None),
     "58P01": _Complaint(SlotLost),
 }
 
 _UNDECODABLE: Final = {
     "22021": "the database holds bytes that are not text in its encoding, and the server can't send them",
-    "XX000": "if a value has more than 512 MB, text can't carry it, and binary='on' can",
+    "XX000": "if a value is larger than 512 MB, text can't carry it, but binary='on' can",
 }
-"""Why a server fails on what it decodes, by SQLSTATE."""
+"""Why a server fails to decode, by SQLSTATE."""
 
 _FAILING_FILTER: Final = "a row filter of the publication probably fails on a row"
-"""The reason where the server names none: nothing else of the user's runs while it decodes."""
+"""The reason when the server names none: no other code of the user runs during decoding."""
 
 _GONE: Final = ("08", "57P")
-"""Of any command: the connection or the server is going."""
+"""For any command: the connection or the server is going away."""
 
 _STREAM_BROKE: Final = ("40", "53", "57")
-"""Of the stream as well: a standby's conflict with recovery, lack of resources, an operator."""
+"""For the stream too: a standby's recovery conflict, lack of resources, an operator's intervention."""
 
 
 def server_error(
     error: psycopg.Error, *, slot: str | None = None, publications: Iterable[str] = (), streaming: bool = False
 ) -> ServerError | ProtocolError:
-    """The error for what the server answered to a command, or with `streaming` said in the midst of the stream.
+    """The error for the server's answer to a command or, with `streaming`, for an error within the stream.
 
-    `transient` is set on the `ConnectionFailed` that stands for a lost connection.
+    A lost connection is a `ConnectionFailed` with `transient` set.
     """
     code = error.sqlstate
     said = error.diag.message_primary or " ".join(str(error).split())
@@ -229,7 +229,7 @@ def server_error(
     lsn = Lsn(where[-1]) if where else None
     of_slot = f"slot {slot!r}: " if slot else ""
     if code == "08P01":
-        return ProtocolError(f"{of_slot}the server did not understand: {said}", lsn=lsn)
+        return ProtocolError(f"{of_slot}the server did not understand the request: {said}", lsn=lsn)
     if code is None or code.startswith(_GONE) or (streaming and code.startswith(_STREAM_BROKE)):
         lost = ConnectionFailed(f"{of_slot}the connection was lost: {said}", hint="see the server's log", lsn=lsn)
         lost.sqlstate, lost.transient = code, True
@@ -252,17 +252,17 @@ def server_error(
 
 @contextmanager
 def explained(slot: str | None = None) -> Iterator[None]:
-    """What psycopg raises in here is raised as an error of ours.
+    """Raise psycopg's errors as errors of this package.
 
     Args:
-        slot: The slot that the commands are about, for the message.
+        slot: The slot that the commands concern, for the message.
     """
     try:
         yield
     except psycopg.Error as e:
         raise server_error(e, slot=slot) from e
     except (ServerError, ProtocolError) as e:
-        # A cursor has explained it already, and did not know of the slot.
+        # A cursor explained it already, without knowing the slot.
         cause = e.__cause__
         if slot is not None and isinstance(cause, psycopg.Error) and cause.sqlstate is not None:
             raise server_error(cause, slot=slot) from cause
@@ -270,7 +270,7 @@ def explained(slot: str | None = None) -> Iterator[None]:
 
 
 def passing(error: Exception) -> bool:
-    """Whether what was refused now may be had later: the server is away, busy or about to be up."""
+    """Whether trying again later may help: the server is away, busy or starting up."""
     if isinstance(error, ConnectionFailed):
         return error.transient
     return isinstance(error, ServerError) and (error.sqlstate or "").startswith(("53", "57"))

@@ -1,4 +1,4 @@
-"""What to do next, as SQL or as a command: the hints that several errors share."""
+"""Hints that several errors share: what to do next, as SQL or as a command."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ ONE_PROCESS: Final = "only one process can stream from a slot: stop the other on
 """The remedy for a slot in use."""
 
 NO_POOLER: Final = (
-    "a connection pooler such as PgBouncer, or a load balancer, seems to stand in between. Replication needs the "
-    "server itself: connect to PostgreSQL's own host and port"
+    "there seems to be a connection pooler such as PgBouncer, or a load balancer, in between. Replication needs a "
+    "direct connection: use PostgreSQL's own host and port"
 )
-"""The remedy where what answers does not behave like one PostgreSQL server."""
+"""The remedy when the peer does not behave like a single PostgreSQL server."""
 
 
 def quote_name(name: str) -> str:
-    """A name as PostgreSQL's SQL and its list of publications want it."""
+    """A quoted name, for SQL and for the option publication_names."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def resync_hint(slot: str) -> str:
-    """How to resume after a gap, the same words wherever there is one."""
+    """How to resume after a gap, in the same words everywhere."""
     return (
-        f"python -m pgoutput_source resync --slot {slot} --recovery … says what is missing and how to repair it, and "
-        "with --yes has the flow go on after the gap"
+        f"python -m pgoutput_source resync --slot {slot} --recovery … shows what is missing and how to repair it; "
+        "with --yes it makes the flow resume after the gap"
     )
 
 
 def missing_slot_hint(slot: str, missing: Iterable[str], existing: Sequence[str] = ()) -> str:
-    """The SQL to run, in the order that matters: the stream fails if the slot is older than the publication.
+    """The SQL to run, in this order: the stream fails if the slot is older than the publication.
 
     Args:
-        slot: The slot that is missing.
-        missing: The publications that are missing, too.
-        existing: The publications that the database has.
+        slot: The missing slot.
+        missing: The publications that are missing too.
+        existing: The publications that exist in the database.
     """
     missing = list(missing)
     make = [f"CREATE PUBLICATION {quote_name(name)} FOR ALL TABLES;  -- or FOR TABLE …" for name in missing]
     make.append(f"SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput');")
     rather = f"{_rather(missing, existing)}; otherwise " if missing and existing else ""
-    return f"{rather}the publication first, then the slot, or use create=True:\n  " + "\n  ".join(make)
+    return f"{rather}create the publication first, then the slot, or use create=True:\n  " + "\n  ".join(make)
 
 
 def missing_publication_hint(slot: str, missing: Sequence[str], existing: Sequence[str] = ()) -> str:
     """A publication must have existed at the slot's position: creating it now does not help an older slot.
 
-    Where the database has publications, the name may be a typing error, and nothing that drops the slot is proposed.
+    If the database has publications, the name may be a typo. Then the hint does not propose to drop the slot.
 
     Args:
-        slot: The slot that is there.
-        missing: The publications that are missing.
-        existing: The publications that the database has.
+        slot: The existing slot.
+        missing: The missing publications.
+        existing: The publications that exist in the database.
     """
     make = [f"CREATE PUBLICATION {quote_name(name)} FOR ALL TABLES;  -- or FOR TABLE …" for name in missing]
     if existing:
@@ -69,11 +69,11 @@ def missing_publication_hint(slot: str, missing: Sequence[str], existing: Sequen
 
 
 def newer_publication_hint(slot: str | None) -> str:
-    """The publication exists, or did when the stream began, but not yet at the slot's position."""
+    """The publication exists, or did when the stream began, but it is younger than the slot's position."""
     slot = slot or "…"
     return (
-        "a publication must be older than the slot, and this one was created, or dropped and recreated, after what the "
-        "slot holds was written. Read what it holds with the publication of then; or give it up: "
+        "a publication must be older than the changes that the slot holds, and this one was created, or dropped and "
+        "recreated, after them. Read these changes with the earlier publication, or give them up: "
         f"SELECT pg_replication_slot_advance('{slot}', pg_current_wal_lsn()). {resync_hint(slot)}"
     )
 
@@ -81,9 +81,9 @@ def newer_publication_hint(slot: str | None) -> str:
 def skip_hint(slot: str | None) -> str:
     """How to get past a transaction that the server fails to decode."""
     return (
-        "it fails again each time. If what it fails on can't be repaired, skip the transaction, and lose its changes: "
+        "it will fail every time. If the cause can't be repaired, skip the transaction and lose its changes: "
         f"SELECT pg_replication_slot_advance('{slot or '…'}', …) to a position after its commit, which pg_walinspect "
-        "shows; pg_current_wal_lsn() is after all that was committed so far"
+        "shows; pg_current_wal_lsn() is after everything committed so far"
     )
 
 

@@ -1,4 +1,4 @@
-"""Replication slots: what `pg_replication_slots` says of one, whether it can be used, and how to create it.
+"""Replication slots: what `pg_replication_slots` shows, and how to create one.
 
 https://www.postgresql.org/docs/current/view-pg-replication-slots.html
 """
@@ -28,12 +28,12 @@ _DUPLICATE_OBJECT: Final = "42710"
 
 
 _WAITS: Final = {
-    False: "creating slot %r waits for the transactions that were running: "
+    False: "creating slot %r waits for the transactions that are running: "
     "SELECT pid, xact_start, state, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL",
-    True: "creating slot %r waits for the primary to say which transactions run. Run there: "
+    True: "creating slot %r waits for the primary to log its running transactions. Run there: "
     "SELECT pg_log_standby_snapshot()",
 }
-"""On a primary, and on a standby."""
+"""The log line while a slot is being created, by whether the server is a standby."""
 
 
 _LOG_EVERY = 5.0  # seconds
@@ -41,9 +41,9 @@ _LOG_EVERY = 5.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class SlotState:
-    """A replication slot as `pg_replication_slots` shows it; what the server's version has no column for is None.
+    """A replication slot as `pg_replication_slots` shows it. Columns that the server's version lacks are None.
 
-    `invalidation` is the reason why the slot can't be used any more, such as "wal_removed" or "idle_timeout".
+    `invalidation` is why the slot can't be used any more, such as "wal_removed" or "idle_timeout".
     """
 
     name: str
@@ -67,7 +67,7 @@ class SlotState:
         def lsn(name: str) -> Lsn | None:
             return None if row.get(name) is None else Lsn(str(row[name]))
 
-        # 17 names the reason, 16 knows only that a conflict with recovery was one, before that the WAL was the only.
+        # 17 names the reason. 16 only tells whether it was a recovery conflict. Before 16 only lost WAL invalidates.
         invalidation = row.get("invalidation_reason")
         if invalidation is None and row.get("conflicting"):
             invalidation = "conflict with recovery"
@@ -93,19 +93,19 @@ class SlotState:
 
 
 def slot_state(conn: Connection, slot: str) -> SlotState | None:
-    """The slot, None if there is none of this name."""
+    """The slot; None if there is none of this name."""
     with conn.cursor(row_factory=dict_row) as cursor, explained(slot):
         row = cursor.execute("SELECT * FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone()
     return None if row is None else SlotState._of(row)
 
 
 def create_slot(conn: Connection, slot: str, *, failover: bool = False) -> None:
-    """Create the slot; nothing happens if there is one of this name.
+    """Create the slot, unless one of this name exists.
 
     Args:
         conn: In autocommit mode.
         slot: Its name.
-        failover: Whether standbys keep a copy of it; from PostgreSQL 17 on.
+        failover: Whether to synchronize it to standbys; from PostgreSQL 17 on.
 
     Raises:
         NotConfigured: The role may not do this, or all slots are in use.
@@ -126,7 +126,7 @@ def create_slot(conn: Connection, slot: str, *, failover: bool = False) -> None:
 
 @contextmanager
 def _patience(message: str, *arguments: object) -> Iterator[None]:
-    """Repeat a line in the log while the body takes its time."""
+    """Log a line every few seconds while the body runs."""
     done = threading.Event()
 
     def say() -> None:

@@ -1,4 +1,4 @@
-"""Which database system a connection leads to, and where its WAL ends.
+"""Identifies the server of a connection, and tells where its WAL ends.
 
 https://www.postgresql.org/docs/current/functions-info.html
 """
@@ -16,9 +16,9 @@ _FLUSH_PATIENCE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Which server this is: what must stay the same between a resume state and the slot that it resumes with.
+    """The identity of a server: a resume state and the slot that it resumes must agree on it.
 
-    `lsn` is where its WAL ended when it was asked.
+    `lsn` is the end of the WAL at the time of the query.
     """
 
     system_id: str
@@ -30,7 +30,7 @@ class System:
 
 def identify(conn: Connection) -> System:
     """System identifier, timeline, database and the end of the WAL."""
-    # A primary names the file it writes to after its timeline; the control file lags behind until a checkpoint.
+    # A primary names its current WAL file after its timeline. The control file lags until the next checkpoint.
     row = one_row(
         conn,
         """
@@ -54,10 +54,10 @@ def setting(conn: Connection, name: str) -> str:
 
 
 def current_lsn(conn: Connection) -> Lsn:
-    """A position that a stream is sure to reach, with everything at or below it that was committed before the call.
+    """A position that a stream is sure to reach. Everything committed before the call is at or before it.
 
-    It is flushed: a stream gets WAL only then, and commits with synchronous_commit = off are flushed a moment later.
-    On a standby it is what was replayed.
+    It is flushed, because a stream gets only flushed WAL, and a commit with synchronous_commit = off is flushed a
+    moment later. On a standby it is the last replayed position.
     """
     standby, now, page, segment = one_row(
         conn,
@@ -76,8 +76,8 @@ def current_lsn(conn: Connection) -> Lsn:
         if waited > _FLUSH_PATIENCE:
             break
         if waited > 0.5 and not pushed:
-            # The last record may be of a transaction that is still open, and nothing has made it be flushed: the WAL
-            # writer looks only as far as commits. A transaction that gets a number and writes nothing is one.
+            # The last record may belong to an open transaction, and nothing flushes it: the WAL writer goes only as far
+            # as the last commit. A transaction that takes an xid and writes nothing moves that on.
             pushed = True
             conn.execute("SELECT pg_current_xact_id()")
         time.sleep(0.01)
@@ -85,10 +85,10 @@ def current_lsn(conn: Connection) -> Lsn:
 
 
 def _before_page_header(lsn: Lsn, page: int, segment: int) -> Lsn:
-    """The end of the last record, where the insert position stands after the header of a page still without one.
+    """The end of the last record, if the insert position is just after the header of a page that is still empty.
 
-    The next record would begin there, so that is what the server names; but what a stream reports is ends of records,
-    and it would get to such a position only with the next record.
+    The server reports where the next record will begin, after that header. A stream reports the ends of records, so it
+    would reach that position only with the next record.
 
     >>> _before_page_header(Lsn("0/3000028"), 8192, 16 << 20), _before_page_header(Lsn("0/3002018"), 8192, 16 << 20)
     (Lsn('0/3000000'), Lsn('0/3002000'))

@@ -1,7 +1,7 @@
-"""What the catalogue knows of a table and the wire does not say: its primary key, and which columns are never NULL.
+"""What the catalogue knows about a table and the wire does not say: its primary key, and which columns are NOT NULL.
 
-The catalogue is that of now, and a stream is older: what it says counts only for the version of a table that it
-describes.
+The catalogue shows the present, and a stream lags behind it. So its facts count only for the version of the table that
+it still describes.
 
 https://www.postgresql.org/docs/current/catalog-pg-attribute.html
 """
@@ -17,10 +17,10 @@ from pgoutput_source.protocol import messages
 
 
 def table_facts(connection: Connection, schema: TableSchema) -> TableFacts | None:
-    """What the catalogue knows of a version of a table, None unless it describes this very version.
+    """What the catalogue knows about a version of a table; None unless it still describes that version.
 
-    The catalogue is that of now. A column list leaves columns out, so what the Relation message brought must be found
-    in the catalogue in the same order; what it says of the replica identity must be so there too.
+    A column list leaves columns out. So the columns of the Relation message must be among those of the catalogue, in
+    the same order, and the replica identity must be the same.
     """
     rows = connection.execute(
         "SELECT c.relreplident::text, a.attname::text, a.atttypid::bigint, a.atttypmod, a.attnotnull,"
@@ -52,7 +52,7 @@ def table_schema(connection: Connection, table: str, relations: Relations) -> Ta
     Args:
         connection: An ordinary connection.
         table: Schema and table: ``public.orders``.
-        relations: Where the types of its columns are looked up.
+        relations: Looks up the types of its columns.
 
     Raises:
         ConfigurationError: There is no such table.
