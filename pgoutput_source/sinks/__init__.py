@@ -1,4 +1,4 @@
-"""Destinations, one a file, each with its guarantee in the first paragraph of its class."""
+"""Destinations, one per file. Each class states its guarantee in its first paragraph."""
 
 from __future__ import annotations
 

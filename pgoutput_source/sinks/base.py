@@ -1,14 +1,15 @@
-"""`TwoPhaseSink`: what an exactly-once destination of your own is made of, five methods.
+"""`TwoPhaseSink`: write five methods, and your destination is exactly-once.
 
-Two phases, because an epoch whose rows were written may still be lost, and then they come again. At the end of an epoch
-its items are *staged*: durable at the destination, invisible to its readers. After the gate, when the epoch is durable
-in the whole cluster, they are *published*. A crash leads back to one of these:
+There are two phases because an epoch can still be lost after its rows were written, and then they are delivered again.
+At the end of an epoch its items are *staged*: durable at the destination, invisible to its readers. After the gate,
+when the epoch is durable in the whole cluster, they are *published*. After a crash the next start finds one of these
+cases:
 
-    before the epoch is durable       its items come again: discarded
-    durable, not yet published        its token is in the resume state: published
-    published                         it is no longer staged, and the destination says that it was published
-    in the state, and neither         somebody removed what was staged: an error
-    no resume state                   the source's state says whether its items come again: see `gate`
+    the epoch never became durable    its items will be delivered again: discard them
+    durable, not yet published        its token is in the resume state: publish them
+    published                         nothing is staged, and the destination knows the token as published
+    token in the state, but neither   somebody removed the staged items: an error
+    no resume state                   the source's state tells whether the items will be delivered again: see `gate`
 """
 
 from __future__ import annotations
@@ -32,31 +33,31 @@ State: TypeAlias = dict[str, Any]
 
 STATE_VERSION: Final = 1
 
-_UNPROVEN: Final = "-unproven"  # ends a token of a process without a gate
-_NAMED: Final = re.compile(r"r[0-9a-f]+-\d+")  # the gate's name of an epoch
+_UNPROVEN: Final = "-unproven"  # suffix of tokens from a process without a gate
+_NAMED: Final = re.compile(r"r[0-9a-f]+-\d+")  # the gate's name for an epoch
 
 
 class TwoPhaseSink(FixedPartitionedSink[Item, State], ABC, Generic[Item]):
-    """A base for exactly-once sinks: with recovery (``-r``) every item is published once, whatever crashes when.
+    """A base for exactly-once sinks: with recovery (``-r``) every item is published once, whatever crashes and when.
 
-    Without recovery nothing that came from the source is lost, and items may be published twice after a crash. There is
-    no parallelism: one partition writes. Items wait in memory for the end of their epoch (``-s``).
+    Without recovery nothing that came from the source is lost, but a crash may publish items twice. There is no
+    parallelism: one partition writes. Items wait in memory for the end of their epoch (``-s``).
 
-    An epoch has a *token*: a short text of letters, digits and dashes, never used twice, that sorts after those of
-    earlier epochs. Write five methods that put its items away under the token, and find them again:
+    Each epoch has a *token*: a short text of letters, digits and dashes. It is never used twice, and sorts after the
+    tokens of earlier epochs. Write five methods that store an epoch's items under its token:
 
-    - `stage` makes them durable, where readers don't look;
-    - `publish` shows them, all or none; published once more, it does nothing;
-    - `discard` removes them; so does `discard` of what is half staged;
-    - `staged` lists the tokens that are staged and neither published nor discarded;
-    - `published` says whether a token was published: then a start proves that nothing of the resume state was lost.
+    - `stage` makes the items durable where readers don't look;
+    - `publish` makes them visible, all or none; called again, it does nothing;
+    - `discard` removes them, also if they are only half staged;
+    - `staged` lists the tokens that are staged but neither published nor discarded;
+    - `published` tells whether a token was published, so that a start can prove that no staged items were lost.
 
-    The methods are called one at a time, but by different threads, and `publish` also after the flow has ended: a
-    connection that belongs to a thread is opened in each of them. What they raise stops the flow, nothing is
-    acknowledged, and the next start continues here. A destination belongs to one sink of one running flow.
+    The methods are called one at a time but from different threads, and `publish` even after the flow has ended. So if
+    a connection belongs to a thread, open one in each method. If a method raises, the flow stops, nothing is
+    acknowledged, and the next start tries again. A destination belongs to one sink of one running flow.
 
     Example:
-        Rows into SQLite, and their number after a crash that came before the gate:
+        Rows in SQLite, with a crash before the gate:
 
         >>> import contextlib, os, sqlite3, tempfile
         >>> class SqliteSink(TwoPhaseSink[tuple]):
@@ -105,37 +106,37 @@ class TwoPhaseSink(FixedPartitionedSink[Item, State], ABC, Generic[Item]):
 
     @abstractmethod
     def stage(self, token: str, items: list[Item]) -> None:
-        """Make `items`, which are in order and at least one, durable under `token`, invisible to readers."""
+        """Make `items` durable under `token`, invisible to readers. They are in order, and there is at least one."""
 
     @abstractmethod
     def publish(self, token: str) -> None:
-        """Show what was staged under `token`, all or none; a second time does nothing."""
+        """Make the items staged under `token` visible, all or none. A second call does nothing."""
 
     @abstractmethod
     def discard(self, token: str) -> None:
-        """Remove what was staged under `token`: its items come again."""
+        """Remove the items staged under `token`. They will be delivered again."""
 
     @abstractmethod
     def staged(self) -> Iterable[str]:
-        """The tokens of all that is staged, whole or in part, and neither published nor discarded."""
+        """The tokens that are staged, wholly or partly, and neither published nor discarded."""
 
     def published(self, token: str) -> bool | None:
-        """Whether `token` was published: the latest at least must be known.
+        """Whether `token` was published. The destination must know at least the latest one.
 
-        A token of the resume state that is neither staged nor published was lost, and the flow does not start. Without
-        this method, or where it returns None, such a loss can't be told from a token that was published.
+        If a token of the resume state is neither staged nor published, its items were lost, and the flow does not
+        start. Without this method, or when it returns None, such a loss goes unnoticed.
         """
         return None
 
     def first(self, token: str) -> tuple[str, tuple[int, int]] | None:
-        """The slot and the position of the first change that is staged under `token`, if they can be told.
+        """The slot and the position of the first change staged under `token`, if known.
 
-        It is asked only of what version 0.1.0 staged for a step that has no state.
+        Only needed for what version 0.1.0 staged for a step that has no state.
         """
         return None
 
     def list_parts(self) -> list[str]:
-        """One, always of this name: it keys the resume state."""
+        """One partition. Its name never changes: it is the key of the resume state."""
         self._built = False
         gate.expect(self, self._settle)
         return ["two-phase"]
@@ -143,20 +144,20 @@ class TwoPhaseSink(FixedPartitionedSink[Item, State], ABC, Generic[Item]):
     _built = False
 
     def _settle(self) -> None:
-        """Publish what an earlier run left staged, although no item has come in this one: before PostgreSQL forgets."""
+        """Publish what an earlier run left staged before PostgreSQL forgets it, although no item came in this run."""
         if not self._built:
             for token in sorted(self.staged()):
-                # Without a gate it was another process, and may be again.
+                # Another process, without a gate, staged an unproven token, and may own the sink again.
                 if not token.endswith(_UNPROVEN) and _never_again(self, token, None):
                     logger.info("publishing %s, which an earlier run left staged", token)
                     self.publish(token)
 
     def part_fn(self, item_key: str) -> int:
-        """Every key goes to the one partition."""
+        """Every key goes to the single partition."""
         return 0
 
     def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _TwoPhasePartition[Item]:
-        """Settle what an earlier run left staged.
+        """Publish or discard what an earlier run left staged.
 
         Raises:
             StateError: The resume state is of another version.
@@ -165,7 +166,7 @@ class TwoPhaseSink(FixedPartitionedSink[Item, State], ABC, Generic[Item]):
 
 
 class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
-    """Knows which epochs are staged and not yet published. What the gate looks at changes only under its lock."""
+    """Knows which epochs are staged and not yet published. What the gate reads changes only under its lock."""
 
     def __init__(self, sink: TwoPhaseSink[Item], step_id: str, resume: State | None) -> None:
         if resume is not None:
@@ -173,8 +174,8 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
         self.sink = sink
         sink._built = True
         self.step_id = step_id
-        # Each run has its own: the state of an epoch that never became durable may be given to a later run as the last
-        # before its own, and must not list a token that was used again.
+        # Each run has its own lineage. A later run may resume from the state of an epoch that never became durable, and
+        # that state must not list a token that another epoch used again.
         before = 0 if resume is None else int(resume["lineage"], 16)
         self.lineage: str = f"{max(time.time_ns(), before + 1):016x}"
         self.next: int = 1
@@ -192,9 +193,9 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
         gate.register(self)
 
     def _settle(self) -> None:
-        """Prove that nothing of the state was lost, and decide about all else that is staged.
+        """Prove that nothing in the state was lost, and publish or discard everything else that is staged.
 
-        Most of it only the gate knows, once the sources are open.
+        Mostly only the gate can decide that, once the sources are open.
         """
         if self.settled:
             return
@@ -212,7 +213,7 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
 
     def _prove(self, token: str) -> None:
         published = self.sink.published(token)
-        # The state may be of an epoch that never became durable, whose items have come again.
+        # The state may be of an epoch that never became durable, whose items were delivered again.
         if published or (_NAMED.fullmatch(token) and gate.durable(token) is False):
             return
         if published is None:
@@ -221,15 +222,15 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
         if token.endswith(_UNPROVEN):
             logger.warning(
                 "%s has %s neither staged nor published: it was lost, or its epoch never became durable and its items "
-                "have come again. Only a process with a source can tell",
+                "were delivered again. Only a process with a source can tell",
                 self.sink,
                 token,
             )
             return
         raise SinkError(
-            f"step {self.step_id!r}: {token} is in the resume state, and neither staged nor published in {self.sink}",
-            hint="what was staged was removed, and its items do not come again. Put it back; or start afresh: a new "
-            "destination, recovery folder and slot",
+            f"step {self.step_id!r}: {token} is in the resume state, but neither staged nor published in {self.sink}",
+            hint="the staged items were removed, and will not be delivered again. Put them back; or start afresh with "
+            "a new destination, recovery folder and slot",
         )
 
     # -- Bytewax calls these ------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
 
     def snapshot(self) -> State:
         with gate.lock:
-            # A snapshot proves the one before. With a gate in this process that was published already.
+            # A snapshot proves that the one before is durable. If this process has a gate, it is published already.
             self.committed()
             if self.items:
                 token = self._token()
@@ -255,7 +256,7 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
             self.next += 1
             return token
         run, _, number = gate.epoch().rpartition("-")
-        # Once its source has ended, the gate counts no further.
+        # The gate stops counting once its source has ended.
         self.next = max(self.next, int(number))
         token = f"{run}-{self.next:08d}"
         self.next += 1
@@ -264,7 +265,7 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
     def close(self) -> None:
         with gate.lock:
             if self.tokens and not self.items and gate.finishing():
-                # The last epoch is not durable yet: it is published when the run has returned.
+                # The last epoch is not durable yet. It is published after the run returns.
                 gate.ended(self)
             else:
                 gate.unregister(self)
@@ -279,13 +280,13 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
             del self.tokens[0]
 
     def drain(self) -> None:
-        """Nothing: what is committed is published already."""
+        """Do nothing: what is committed is published already."""
 
 
 def _never_again(sink: TwoPhaseSink[Any], token: str, listed: list[str] | None) -> bool:
-    """Whether items that are staged, under a token that is not `listed` in the resume state, will not come again."""
+    """Whether items staged under a token that is not `listed` in the resume state will not be delivered again."""
     if token.endswith(_UNPROVEN):
-        # Without a gate, and without a resume state, nobody knows whether PostgreSQL has been told to forget it.
+        # Without a gate and a resume state, nobody knows whether the items were acknowledged to PostgreSQL.
         return listed is None
     if _NAMED.fullmatch(token):
         durable = gate.durable(token)
@@ -300,7 +301,7 @@ def _never_again(sink: TwoPhaseSink[Any], token: str, listed: list[str] | None) 
         return True
     raise SinkError(
         f"{sink} holds {token}, which an earlier run staged, for a step that has no resume state: nothing tells "
-        "whether its items come again",
-        hint="if the step or the flow was renamed, start it once under the old name. Otherwise decide what is to be "
-        "done with what is staged, and remove it",
+        "whether its items will be delivered again",
+        hint="if the step or the flow was renamed, start it once under the old name. Otherwise decide what to do with "
+        "the staged items, and remove them",
     )

@@ -1,8 +1,8 @@
-"""`IpcSink`: Arrow batches into a folder of Arrow IPC stream files, exactly once, with no more work than a copy.
+"""`IpcSink` writes Arrow batches to a folder of Arrow IPC stream files, exactly once, with no more work than a copy.
 
-    out/orders/r00018c3f9a1b2c3d-00000007-0000.arrows             published: whole, committed, never changed again
+    out/orders/r00018c3f9a1b2c3d-00000007-0000.arrows             published: complete, committed, never changed again
     out/orders/_published                                          the last token that was published
-    out/orders/_staging/r00018c3f9a1b2c3d-00000008-0000.arrows    staged: whole and synced; its epoch may still be lost
+    out/orders/_staging/r00018c3f9a1b2c3d-00000008-0000.arrows    staged: complete and synced; its epoch may be lost yet
 
 https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format
 """
@@ -24,23 +24,23 @@ from pgoutput_source.sinks.items import Item, record_batches
 
 SUFFIX = ".arrows"
 PUBLISHED = "_published"
-"""The file in the folder that names the last token that was published."""
+"""The file in the folder that names the last published token."""
 
 
 class IpcSink(TwoPhaseSink[Item]):
     """Arrow batches as Arrow IPC stream files in a folder.
 
     There is no parallelism: one partition writes the folder. With recovery (``-r``) every row is in exactly one
-    published file. Without it nothing that came from the source is lost, and rows may be there twice after a crash.
-    Readers see only whole files of committed epochs, which never change: ``folder/*.arrows``.
+    published file. Without it nothing that came from the source is lost, but a crash may write rows twice. Readers see
+    only complete files of committed epochs, which never change: ``folder/*.arrows``.
 
-    An epoch becomes one file for each Arrow schema in it, so a version of a table never shares a file with another, and
-    names sort in the order of the epochs. Rows are as they are in memory: types, dictionaries and metadata stay, and
-    ``pa.ipc.open_stream(file)`` maps them. It suits a reader that wants each epoch at once. What is to be kept for long
-    is smaller, and in fewer files, with `ParquetSink`.
+    An epoch becomes one file per Arrow schema, so that two versions of a table never share a file. File names sort in
+    the order of the epochs. Rows keep their layout in memory, with types, dictionaries and metadata, and
+    ``pa.ipc.open_stream(file)`` maps them. This suits a reader that wants each epoch at once. For long-term storage
+    `ParquetSink` writes fewer and smaller files.
 
     Args:
-        folder: The folder; it is created when the first batch comes.
+        folder: The folder. It is created when the first batch arrives.
 
     Example:
         >>> IpcSink("out/orders")
@@ -55,7 +55,7 @@ class IpcSink(TwoPhaseSink[Item]):
         return f"IpcSink({str(self.folder)!r})"
 
     def stage(self, token: str, items: list[Item]) -> None:
-        """Write one file for each schema into the staging folder."""
+        """Write one file per schema into the staging folder."""
         with explained("can't stage in", self.staging):
             self.staging.mkdir(parents=True, exist_ok=True)
             for number, batches in enumerate(_by_schema(items, self)):
@@ -70,24 +70,24 @@ class IpcSink(TwoPhaseSink[Item]):
             sync(self.staging)
 
     def publish(self, token: str) -> None:
-        """Move its files to where readers look, first the first."""
+        """Move its files to where readers look, in order."""
         with explained("can't publish in", self.folder):
             for file in self._files(token):
                 target = self.folder / file.name
                 if target.exists():
                     raise SinkError(
                         f"{self.folder} is ahead of the recovery folder: {target.name} is there already",
-                        hint="an old recovery folder was restored. Start afresh with a new folder for the files",
+                        hint="an old recovery folder was restored. Start afresh with a new output folder",
                     )
                 file.rename(target)
             sync(self.folder)
-            # Whoever reads the files may move them away.
+            # Readers may move the files away, so their names alone don't prove what was published.
             record = self.folder / f"{PUBLISHED}{WRITING}"
             record.write_text(token)
             record.rename(self.folder / PUBLISHED)
 
     def published(self, token: str) -> bool | None:
-        """Whether it is the last that was published, or its files are in the folder."""
+        """Whether it is the last published token, or its files are in the folder."""
         with explained("can't read", self.folder):
             record = self.folder / PUBLISHED
             if (record.exists() and record.read_text() == token) or any(self.folder.glob(f"{token}-????{SUFFIX}")):
@@ -114,7 +114,7 @@ class IpcSink(TwoPhaseSink[Item]):
                 file.unlink()
 
     def staged(self) -> Iterable[str]:
-        """The tokens in the names of the staged files; what a crash left half-written is deleted."""
+        """The tokens in the names of the staged files. Files that a crash left half-written are deleted."""
         with explained("can't clean", self.staging):
             for file in self.staging.glob(f"*{WRITING}"):
                 file.unlink()

@@ -1,4 +1,4 @@
-"""What a sink of Arrow batches takes."""
+"""What sinks of Arrow batches accept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Item: TypeAlias = ChangeBatch | pa.RecordBatch | pa.Table
 
 
 def record_batches(item: Any, sink: object) -> Iterator[pa.RecordBatch]:
-    """The batches of an item.
+    """The record batches in an item.
 
     Raises:
         SinkError: `sink` got something else.

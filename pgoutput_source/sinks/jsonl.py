@@ -1,4 +1,4 @@
-"""`JsonLinesSink`: changes, events and rows as lines of JSON, at least once, into a file or onto standard output."""
+"""`JsonLinesSink` writes changes, events and rows as lines of JSON, at least once, to a file or standard output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pgoutput_source.parquet.place import explained, local_path, need_file
 
 Item: TypeAlias = ChangeBatch | ChangeEvent | pa.RecordBatch | pa.Table | Mapping[str, Any]
 
-_TOGETHER: Final = 4096  # rows that become Python objects at once
+_TOGETHER: Final = 4096  # how many rows become Python objects at once
 _TAIL: Final = 1 << 16
 
 _Row: TypeAlias = dict[str, str]
@@ -32,20 +32,20 @@ _name = lru_cache(1024)(exact_json.dumps)
 
 
 class JsonLinesSink(FixedPartitionedSink[Item, None]):
-    r"""Lines of JSON, UTF-8, at least once: after a crash those of the epochs that were not yet durable come again.
+    r"""Lines of JSON in UTF-8, at least once: after a crash the lines of epochs that were not yet durable come again.
 
-    There is no parallelism: one partition writes all lines, in order. A file is only ever appended to, and synced at
-    the end of each epoch before PostgreSQL may forget what is in it; a line that a crash tore is removed by the next
-    start. Standard output is flushed, and what reads it is on its own. Who wants each change once drops the lines whose
-    position (`_commit_lsn`, `_seq`) or `message_id` came before, or uses `ParquetSink` or `TwoPhaseSink`.
+    There is no parallelism: one partition writes all lines in order. The sink only appends to its file, and syncs it at
+    the end of each epoch, before the epoch is acknowledged. The next start removes a line that a crash cut off.
+    Standard output is only flushed. To get each change once, drop lines whose position (`_commit_lsn`, `_seq`) or
+    `message_id` came before, or use `ParquetSink` or `TwoPhaseSink`.
 
-    A batch gives a line for each row, with the columns' own names. Values are lossless: numerics are strings, bytes
-    are PostgreSQL's hexadecimal text, times are ISO 8601, json and jsonb are JSON. A column that PostgreSQL did not
-    send, because its large value did not change, is absent and named in `_unchanged`; `_before`, `_unchanged` and
-    `_raw` are absent where they are null. An event gives pypgoutput's JSON, a dict its own.
+    A batch becomes one line per row, with the columns' own names. Values are lossless: numerics are strings, bytes are
+    PostgreSQL's hexadecimal text, times are ISO 8601, json and jsonb are JSON. If PostgreSQL did not send a large value
+    because it did not change, its column is absent and named in `_unchanged`. `_before`, `_unchanged` and `_raw` are
+    absent when they are null. An event becomes pypgoutput's JSON, a dict its own.
 
     Args:
-        file: A path, whose folder is created when the first item comes; None is standard output.
+        file: A path, whose folder is created when the first item arrives; None for standard output.
 
     Example:
         >>> from bytewax import operators as op
@@ -69,7 +69,7 @@ class JsonLinesSink(FixedPartitionedSink[Item, None]):
         return ["jsonl"]
 
     def part_fn(self, item_key: str) -> int:
-        """Every key goes to the one partition."""
+        """Every key goes to the single partition."""
         return 0
 
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> _Lines:
@@ -94,7 +94,7 @@ class _Lines(StatefulSinkPartition[Item, None]):
 class _StandardOutput(_Lines):
     def write(self, text: str) -> None:
         with explained("can't write to", Path("/dev/stdout")):
-            # Its encoding may be anything, that of JSON is UTF-8. A notebook's has no bytes beneath it.
+            # JSON is UTF-8, whatever the encoding of standard output. A notebook's has no buffer of bytes.
             if (buffer := getattr(sys.stdout, "buffer", None)) is not None:
                 sys.stdout.flush()
                 buffer.write(_encoded(text))
@@ -130,7 +130,7 @@ class _File(_Lines):
 
 
 def _cut(file: BinaryIO) -> None:
-    """Remove a last line without an end."""
+    """Remove an incomplete last line."""
     end = file.seek(0, os.SEEK_END)
     at = end
     while at:
@@ -146,7 +146,7 @@ def _cut(file: BinaryIO) -> None:
 
 
 def _lines(item: Item) -> Iterator[str]:
-    """The lines of an item, some thousand at a time."""
+    """The lines of an item, a few thousand at a time."""
     try:
         match item:
             case ChangeBatch():
@@ -161,11 +161,11 @@ def _lines(item: Item) -> Iterator[str]:
                 yield exact_json.dumps(dict(item)) + "\n"
             case _:
                 raise SinkError(
-                    f"a line of JSON can be made of a batch, an event or a dict, not of {type(item).__name__}",
-                    hint="map it to a dict before",
+                    f"a line of JSON can be made from a batch, an event or a dict, not from {type(item).__name__}",
+                    hint="map it to a dict before this step",
                 )
     except (TypeError, ValueError) as e:
-        raise SinkError(f"a value has no form in JSON: {e}", hint="map it to one that has before") from e
+        raise SinkError(f"a value has no form in JSON: {e}", hint="map it to one that has, before this step") from e
 
 
 def _parts(data: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -174,7 +174,7 @@ def _parts(data: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def _rows(names: Sequence[str], columns: Sequence[pa.Array], known: Mapping[str, Column]) -> list[_Row]:
-    """Rows as the JSON text of each value; `known` tells what a table's columns hold that Arrow's type does not say."""
+    """Rows as the JSON text of each value. `known` describes a table's columns beyond what their Arrow types say."""
     texts = [
         list(map(exact_json.dumps, to_python(column, known.get(name), parsed=False)))
         for name, column in zip(names, columns, strict=True)
@@ -197,7 +197,7 @@ def _changes(batch: ChangeBatch) -> Iterator[list[_Row]]:
                     found[i].pop(name, None)
         if "_before" in part.schema.names:
             before = part.column("_before")
-            # What PostgreSQL did not send of an old row, and that is all but the key unless it is FULL, is not NULL.
+            # Unless the replica identity is FULL, an old row has only the key. Other columns are absent, not NULL.
             sent = [field.name for field in before.type if field.name in own and own[field.name].key]
             there = np.flatnonzero(before.is_valid().to_numpy(zero_copy_only=False)).tolist()
             olds = before.drop_null()
@@ -218,4 +218,4 @@ def _encoded(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as e:
-        raise SinkError("a text is not Unicode: it has half of a surrogate pair", hint="repair it before") from e
+        raise SinkError("a text has half of a surrogate pair, which is not Unicode", hint="repair it before") from e

@@ -1,16 +1,16 @@
-"""`ParquetSink`: Arrow batches into a folder of Parquet files, exactly once; readers see only whole files.
+"""`ParquetSink` writes Arrow batches to a folder of Parquet files, exactly once. Readers see only complete files.
 
-Two phases. In ``snapshot()`` everything of the epoch becomes *staged* parts: complete Parquet files, synced, invisible.
-After the gate, when the epoch is durable, they are marked *committed*, and what is due is *published*: a part that is
-large is only renamed, small ones are merged until they make a file worth having. The resume state lists the parts that
-are staged or committed, so that a crash at any moment leads back to one of these phases (see `folder`):
+There are two phases. In ``snapshot()`` the epoch becomes *staged* parts: complete Parquet files, synced and invisible.
+After the gate, when the epoch is durable, they are marked *committed*. Parts that are due are *published*: a large part
+is only renamed, small parts are merged into a larger file. The resume state lists the staged and committed parts. So
+after a crash at any moment the next start finds one of these cases (see `folder`):
 
-    before the epoch is durable       its parts are not in the resume state: deleted, their rows come again
-    durable, not yet published        they are in the resume state: published when due
-    published, not yet deleted        the published file's footer lists them: deleted
-    in the state, and nowhere         somebody removed them: an error
-    no resume state                   committed parts may have been acknowledged: published; of staged ones the
-                                      source's state says whether they come again: see `gate`
+    the epoch never became durable    its parts are not in the resume state: delete them, their rows come again
+    durable, not yet published        the parts are in the resume state: publish them when due
+    published, not yet deleted        the footer of the published file lists the parts: delete them
+    in the state, but missing         somebody removed the parts: an error
+    no resume state                   committed parts may have been acknowledged: publish them; for staged parts the
+                                      source's state tells whether their rows come again: see `gate`
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ State: TypeAlias = dict[str, Any]
 STATE_VERSION: Final = 1
 
 MAX_PARTS: Final = 64
-"""Parts that wait for a common file: as many epochs, at most, are merged at once."""
+"""The most parts that wait to be merged into one file."""
 
 
 class ParquetSink(FixedPartitionedSink[Item, State]):
     """Arrow batches as Parquet files in a folder.
 
     There is no parallelism: one partition writes the folder. With recovery (``-r``) every row is in exactly one
-    published file. Without it nothing is lost, and rows may be there twice after a crash. Readers see only whole files
-    of committed epochs, which never change: ``folder/*.parquet``, `read`, or the lines of ``folder/_index.jsonl``.
+    published file. Without it nothing is lost, but a crash may write rows twice. Readers see only complete files of
+    committed epochs, which never change: ``folder/*.parquet``, `read`, or the lines of ``folder/_index.jsonl``.
 
-    A file holds rows of one Arrow schema: of one version of one table. It is published when one of the limits is
-    reached, and when a run ends; in between its rows wait, durably, in ``folder/_staging``. Names sort by the position
-    of the first change. A folder belongs to one sink of one running process, and to the database and slot that its
-    changes come from; a run over a folder that has files already continues after them.
+    A file holds rows of one Arrow schema, that is, of one version of one table. It is published when it reaches one of
+    the limits, or when the run ends. Until then its rows wait, durably, in ``folder/_staging``. File names sort by the
+    position of the first change. A folder belongs to one sink of one running process, and to the database and slot of
+    its changes. If the folder already has files, a run continues after them.
 
     Args:
-        folder: The folder; it is created when the dataflow starts.
-        max_rows: Rows in a file, up to one row group more.
-        max_bytes: Bytes in a file, up to one row group more.
+        folder: The folder. It is created when the dataflow starts.
+        max_rows: Rows in a file; it may have up to one row group more.
+        max_bytes: Bytes in a file; it may have up to one row group more.
         max_age: How long a row waits for others before it is published. Zero publishes every epoch.
-        compression: A codec's name as Parquet and Arrow write it: "zstd", "snappy", "lz4", "gzip", "brotli", "none".
+        compression: A codec, named as in Parquet and Arrow: "zstd", "snappy", "lz4", "gzip", "brotli", "none".
         compression_level: The codec's level; codecs without levels ignore it.
 
     Raises:
-        ConfigurationError: An option has no meaning.
+        ConfigurationError: An option is invalid.
 
     Example:
         >>> ParquetSink("out/orders", max_age=timedelta(seconds=10))
@@ -95,7 +95,7 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_bytes", max_bytes)):
             if value < 1:
-                raise ConfigurationError(f"{name} is {value}", hint=f"{name} is at least 1")
+                raise ConfigurationError(f"{name} is {value}", hint=f"{name} must be at least 1")
         if max_age < timedelta(0):
             raise ConfigurationError(f"max_age is {max_age}", hint="zero publishes every epoch")
         self.folder = local_path(folder)
@@ -109,20 +109,20 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         return f"ParquetSink({str(self.folder)!r})"
 
     def list_parts(self) -> list[str]:
-        """One, always of this name: it keys the resume state."""
+        """One partition. Its name never changes: it is the key of the resume state."""
         self._built = False
         gate.expect(self, self._settle)
         return ["parquet"]
 
     def _settle(self) -> None:
-        """Publish what an earlier run left committed, and find out whether the folder can be used: before any data."""
+        """Before any data arrives, check that the folder can be used, and publish what an earlier run committed."""
         if not self._built:
-            with contextlib.suppress(FolderInUse):  # by the part, which another process of the cluster has built
+            with contextlib.suppress(FolderInUse):  # by the part, in another process of the cluster
                 _ParquetPartition(self, None).close()
             self._built = False
 
     def part_fn(self, item_key: str) -> int:
-        """Every key goes to the one partition."""
+        """Every key goes to the single partition."""
         return 0
 
     def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _ParquetPartition:
@@ -137,14 +137,14 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
 
 @dataclass(slots=True)
 class _Plan:
-    """What becomes of staged parts that are not in the resume state."""
+    """What to do with staged parts that are not in the resume state."""
 
-    publish: list[Part] = field(default_factory=list)  # their rows don't come again
-    delete: list[str] = field(default_factory=list)  # they do
+    publish: list[Part] = field(default_factory=list)  # their rows will not come again
+    delete: list[str] = field(default_factory=list)  # their rows will come again
 
 
 class _ParquetPartition(StatefulSinkPartition[Item, State]):
-    """Owns the folder. What the gate looks at changes only under the gate's lock."""
+    """Owns the folder. What the gate reads changes only under the gate's lock."""
 
     def __init__(self, sink: ParquetSink, resume: State | None) -> None:
         if resume is not None:
@@ -156,9 +156,9 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
         self.closed: list[Part] = []  # of the current epoch
         self.staged: list[Part] = []  # of the last snapshot
         self.committed_parts: list[Part] = []
-        self.unsettled: list[str] = []  # staged, and not in the resume state
+        self.unsettled: list[str] = []  # staged, but not in the resume state
         self.annulled: list[str] = []
-        self.since: dict[str, float] = {}  # when the first row of each part came, by a clock that nobody sets
+        self.since: dict[str, float] = {}  # when the first row of each part arrived, by the monotonic clock
         self.ended = False
         try:
             self.lineage: str = secrets.token_hex(4) if resume is None else resume["lineage"]
@@ -182,7 +182,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
 
     def snapshot(self) -> State:
         with gate.lock:
-            # A snapshot proves the one before. With a gate in this process that was published already.
+            # A snapshot proves that the one before is durable. If this process has a gate, it is published already.
             self.committed()
         while self.open:
             self._close(self.open[0])
@@ -202,7 +202,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
             writing.abandon()
         with gate.lock:
             if complete and gate.finishing() and (self.staged or self.committed_parts):
-                # The last epoch is not durable yet, but it may be acknowledged without another call to this part.
+                # The last epoch is not durable yet. It may be acknowledged without another call to this partition.
                 self.ended = True
                 self._commit()
                 gate.ended(self)
@@ -224,7 +224,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
         if not self.ended:
             self._publish(self._groups())
             return
-        # This part was closed and has left the folder to others, who publish the same from the resume state.
+        # This partition was closed and unlocked the folder. Another owner publishes the same from the resume state.
         try:
             self.folder = Folder(self.sink.folder)
         except FolderInUse as e:
@@ -244,7 +244,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
         for start in range(0, batch.num_rows, step):
             writing = self._writing(batch.schema)
             if batch.nbytes > ROW_GROUP_BYTES and writing.waiting_rows + writing.part.rows:
-                # A very large value: a file is written as its first rows are like.
+                # A very large value gets a new file: the first rows of a file decide how it is encoded.
                 self._close(writing)
                 writing = self._writing(batch.schema)
             writing.add(batch.slice(start, step) if batch.num_rows > step else batch)
@@ -277,7 +277,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
             there = " and ".join(_origin_text(known) for known in sorted(self.known))
             raise SinkError(
                 f"{self.sink.folder} holds changes of {there}, these are of {_origin_text(origin)}",
-                hint="give each database and slot a folder of its own, or move the old files away",
+                hint="give each database and slot its own folder, or move the old files away",
                 table=(schema.metadata or {}).get(b"pg.table", b"").decode() or None,
             )
 
@@ -289,7 +289,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
         self.staged = []
 
     def _groups(self) -> list[list[Part]]:
-        """The committed parts as the files that they will make, in the order of their first part."""
+        """The committed parts, grouped into future files, in the order of each group's first part."""
         groups: list[list[Part]] = []
         growing: dict[str, list[Part]] = {}
         for part in self.committed_parts:
@@ -301,7 +301,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
         return groups
 
     def _due(self) -> list[list[Part]]:
-        """Groups that are full or old, and those of the same table before them: a table's files appear in order."""
+        """Groups that are full or old, and earlier groups of the same table: a table's files appear in order."""
         groups = self._groups()
         growing = {group[0].schema: index for index, group in enumerate(groups)}
         last: dict[str, int] = {}
@@ -315,7 +315,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
         return _rows(group) <= self.sink.max_rows and _size(group) <= self.sink.max_bytes
 
     def _large(self, part: Part) -> bool:
-        """Large enough to be a file by itself: merging it would write it twice for little."""
+        """Whether a part is large enough for its own file: merging would write it twice for little gain."""
         return part.rows * 8 >= self.sink.max_rows or part.size * 8 >= self.sink.max_bytes
 
     def _full(self, group: list[Part]) -> bool:
@@ -340,7 +340,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
     # -- resuming -----------------------------------------------------------------------------------------------
 
     def _restore(self, listed: list[Part]) -> None:
-        """Bring the folder back to the resume state."""
+        """Bring the folder in line with the resume state."""
         folder = self.folder
         folder.sweep()
         self._check_ahead()
@@ -354,12 +354,12 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
         self.since = {part.name: time.monotonic() - max(0.0, now - part.arrived) for part in waiting}
         self.known |= {part.origin for part in waiting if part.origin}
         others = [name for name in folder.staged if name not in keep]
-        # Only the gate knows of staged parts, and it does so once the sources are open.
+        # Only the gate can decide about staged parts, once the sources are open.
         self.unsettled = [name for name in others if folder.staged[name].suffix == STAGED and not gate.hosted()]
         self._settle(self._plan([name for name in others if name not in self.unsettled]))
 
     def _waiting(self, listed: list[Part]) -> list[Part]:
-        """The parts of the state that are still to be published; all are there."""
+        """The parts of the state that are still to be published; a missing one is an error."""
         folder = self.folder
         waiting = [part for part in listed if part.name not in folder.done and part.name not in folder.void]
         for part in waiting:
@@ -371,7 +371,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
         return waiting
 
     def _plan(self, names: list[str]) -> _Plan:
-        """What becomes of parts that are staged, and not in the resume state. It changes nothing."""
+        """Decide about parts that are staged but not in the resume state. Changes nothing."""
         plan = _Plan()
         for name in names:
             part = Part.read(self.folder.staged[name])
@@ -400,7 +400,7 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
             self._check_origin(writing.schema)
 
     def _never_again(self, part: Part) -> bool:
-        """Whether the rows of a part that is staged, and not in the resume state, will not come again."""
+        """Whether the rows of a part that is staged but not in the resume state will not be delivered again."""
         own = part.name.startswith(f"{self.lineage}-")
         epoch = self.folder.epoch(part.name)
         if self.folder.staged[part.name].suffix != STAGED:
@@ -412,13 +412,13 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
             return not own
         raise SinkError(
             f"{self.folder.path} holds part {part.name} with {part.rows} rows, which an earlier run staged, for a step "
-            "that has no resume state: nothing tells whether they come again",
-            hint="if the step or the flow was renamed, start it once under the old name. Otherwise decide what is to "
-            f"be done with the file in {self.folder.staging}, and remove it",
+            "that has no resume state: nothing tells whether they will be delivered again",
+            hint="if the step or the flow was renamed, start it once under the old name. Otherwise decide what to do "
+            f"with the file in {self.folder.staging}, and remove it",
         )
 
     def _annulled(self, listed: list[str]) -> list[str]:
-        """Names of annulled parts that a state which is yet to come may list; no number of them is used again."""
+        """Names of annulled parts that a later resume state may still list. Their numbers are never used again."""
         prefix = f"{self.lineage}-"
         of_state = self.next
 
@@ -433,20 +433,20 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
         ]
 
     def _check_ahead(self) -> None:
-        """Published parts that the resume state does not know yet would come twice."""
+        """Raise if published parts are newer than the resume state: their rows would come twice."""
         prefix = f"{self.lineage}-"
         known, ahead = self.next, []
         for file, entry in sorted(self.folder.entries.items()):
             numbers = [int(name.removeprefix(prefix)) for name in entry["parts"] if name.startswith(prefix)]
             if numbers and max(numbers) >= known and (self.folder.path / file).exists():
                 ahead.append(file)
-            # A number is never used twice: the index may still hold it when the file was moved away.
+            # A number is never used twice. The index may still hold the number of a file that was moved away.
             self.next = max([self.next, *(number + 1 for number in numbers)])
         if ahead:
             raise SinkError(
                 f"{self.folder.path} is ahead of the recovery folder: {ahead[0]} holds changes that will come again",
-                hint="an old recovery folder was restored, or a run that had failed published its last files. "
-                f"Move away {' and '.join(ahead)}, and start again",
+                hint="an old recovery folder was restored, or a failed run published its last files. "
+                f"Move {' and '.join(ahead)} away, and start again",
             )
 
 

@@ -99,7 +99,7 @@ def test_what_was_staged_and_is_lost_is_an_error(flow: Flow, sink: str) -> None:
         process = flow.start(*EPOCHS, *flow.recovery(), PGOUTPUT_UNTIL="current")
         _, said = process.communicate(timeout=60)
         assert process.returncode == 1, said
-        assert "is in the resume state, and neither staged nor published" in said
+        assert "is in the resume state, but neither staged nor published" in said
 
 
 def test_without_a_receipt_the_loss_would_be_silent(flow: Flow) -> None:
