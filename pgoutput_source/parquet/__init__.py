@@ -1,1 +1,1 @@
-"""A folder of Parquet files: how it is written, read, and folded into the table as it is now. No Bytewax here."""
+"""A folder of Parquet files: writes it, reads it, and folds it into the current table. Works without Bytewax."""

@@ -1,4 +1,4 @@
-"""`current`: a table as its changes leave it, from a folder of Parquet files, without replaying row by row."""
+"""`current`: the table that a folder of changes leads to, computed without replaying them row by row."""
 
 from __future__ import annotations
 
@@ -23,34 +23,36 @@ _NEEDED: Final = ("_op", "_commit_lsn", "_seq")
 
 
 def current(folder: str | Path, *, key: str | Sequence[str], table: str | None = None) -> pa.Table:
-    """The rows of a table after the last change in a `ParquetSink`'s published files: one per key, deleted ones gone.
+    """The rows of a table after the last change in the published files of a `ParquetSink`: one per key, without deleted
+    ones.
 
     It equals ``SELECT * FROM`` the table at that change's position, as far as the files have its history: rows that
-    never changed since the slot was made are not there. A large value that did not change, and that PostgreSQL
-    therefore did not send, is filled in from an earlier change; what the files never had stays named in `_unchanged`,
-    because its null is no NULL. Changes that are in the files twice count once. Keys that moved onto each other within
-    a transaction are right after its end.
+    have not changed since the slot was created are missing. PostgreSQL does not send a large value that did not change,
+    so it is filled in from an earlier change. If the files never had it, it is null and named in `_unchanged`, because
+    this null is not a NULL. A change that is in the files twice counts once. If keys trade places within a transaction,
+    the result is right as of its end.
 
-    The table is the one that has the name in the newest file. Rows of a table that was dropped, or renamed away, are
-    not its rows; changes that it had under an earlier name are. Columns are those of the newest file. A renamed column
-    keeps its values. What ALTER TABLE does to rows without sending them is told as far as it can be known: a column
-    that was added has its default in older rows; a column that changed its type (but to a wider varchar or numeric) is
-    not known of rows that were not sent again, as USING may have computed anything, and is named in `_unchanged`.
-    ``UPDATE t SET c = c`` sends them again.
+    The table is the one that has the name in the newest file. Rows of another table that had the name before, and was
+    dropped or renamed, are left out; changes from the time when this table had another name are included. Columns are
+    those of the newest file. A renamed column keeps its values. ALTER TABLE changes rows without sending them, and
+    what can be known of that is applied. An added column has its default in older rows. After a change of type (except
+    to a wider varchar or numeric) the values of rows that were not sent again are unknown, because USING may have
+    computed anything; they are named in `_unchanged`. ``UPDATE t SET c = c`` sends them again.
 
-    It also works on what `cdc.latest` and `cdc.aggregate` wrote. In memory are the keys of all changes, and the result.
+    It also works on the output of `cdc.latest` and `cdc.aggregate`. It holds the keys of all changes and the result in
+    memory.
 
     Args:
         folder: The folder of a `ParquetSink`.
-        key: Columns that identify a row. Deletes must bring them: they belong to the replica identity, or it is FULL.
-        table: Schema and table; needed when the folder has changes of several.
+        key: Columns that identify a row. Deletes must have them: they belong to the replica identity, or it is FULL.
+        table: Schema and table; needed when the folder has changes of several tables.
 
     Returns:
-        The table's own columns, and the metadata columns of each row's last change but `_before`; in the order of
+        The table's own columns, and the metadata columns (except `_before`) of each row's last change, in the order of
         these changes.
 
     Raises:
-        ConfigurationError: The folder has changes of several tables, or none at all, or no such key.
+        ConfigurationError: The folder has changes of several tables, or no changes, or no such key.
 
     Example:
         >>> import pyarrow.parquet as pq, tempfile
@@ -79,7 +81,7 @@ def _check_columns(schema: pa.Schema, keys: tuple[str, ...], folder: str | Path)
         own = ", ".join(own_columns(schema))
         raise ConfigurationError(
             f"the files in {folder} have no column {missing[0]!r}" if missing else "key is empty",
-            hint=f"pass key= with columns that identify a row; there are {own}",
+            hint=f"pass key= with columns that identify a row; the columns are {own}",
         )
 
 
@@ -90,9 +92,9 @@ class _Changes(NamedTuple):
     """The changes that count, in position order, and what became of each key.
 
     Attributes:
-        place: Where in the history each change stands.
-        lives: The lives that they make.
-        event: Of each row that is there, the event that made it what it is; in the order of these changes.
+        place: The place of each change in the history.
+        lives: The lives that the changes form.
+        event: For each row of the result, the event that left it as it is; in the order of the changes.
         last: The changes of these events.
     """
 
@@ -117,7 +119,7 @@ def _changes(history: History, keys: tuple[str, ...]) -> _Changes:
     raw = _array(taken, "_raw") if "_raw" in names else None
     news = KeyColumns.of({name: _array(taken, name) for name in keys}, schema, raw)
     before = KeyColumns.of({n: _array(taken, BEFORE + n) for n in keys}, schema, raw, BEFORE) if olds else None
-    # What `cdc.aggregate` wrote has no LSN of changes. NULL is a group there that may go like any other.
+    # The output of `cdc.aggregate` has no LSNs of changes. There, NULL is a group that can be removed like any other.
     if "_lsn" in schema.names:
         _check_deletes(news.known()[ops == DELETE], keys, history.whole()[place][ops == DELETE])
     is_whole = history.whole()[place]
@@ -156,13 +158,13 @@ def _in_order(table: pa.Table) -> Ints:
 
 
 def _twice(taken: pa.Table, code: Ints, ops: NDArray[np.int8]) -> Bools:
-    """Which changes are in the files already: the same of the same key at the same position."""
+    """Which changes repeat another one: the same operation on the same key at the same position."""
     n = len(code)
     lsn, seq = (taken.column(name).to_numpy() for name in ("_commit_lsn", "_seq"))
     again = np.zeros(n, np.bool_)
     again[1:] = (lsn[1:] == lsn[:-1]) & (seq[1:] == seq[:-1])
     if again.any():
-        # The delete of an old key has the position of the update that brings its row to the new key.
+        # The delete of an old key has the same position as the update that moves its row to the new key.
         position = np.cumsum(~again)
         order = np.lexsort((ops, code, position))
         same = np.stack([position[order], code[order], ops[order]])
@@ -200,7 +202,7 @@ def _check_deletes(known: Bools, keys: tuple[str, ...], is_whole: Bools) -> None
     if (~known & ~is_whole).any():
         raise ConfigurationError(
             f"deletes come without {', '.join(keys)}",
-            hint="the replica identity does not send it: choose other columns for key=, or set it to FULL",
+            hint="the replica identity does not include it: choose other columns for key=, or set it to FULL",
         )
 
 
@@ -208,7 +210,7 @@ def _check_deletes(known: Bools, keys: tuple[str, ...], is_whole: Bools) -> None
 
 
 def _filled(history: History, changes: _Changes, result: pa.Table) -> pa.Table:
-    """The result with the values that its changes did not bring; those that no file has are named in `_unchanged`."""
+    """Fill in the values that the changes did not have. Values that no file has are named in `_unchanged`."""
     unchanged = _array(history.columns(["_unchanged"]), "_unchanged")
     of_change = pc.list_parent_indices(unchanged).to_numpy()
     of_name = pc.list_flatten(unchanged).dictionary_encode()

@@ -1,17 +1,17 @@
-"""A folder of published Parquet files, and beside them the parts that are staged for it: names, moves and the index.
+"""A folder of published Parquet files, with the parts that are staged for it: file names, renames and the index.
 
-    out/orders/0000000001C9C380-00000000-5f1c09ab-00000007.parquet    published: whole, committed, never changed again
+    out/orders/0000000001C9C380-00000000-5f1c09ab-00000007.parquet    published: complete, committed, never changed
     out/orders/_index.jsonl                                           one line per published file
     out/orders/_staging/5f1c09ab-00000009.writing                     a part that is being written
-    out/orders/_staging/5f1c09ab-00000008.r0001…-00000012.staged      whole and synced; its epoch may still be lost
+    out/orders/_staging/5f1c09ab-00000008.r0001…-00000012.staged      complete and synced; its epoch may still be lost
     out/orders/_staging/5f1c09ab-00000008.unproven                    the same, written by a process without a gate
     out/orders/_staging/5f1c09ab-00000007.committed                   its epoch is durable: it will be published
     out/orders/_staging/void                                          names of parts whose epoch never became durable
 
-A *part* is one Parquet file that one epoch, or a piece of it, staged. A published file holds one part (which was only
-renamed) or several (which were merged); its footer lists them under ``pgoutput_source``, so after a crash at any moment
-the files themselves say which parts are published. The index repeats what the footers say and is repaired from them.
-Every change of a name is an atomic rename, followed by an fsync of its directory before anything builds on it.
+A *part* is one Parquet file, staged by one epoch or a piece of it. A published file holds one part (renamed) or several
+(merged). Its footer lists them under ``pgoutput_source``. So after a crash at any moment the files themselves say which
+parts are published. The index repeats the footers and is repaired from them. Every rename is atomic, and its directory
+is fsynced before anything relies on it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pgoutput_source.protocol.wire import Lsn
 logger = logging.getLogger(__name__)
 
 FOOTER: Final = "pgoutput_source"
-"""Key of our entry in the footer of each file."""
+"""The key of this package's entry in a file's footer."""
 
 STAGING: Final = "_staging"
 INDEX: Final = "_index.jsonl"
@@ -53,18 +53,18 @@ MERGING: Final = ".merging"
 VOID: Final = "void"
 
 MAX_VOID: Final = 4096
-"""The most names that are remembered: a crash leaves a few."""
+"""The most names to remember. A crash leaves only a few."""
 
 _ORIGIN = ("pg.system", "pg.database", "pg.slot")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One complete Parquet file, staged or published; `names` are the parts that it holds, mostly one.
+    """One complete Parquet file, staged or published. `names` are the parts that it holds, usually one.
 
-    `first` and `last` are positions as (commit_lsn, seq), None for data that has none. `schema` is a digest of the
-    Arrow schema with its metadata, `origin` the system, database and slot that its metadata names. `arrived` is when
-    the first row came, in seconds of Unix time.
+    `first` and `last` are positions as (commit_lsn, seq), None for data without positions. `schema` is a digest of the
+    Arrow schema with its metadata; `origin` is the system, database and slot that its metadata names. `arrived` is when
+    the first row arrived, in seconds of Unix time.
     """
 
     names: tuple[str, ...]
@@ -79,12 +79,12 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Lineage and number of the first part in it."""
+        """The lineage and number of its first part."""
         return self.names[0]
 
     @property
     def file(self) -> str:
-        """The name under which it is published: files sort by the position of their first change."""
+        """The name of the published file. Files sort by the position of their first change."""
         place = "{:016X}-{:08X}".format(*self.first) if self.first else f"{int(self.arrived * 1e6):020d}"
         return f"{place}-{self.name}.parquet"
 
@@ -94,13 +94,13 @@ class Part:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Part:
-        """From `state`, or from the same after JSON."""
+        """From `state`, also after a round trip through JSON."""
         pairs = {key: tuple(state[key]) if state[key] else None for key in ("origin", "first", "last")}
         return cls(**{**state, **pairs, "names": tuple(state["names"])})
 
     @classmethod
     def merged(cls, parts: list[Part]) -> Part:
-        """What one file of all `parts` holds."""
+        """One file that holds all `parts`."""
         return replace(
             parts[0],
             names=tuple(name for part in parts for name in part.names),
@@ -113,40 +113,40 @@ class Part:
 
     @classmethod
     def read(cls, path: Path) -> Part | None:
-        """What a file's footer says; None if another program wrote the file.
+        """The part that a file's footer describes; None if another program wrote the file.
 
         Raises:
-            SinkError: It is no Parquet file.
+            SinkError: It is not a Parquet file.
         """
         try:
             metadata = pq.read_metadata(path).metadata or {}
         except pa.ArrowInvalid as e:
-            raise SinkError(f"{path} is damaged: {e}", hint="move it away; its changes have to be read again") from e
+            raise SinkError(f"{path} is damaged: {e}", hint="move it away; its changes must be read again") from e
         entry = metadata.get(FOOTER.encode())
         return None if entry is None else replace(cls.from_state(json.loads(entry)), size=path.stat().st_size)
 
 
 def schema_digest(schema: pa.Schema) -> str:
-    """The same for equal schemas, metadata included."""
+    """A digest that is equal for equal schemas, metadata included."""
     return hashlib.sha1(schema.serialize().to_pybytes(), usedforsecurity=False).hexdigest()[:16]
 
 
 def origin_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
-    """System, database and slot from a schema's or a footer's metadata; None where they don't say."""
+    """System, database and slot from the metadata of a schema or footer; None if it does not name them."""
     values = tuple((metadata or {}).get(key.encode(), b"").decode() for key in _ORIGIN)
     return values if any(values) else None
 
 
 def table_of(schema: pa.Schema) -> str:
-    """The table that a schema's metadata names, empty where they don't say."""
+    """The table that a schema's metadata names; empty if it names none."""
     return str((schema.metadata or {}).get(b"pg.table", b"").decode())
 
 
 class Asked:
-    """The table that a reader asks for, against what files say of theirs.
+    """The table that a reader asks for, compared with the tables of files.
 
-    Schema and name decide. Files of version 0.1.0 have only a text, in which the two are joined by a dot: one in which
-    the dots can be read in several ways is taken for each of these tables.
+    Schema and name decide. Files of version 0.1.0 only have both joined by a dot. If the dots of such a text can be
+    read in several ways, it matches each of these tables.
 
     >>> asked = Asked('a."b.c"')
     >>> [asked.has(text) for text in ('a."b.c"', "a.b.c", '"a.b".c')]
@@ -162,7 +162,7 @@ class Asked:
             self._refusal = e
 
     def has(self, text: str) -> bool:
-        """Whether a file that names its table as `text` may be of this one.
+        """Whether a file that names its table as `text` may belong to this table.
 
         Raises:
             ConfigurationError: `table` can be read in several ways, and `text` is one of them.
@@ -174,7 +174,7 @@ class Asked:
         return text == self.table
 
     def of(self, schema: pa.Schema) -> bool:
-        """Whether a file with this schema is of the table; see `has`."""
+        """Whether a file with this schema belongs to the table; see `has`."""
         metadata = schema.metadata or {}
         if self.name is None or b"pg.namespace" not in metadata:
             return self.has(table_of(schema))
@@ -182,7 +182,7 @@ class Asked:
 
 
 def may_be(table: str, text: str) -> bool:
-    """Whether version 0.1.0 wrote `text` for the table that is written as `table` now.
+    """Whether version 0.1.0 wrote `text` for the table that is now written `table`.
 
     >>> may_be('a."b.c"', "a.b.c"), may_be("a.b.c", "a.b.c")
     (True, False)
@@ -201,7 +201,7 @@ _open: Final[weakref.WeakSet[Folder]] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    # A lock lasts until the last copy of its descriptor is closed, and a child would keep one beyond its parent's end.
+    # A lock lasts until every copy of its descriptor is closed. A child's copy would outlive the parent.
     for folder in list(_open):
         folder.close()
 
@@ -210,14 +210,15 @@ os.register_at_fork(after_in_child=_forked)
 
 
 class Folder:
-    """The folder while a sink part owns it: opening it locks it against other processes and parts, and repairs it.
+    """The folder, owned by one partition of a sink. Opening locks it against other processes and partitions, and
+    repairs it.
 
     Raises:
         SinkError: It can't be created or written, is in use, or holds Parquet files of another program.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path = path.absolute()  # Arrow takes "run:7/orders" for a URL
+        self.path = path = path.absolute()  # Arrow would take "run:7/orders" for a URL
         self.staging = path / STAGING
         with explained("can't write to", path):
             new = not self.staging.exists()
@@ -245,7 +246,7 @@ class Folder:
         self.done = {name for entry in self.entries.values() for name in entry["parts"]}
 
     def close(self) -> None:
-        """Let others have it."""
+        """Unlock the folder."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -264,22 +265,25 @@ class Folder:
     # -- staging ------------------------------------------------------------------------------------------------
 
     def writing(self, name: str) -> Path:
-        """Where a part is written."""
+        """The path at which a part is written."""
         return self.staging / f"{name}{WRITING}"
 
     def stage(self, name: str, epoch: str | None) -> None:
-        """A part of a closed epoch is complete; the epoch has a name if this process has a gate. Safe after `sync`."""
+        """Mark a complete part of a closed epoch as staged. It is durable after `sync`.
+
+        The epoch has a name if this process has a gate.
+        """
         with explained("can't stage", self.writing(name)):
             sync(self.writing(name))
             self._move(name, self.writing(name), UNPROVEN if epoch is None else f".{epoch}{STAGED}")
 
     def epoch(self, name: str) -> str | None:
-        """The name of the epoch that staged a part; None if its file does not say."""
+        """The name of the epoch that staged a part; None if the part's file does not say."""
         parts = self.staged[name].name.split(".")
         return parts[1] if len(parts) == 3 else None
 
     def commit(self, parts: list[Part]) -> None:
-        """The epochs of these parts are durable. They say so from now on, whatever happens."""
+        """Mark these parts, whose epochs are durable, as committed. The mark survives a crash."""
         todo = [part for part in parts if self.staged[part.name].suffix != COMMITTED]
         if todo:
             with explained("can't commit in", self.staging):
@@ -288,12 +292,12 @@ class Folder:
                 self.sync()
 
     def sync(self, path: Path | None = None) -> None:
-        """Make the names in the staging folder durable, or the bytes of one file."""
+        """Make the names in the staging folder durable, or the content of one file."""
         with explained("can't sync", path or self.staging):
             sync(path or self.staging)
 
     def discard(self, names: Iterable[str]) -> None:
-        """Delete staged parts whose rows come again or are published, and what was left half-written."""
+        """Delete staged parts whose rows come again or are published, and half-written files."""
         with explained("can't clean", self.staging):
             for name in names:
                 os.unlink(self.staged.pop(name))
@@ -301,8 +305,8 @@ class Folder:
     def annul(self, names: Iterable[str], still: Iterable[str]) -> None:
         """Delete staged parts of epochs that never became durable, and remember their names.
 
-        Bytewax may keep the state of such an epoch and give it to a later start: it then lists parts whose rows have
-        come again. Of the names that were remembered before, only those in `still` are kept.
+        Bytewax may keep the state of such an epoch and resume from it later. That state then lists parts whose rows
+        were delivered again. Of the names remembered so far, only those in `still` are kept.
         """
         todo = list(names)
         if todo:
@@ -316,7 +320,7 @@ class Folder:
         self.discard(todo)
 
     def sweep(self) -> None:
-        """Delete what a crash left half-written."""
+        """Delete the files that a crash left half-written."""
         with explained("can't clean", self.staging):
             for file in self.staging.iterdir():
                 if file.suffix in (WRITING, MERGING):
@@ -330,7 +334,7 @@ class Folder:
     # -- publishing ---------------------------------------------------------------------------------------------
 
     def publish(self, part: Part, source: Path) -> None:
-        """Make a complete, synced file visible: from now on its parts are done. `source` is moved."""
+        """Make a complete, synced file visible by moving `source`. Its parts are done from then on."""
         target = self.path / part.file
         with explained("can't publish", target):
             os.rename(source, target)
@@ -362,7 +366,7 @@ class Folder:
             owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
             raise FolderInUse(
                 f"{self.path} is in use by process {owner or 'unknown'}",
-                hint="give each sink a folder of its own, and wait until an earlier run has ended",
+                hint="give each sink its own folder, and wait until an earlier run has ended",
             ) from None
         except OSError as e:
             if (refusal := no_locks(e, self.path)) is not None:
@@ -374,7 +378,7 @@ class Folder:
             os.fsync(self._lock)
 
     def _read_index(self) -> dict[str, dict[str, Any]]:
-        """The index without lines that a crash tore; what they should have said is taken from the files."""
+        """The index, without lines that a crash cut off. The files make up for these."""
         index = self.path / INDEX
         if not index.exists():
             return {}
@@ -389,7 +393,7 @@ class Folder:
                 entry = json.loads(line)
                 entries[entry["file"]] = entry
             except (ValueError, KeyError, TypeError):
-                logger.warning("%s: a damaged line was skipped; the files tell what it said", index)
+                logger.warning("%s: a damaged line was skipped; the files have what it said", index)
         return entries
 
     def _read_void(self) -> dict[str, None]:
@@ -405,7 +409,7 @@ class Folder:
                     if part is None or part.file != file.name:
                         raise SinkError(
                             f"{file} was not written by this sink, or was renamed",
-                            hint="give the sink a folder of its own, or move the file away",
+                            hint="give the sink its own folder, or move the file away",
                         )
                     self._append(part)
 

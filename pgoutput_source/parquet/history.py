@@ -1,9 +1,9 @@
-"""The history of one table in a folder of Parquet files, seen through the table as it is now.
+"""The history of one table in a folder of Parquet files, mapped to the table's current columns.
 
-A table is a relation, not a name: files from before it was dropped and recreated, or from before another table took
-its name, belong to another one. A column is a number within its relation, not a name: a column that was renamed keeps
-its values, and one that took another's name does not get them. Files of a version before say for each column that the
-table has now: here it is, it had this value in every row, or they can't know.
+A table is a relation, not a name. Files from before a table was recreated, or from when another table had its name,
+belong to a different table. A column is an attribute number within its relation, not a name. A renamed column keeps its
+values, and a column that takes another's name does not get them. For each current column, the files of an earlier
+version either have it, or it had one value in all their rows, or its values are unknown.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Files of one version of the table that follow each other.
+    """Successive files of one version of the table.
 
     Attributes:
         data: The files.
         rows: How many changes are in them.
         schema: Their schema.
-        past: By name of a column that the table has now: what these files say of it.
+        past: What these files know about each current column, by its name.
     """
 
     data: ds.FileSystemDataset
@@ -45,20 +45,20 @@ class Run:
 
     @property
     def whole(self) -> bool:
-        """Whether old rows come with all their columns."""
+        """Whether old rows have all columns."""
         return (self.schema.metadata or {}).get(b"pg.identity") == b"f"
 
     @property
     def renamed(self) -> dict[str, str]:
-        """Today's names of columns by those in the files, where any differs."""
+        """The current names of columns by their names in the files; empty if all are the same."""
         names = {past.name: name for name, past in self.past.items() if past.name is not None}
         return {} if all(old == new for old, new in names.items()) else names
 
 
 class History:
-    """All changes of a table that a folder has, in the order of its files.
+    """All changes of a table in a folder, in the order of the files.
 
-    `schema` is that of the newest version; columns that the table has no longer are not in it.
+    `schema` is that of the newest version, without columns that the table no longer has.
     """
 
     def __init__(self, folder: Path, table: str | None) -> None:
@@ -74,10 +74,11 @@ class History:
         self._say_what_is_unknown(table_of(newest) or str(folder))
 
     def columns(self, names: Sequence[str], olds: Sequence[str] = (), keys: Sequence[str] = ()) -> pa.Table:
-        """Columns of all changes; those of old rows have `BEFORE` in front, and `BEFORE` itself says if there is one.
+        """Columns of all changes. Columns of old rows are prefixed with `BEFORE`; the column `BEFORE` says if there is
+        an old row.
 
-        A value that the files can't know is null. `keys` are taken for known whatever their type was, and have a type
-        that holds the values of all versions.
+        An unknown value is null. `keys` count as known whatever their type was, and get a type that holds the values
+        of all versions.
         """
         kinds = {name: self._key_type(name) for name in keys}
         return pa.concat_tables([_read(run, self.schema, names, olds, kinds) for run in self.runs])
@@ -96,11 +97,11 @@ class History:
         return pa.concat_tables(parts).take(pa.array(back))
 
     def known(self, name: str) -> Bools:
-        """Of each change, whether its file can know the value of a column."""
+        """For each change, whether its file knows the value of a column."""
         return np.repeat([run.past[name].known for run in self.runs], [run.rows for run in self.runs])
 
     def whole(self) -> Bools:
-        """Of each change, whether an old row would come with all its columns."""
+        """For each change, whether an old row would have all columns."""
         return np.repeat([run.whole for run in self.runs], [run.rows for run in self.runs])
 
     def _key_type(self, name: str) -> pa.DataType:
@@ -108,9 +109,9 @@ class History:
         kind = common_type(kinds) if kinds else pa.null()
         if kind is None:
             raise ConfigurationError(
-                f"the key {name} has had types without a common one: {', '.join(map(str, dict.fromkeys(kinds)))}",
+                f"the types that key {name} has had don't go together: {', '.join(map(str, dict.fromkeys(kinds)))}",
                 column=name,
-                hint="read() gives all changes; files of versions before can be moved to a folder of their own",
+                hint="read() gives all changes; or move the files of earlier versions to another folder",
             )
         return kind
 
@@ -122,13 +123,13 @@ class History:
                     reasons[name] = past.reason
         for name, reason in reasons.items():
             logger.warning(
-                "%s: column %s %s: its value in rows that have not been sent since is not known (_unchanged)",
+                "%s: column %s %s: its value is unknown in rows that have not been sent since (_unchanged)",
                 table, name, reason,
             )  # fmt: skip
 
 
 def _of_table(folder: Path, table: str | None) -> tuple[str, dict[Path, pa.Schema]]:
-    """The table that is asked for, and all files of the folder."""
+    """The requested table, and all files of the folder."""
     files = schemas_of(folder)
     tables = {table_of(schema) for schema in files.values()}
     tables -= {old for old in tables if any(new != old and may_be(new, old) for new in tables)}
@@ -145,7 +146,7 @@ def _of_table(folder: Path, table: str | None) -> tuple[str, dict[Path, pa.Schem
 
 
 def _of_relation(asked: tuple[str, dict[Path, pa.Schema]], folder: Path) -> dict[Path, pa.Schema]:
-    """The files of the relation that has the table's name now."""
+    """The files of the relation that has the table's name in the newest file."""
     table, files = asked
     asked_for = Asked(table)
     named = [file for file, schema in files.items() if asked_for.of(schema)]
@@ -156,9 +157,8 @@ def _of_relation(asked: tuple[str, dict[Path, pa.Schema]], folder: Path) -> dict
     others = [file for file in named if file not in found]
     if others:
         logger.warning(
-            "%s: the table that is called %s now was made, or renamed, after %d files of another one were written: "
-            "their rows are not its rows",
-            folder, table, len(others),
+            "%s: %d files were written for another table that was called %s before: their rows are left out",
+            folder, len(others), table,
         )  # fmt: skip
     return found
 

@@ -1,4 +1,4 @@
-"""A place on a local file system: what a user gives as one, and what the operating system says about it."""
+"""Places on a local file system: paths that users give, and errors of the operating system."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS,
 
 
 def local_path(place: str | os.PathLike[str]) -> Path:
-    """The path that a user means: ``~`` is a home directory, and a ``file://`` URL is its path.
+    """The path that a user means: ``~`` is a home directory, and a ``file://`` URL stands for its path.
 
     Raises:
-        ConfigurationError: It is another URL, or no path.
+        ConfigurationError: It is another URL, or not a path.
 
     Example:
         >>> local_path("out/run:7"), local_path("file:///data/the%20shop")
@@ -33,7 +33,7 @@ def local_path(place: str | os.PathLike[str]) -> Path:
         >>> local_path("s3://lake/orders")
         Traceback (most recent call last):
         pgoutput_source.errors.ConfigurationError: 's3://lake/orders' is not on a local file system
-        hint: give a path, and copy the published files, which never change, with a tool of the store
+        hint: give a path, and copy the published files, which never change, with the store's own tool
     """
     text = os.fspath(place)
     if text.lower().startswith("file://"):
@@ -43,10 +43,10 @@ def local_path(place: str | os.PathLike[str]) -> Path:
     if _URL.match(text) or _STORE.match(text):
         raise ConfigurationError(
             f"{text!r} is not on a local file system",
-            hint="give a path, and copy the published files, which never change, with a tool of the store",
+            hint="give a path, and copy the published files, which never change, with the store's own tool",
         )
     if not text or "\0" in text:
-        raise ConfigurationError(f"{text!r} is no path", hint="give the path of a folder or file")
+        raise ConfigurationError(f"{text!r} is not a path", hint="give the path of a folder or file")
     try:
         return Path(text).expanduser()
     except RuntimeError as e:
@@ -55,24 +55,24 @@ def local_path(place: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def explained(what: str, path: Path) -> Iterator[None]:
-    """Turns the operating system's errors into ours."""
+    """Turn the operating system's errors into a `SinkError`."""
     try:
         yield
     except OSError as e:
         hint = (
-            "nothing of it was published or acknowledged: make room, or repair the folder's permissions or disk, "
-            "and start again"
+            "nothing of it was published or acknowledged: free some space, or repair the folder's permissions or the "
+            "disk, and start again"
         )
         if e.errno in (errno.EMFILE, errno.ENFILE):
             hint = (
                 f"a sink needs a few files: this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[1]}; "
-                "raise the limit (ulimit -Hn, or LimitNOFILE of a systemd unit), or write fewer tables in a process"
+                "raise the limit (ulimit -Hn, or LimitNOFILE of a systemd unit), or write fewer tables per process"
             )
         raise SinkError(f"{what} {path}: {e.strerror or e}", hint=hint) from e
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes durable, or a folder's names."""
+    """Make the content of a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -81,21 +81,21 @@ def sync(path: Path) -> None:
 
 
 def no_locks(error: OSError, path: Path) -> SinkError | None:
-    """The error for a file system that has no locks, if `error` says so."""
+    """The error for a file system without locks, if that is what `error` says."""
     if error.errno not in _NO_LOCKS:
         return None
     return SinkError(
         f"{path} is on a file system without locks: {error.strerror}",
-        hint="a lock keeps two sinks from writing one folder. Mount the file system with locks (NFS: with lockd, or "
+        hint="a lock keeps two sinks from writing to one folder. Mount the file system with locks (NFS: with lockd, or "
         "version 4; FUSE: see its options), or write to another one",
     )
 
 
 def need_file(descriptor: int) -> None:
-    """Raise this process's soft limit of open files, as far as it may, once a descriptor comes near to it.
+    """Raise this process's soft limit of open files to the hard limit once a descriptor comes near it.
 
-    The soft limit is 1024 on most systems, for the sake of programs that call select(); a flow with a sink for each of
-    a thousand tables needs more.
+    The soft limit is 1024 on most systems, for programs that call select(). A flow with a sink for each of a thousand
+    tables needs more.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and descriptor > soft // 3 and soft != hard:

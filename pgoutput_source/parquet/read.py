@@ -24,23 +24,23 @@ _FORMAT = ds.ParquetFileFormat()
 def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
     """The published files of a `ParquetSink` as one dataset, with a schema that fits all versions of the table.
 
-    A column that a file does not have is null in its rows. A column that has changed its type has the type that holds
-    the values of all files: the wider number, or text. Where there is none (text became an array), it has the type of
-    the newest file, and the values of other files are in a second column, named like ``tags (text)`` after the type
-    that PostgreSQL gave it; the files that have these are read into memory.
+    A column that a file lacks is null in its rows. A column whose type has changed gets a type that holds the values of
+    all files: the wider number, or text. If there is none (text became an array), it has the type of the newest file,
+    and values of the older type are in a second column, named like ``tags (text)`` after their PostgreSQL type. Files
+    with such values are read into memory.
 
-    Columns are told by name. `current` tells them by their identity, so that a renamed one keeps its values.
+    Columns are matched by name. `current` matches them by identity, so that a renamed column keeps its values.
 
-    The dataset is what is published now; call again for more. Only files of the table are opened, and of the files
-    that the index lists only one of each version.
+    The dataset is what is published now; call again for more. Only files of the table are opened, and among files that
+    the index lists only one per version.
 
     Args:
         folder: The folder.
-        table: Schema and table: only the files of its changes. ``a."b.c"`` where a dot would be ambiguous: files that
-            version 0.1.0 wrote for such a table do not tell it from ``"a.b".c``, and are taken for both.
+        table: Schema and table, to read only its changes. Write ``a."b.c"`` when a dot would be ambiguous. Files that
+            version 0.1.0 wrote for such a table don't differ from those for ``"a.b".c``, and match both.
 
     Raises:
-        ConfigurationError: The folder has a table that `table` can be read as, and it can be read in several ways.
+        ConfigurationError: `table` can be read in several ways, and the folder has one of these tables.
 
     Example:
         >>> read("out/nothing-yet").count_rows()
@@ -53,7 +53,7 @@ def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
     if not apart:
         return ds.dataset([str(file) for file in schemas], schema=schema, format=_FORMAT)
     logger.warning(
-        "%s: the new type of %s does not hold older values: they are in columns of their own",
+        "%s: the new type of %s can't hold older values: they are in separate columns",
         folder, ", ".join(sorted(apart)),
     )  # fmt: skip
     children: list[ds.Dataset] = []
@@ -68,7 +68,7 @@ def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
 def schemas_of(folder: Path, table: str | None = None) -> dict[Path, pa.Schema]:
     """The published files and their schemas, in the order of their first changes.
 
-    What the index says of a file need not be read from it: files of one version have the same schema.
+    A file in the index need not be opened: files of one version have the same schema.
     """
     listed = _index(folder)
     asked = None if table is None else Asked(table)
@@ -91,7 +91,7 @@ def schemas_of(folder: Path, table: str | None = None) -> dict[Path, pa.Schema]:
 
 
 def _index(folder: Path) -> dict[str, tuple[str, str]]:
-    """By file, the table and the digest of the schema that the index has for it."""
+    """The table and the schema digest in the index, by file."""
     index = folder / INDEX
     found = {}
     for line in index.read_bytes().splitlines() if index.exists() else ():
@@ -99,7 +99,7 @@ def _index(folder: Path) -> dict[str, tuple[str, str]]:
             entry = json.loads(line)
             found[entry["file"]] = entry["table"], entry["schema"]
         except (ValueError, KeyError, TypeError):
-            continue  # a crash tore this line: the file itself says it
+            continue  # a crash cut this line off: the file itself has what it said
     return found
 
 
@@ -107,7 +107,7 @@ def _index(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def common_type(kinds: Iterable[pa.DataType]) -> pa.DataType | None:
-    """A type that holds the values of all these, None if there is none.
+    """A type that holds the values of all these types; None if there is none.
 
     >>> common_type([pa.int32(), pa.int64()]), common_type([pa.int64(), pa.utf8()])
     (DataType(int64), DataType(string))
@@ -123,7 +123,7 @@ def common_type(kinds: Iterable[pa.DataType]) -> pa.DataType | None:
 
 
 def _has_text(kind: pa.DataType) -> bool:
-    """Whether Arrow writes values of this type as a text that says the same."""
+    """Whether Arrow can cast values of this type to text without loss."""
     t = pa.types
     if isinstance(kind, pa.BaseExtensionType):
         return False
@@ -134,7 +134,7 @@ def _has_text(kind: pa.DataType) -> bool:
 
 
 def _together(schemas: Sequence[pa.Schema]) -> tuple[pa.Schema, dict[str, pa.DataType]]:
-    """A schema for all of these, and the columns that they can't share, with their newest types."""
+    """A schema for all of these, and the columns without a common type, with their newest types."""
     versions: dict[str, dict[pa.DataType, pa.Field]] = {}
     for schema in schemas:
         for field in schema:
@@ -164,7 +164,7 @@ def _splits(schema: pa.Schema, apart: Mapping[str, pa.DataType]) -> bool:
 
 
 def _split(table: pa.Table, apart: Mapping[str, pa.DataType], schema: pa.Schema) -> pa.Table:
-    """A file's rows with the values that don't go together in columns of their own."""
+    """A file's rows, with values that don't fit the newest type in separate columns."""
     columns = _apart(dict(zip(table.column_names, table.columns, strict=True)), list(table.schema), apart)
     if "_before" in columns:
         before = columns["_before"].combine_chunks()

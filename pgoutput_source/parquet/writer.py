@@ -1,4 +1,4 @@
-"""Writing one Parquet file: row groups, encodings that suit changes, and what the footer says."""
+"""Writes one Parquet file: row groups, encodings that suit changes, and the footer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pgoutput_source.parquet.place import explained
 
 ROW_GROUP_ROWS: Final = 128 * 1024
 ROW_GROUP_BYTES: Final = 32 * 1024 * 1024
-"""Arrow data that is collected before it is compressed: a bound of memory, whatever comes."""
+"""How much Arrow data is collected before it is compressed. This bounds memory."""
 
 _SAMPLE: Final = 1024
 _POSITION: Final = ("_commit_lsn", "_seq")
@@ -35,7 +35,7 @@ class Codec:
 
     @classmethod
     def of(cls, name: str, level: int | None) -> Codec:
-        """The codec that Parquet and Arrow call `name`, without the level if it has none."""
+        """The codec called `name` in Parquet and Arrow, without `level` if it has no levels."""
         known = name in ("zstd", "snappy", "lz4", "gzip", "brotli") and pa.Codec.is_available(name)
         if not known and name != "none":
             raise ConfigurationError(
@@ -44,10 +44,10 @@ class Codec:
         return cls(name, level if known and pa.Codec.supports_compression_level(name) else None)
 
     def writer(self, path: Path, sample: pa.Table, heavy: Set[str] = frozenset()) -> pq.ParquetWriter:
-        """A writer for files like `sample`, whose values decide about dictionaries.
+        """A writer for files like `sample`. Its values decide which columns get dictionaries.
 
-        The columns `heavy` get no statistics: Arrow holds each value half a dozen times to know the least and the
-        greatest, and leaves those out that are longer than 4 KB.
+        Columns in `heavy` get no statistics: Arrow holds each value half a dozen times to find the minimum and maximum,
+        and then leaves out those longer than 4 KB.
         """
         dictionaries, encodings = _encodings(sample)
         return pq.ParquetWriter(
@@ -62,7 +62,7 @@ class Codec:
 
 
 class PartWriter:
-    """A part that is being written: rows wait in memory until they make a row group."""
+    """A part that is being written. Rows wait in memory until they fill a row group."""
 
     def __init__(self, codec: Codec, name: str, path: Path, schema: pa.Schema) -> None:
         self.codec = codec
@@ -86,19 +86,19 @@ class PartWriter:
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Take a batch, which waits in memory for `flush`."""
+        """Keep a batch in memory until `flush`."""
         self.waiting.append(batch)
         self.waiting_rows += batch.num_rows
         self.waiting_bytes += batch.nbytes
 
     def flush(self) -> None:
-        """Write what waits as one row group."""
+        """Write the waiting rows as one row group."""
         if not self.waiting:
             return
         table = pa.Table.from_batches(self.waiting, self.schema)
         heavy = {name for name in table.schema.names if table.column(name).nbytes > ROW_GROUP_BYTES}
         if not heavy and table.num_rows < 1024 * len(self.waiting):
-            # The writer would do more work for the chunks than for the rows.
+            # Otherwise the writer would spend more time on the chunks than on the rows.
             table = table.combine_chunks()
         self.waiting, self.waiting_rows, self.waiting_bytes = [], 0, 0
         first, last = positions(table)
@@ -124,8 +124,8 @@ class PartWriter:
             return replace(self.part, size=self.path.stat().st_size)
 
     def abandon(self) -> None:
-        """Give the part up: its rows come again."""
-        # The file is swept by the next start if it can't be removed now, and there may be an error on its way already.
+        """Give the part up. Its rows come again."""
+        # If the file can't be removed now, the next start sweeps it. An error may be propagating already.
         with contextlib.suppress(OSError):
             if self._writer is not None:
                 self._writer.close()
@@ -134,7 +134,7 @@ class PartWriter:
 
 
 def merge(codec: Codec, parts: list[Part], files: list[Path], target: Path) -> Part:
-    """Write one file with the rows of several of the same schema. No more than a row group of them is in memory."""
+    """Merge several files of one schema into one file. At most one row group is in memory."""
     part = Part.merged(parts)
     writer: pq.ParquetWriter | None = None
     with explained("can't write", target):
@@ -146,7 +146,7 @@ def merge(codec: Codec, parts: list[Part], files: list[Path], target: Path) -> P
             writer.add_key_value_metadata({FOOTER: json.dumps(part.state())})
             writer.close()
         except BaseException:
-            # The disk may be full, so make room. If that fails as well, the next start sweeps it.
+            # The disk may be full, so free the space. If that fails too, the next start sweeps the file.
             with contextlib.suppress(OSError):
                 target.unlink(missing_ok=True)
             raise
@@ -154,7 +154,7 @@ def merge(codec: Codec, parts: list[Part], files: list[Path], target: Path) -> P
 
 
 def positions(table: pa.Table) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """The least and the greatest position in `table`, in any order of rows; None if it has none."""
+    """The lowest and highest position in `table`, whatever the order of its rows; None if it has none."""
     if not all(name in table.schema.names and pa.types.is_integer(table.schema.field(name).type) for name in _POSITION):
         return None, None
     commits, seqs = (table.column(name) for name in _POSITION)
@@ -168,10 +168,10 @@ def positions(table: pa.Table) -> tuple[tuple[int, int] | None, tuple[int, int] 
 
 
 def _encodings(sample: pa.Table) -> tuple[list[str], dict[str, str]]:
-    """Columns that are worth a dictionary, and encodings for those of the others that gain by one.
+    """Columns that are worth a dictionary, and the encodings of other columns that gain from one.
 
-    Arrow's default, a dictionary for everything until it overflows, takes three times the CPU and half as much space
-    again: positions, ids and times hardly repeat, and their differences are small.
+    Arrow's default, a dictionary for everything until it overflows, takes three times the CPU and half again as much
+    space: positions, ids and times hardly repeat, and their differences are small.
     """
     dictionaries: list[str] = []
     encodings: dict[str, str] = {}
@@ -195,7 +195,7 @@ def _encodings(sample: pa.Table) -> tuple[list[str], dict[str, str]]:
 
 
 def _heavy(files: list[Path]) -> set[str]:
-    """The columns that exceed the limit of a row group by themselves, in some row group of these files."""
+    """The columns that alone exceed the size limit in some row group of these files."""
     chunks = (
         metadata.row_group(group).column(column)
         for metadata in map(pq.read_metadata, files)
@@ -206,7 +206,7 @@ def _heavy(files: list[Path]) -> set[str]:
 
 
 def _leaves(schema: pa.Schema, heavy: Set[str]) -> Iterator[str]:
-    """The paths of plain values, alone and in structs, but for those in the columns `heavy`."""
+    """The paths of plain values, alone and in structs, except in columns of `heavy`."""
 
     def leaves(path: str, kind: pa.DataType) -> Iterator[str]:
         if pa.types.is_struct(kind):
@@ -221,10 +221,10 @@ def _leaves(schema: pa.Schema, heavy: Set[str]) -> Iterator[str]:
 
 
 def _row_groups(files: list[Path]) -> Iterator[pa.Table]:
-    """The rows of several files of one schema, gathered to row groups of a good size."""
+    """The rows of several files of one schema, gathered into row groups of a good size."""
 
     def gathered() -> pa.Table:
-        # Arrow reads a footer's other entries into the schema; ours speaks of the one part that it was written for.
+        # Arrow reads the footer's entries into the schema, and ours describes only the part that it was written for.
         table = pa.concat_tables(waiting)
         metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != FOOTER.encode()}
         return table.replace_schema_metadata(metadata)
