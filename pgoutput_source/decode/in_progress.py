@@ -24,29 +24,21 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Final
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgoutput_source import metrics
-from pgoutput_source.decode.columns import Joined
+from pgoutput_source.decode.frames import Joined
+from pgoutput_source.decode.order import BETWEEN, CHUNK, INSIDE, STREAMED, UNTRUSTED
 from pgoutput_source.errors import ProtocolError, SpillError
 from pgoutput_source.protocol import messages
 from pgoutput_source.protocol.wire import XLOG_DATA_HEADER, XLogData, parse_frame
 from pgoutput_source.settings import SourceSettings
 
-BETWEEN, INSIDE, CHUNK = "between transactions", "inside a transaction", "inside a chunk of a streamed transaction"
-
-TRANSITIONS: Final[dict[str, dict[str, str]]] = {
-    BETWEEN: {"S": CHUNK, "c": BETWEEN, "A": BETWEEN},
-    INSIDE: {},
-    CHUNK: {"E": BETWEEN} | dict.fromkeys("IUDTRYOM", CHUNK),
-}
-"""TRANSITIONS[state][tag] for the messages that concern streamed transactions; all others are protocol 1's."""
-
 _BOUNDS = re.compile(rb"[SEcA]")
-_IN_CHUNK = b"".join(tag.encode() for tag, state in TRANSITIONS[CHUNK].items() if state == CHUNK)
+_IN_CHUNK = b"".join(tag.encode() for tag, state in STREAMED[CHUNK].items() if state == CHUNK)
 _TAG = XLOG_DATA_HEADER
 _XID = slice(_TAG + 1, _TAG + 5)
 _KEEPALIVE_SIZE = 18
@@ -187,7 +179,7 @@ class StreamedTransactions:
 
     def _bound(self, frame: Frame, tag: bytes) -> None:
         state = CHUNK if self._chunk is not None else INSIDE if self._inside else BETWEEN
-        if tag.decode() not in TRANSITIONS[state]:
+        if tag.decode() not in STREAMED[state]:
             raise _illegal(frame, tag, state)
         try:
             message = messages.decode(bytes(frame[_TAG:]), parallel=self.parallel)
@@ -207,7 +199,7 @@ class StreamedTransactions:
                     raise ProtocolError(
                         f"a StreamCommit of transaction {message.xid}, which was not streamed",
                         lsn=_lsn(frame),
-                        hint=_REPORT,
+                        hint=UNTRUSTED,
                     )
                 self._committed.append(transaction)
                 again = self._announce(transaction)  # now: a Relation that comes after this commit counts from there
@@ -216,7 +208,7 @@ class StreamedTransactions:
     def _start(self, frame: Frame, start: messages.StreamStart) -> None:
         if start.first is (start.xid in self._open):
             problem = "a second first chunk" if start.first else "a further chunk without a first one"
-            raise ProtocolError(f"transaction {start.xid}: {problem}", lsn=_lsn(frame), hint=_REPORT)
+            raise ProtocolError(f"transaction {start.xid}: {problem}", lsn=_lsn(frame), hint=UNTRUSTED)
         self._chunk = self._open.setdefault(start.xid, _Transaction(start.xid))
 
     def _abort(self, abort: messages.StreamAbort) -> None:
@@ -379,7 +371,9 @@ def _stripped(segment: bytes, aborted: NDArray[np.uint32]) -> Joined:
     short = numbered & (length < _XID.stop)
     if short.any():
         bad = int(start[int(np.argmax(short))])
-        raise ProtocolError("a message of a chunk without its transaction", lsn=_lsn(part[bad : bad + 9]), hint=_REPORT)
+        raise ProtocolError(
+            "a message of a chunk without its transaction", lsn=_lsn(part[bad : bad + 9]), hint=UNTRUSTED
+        )
     payload = start + _TAG
     if len(aborted):
         # A big-endian integer at any offset, for all frames at once.
@@ -416,7 +410,7 @@ def _lsn(frame: Frame | bytearray) -> int:
 
 
 def _illegal(frame: Frame, tag: bytes, state: str) -> ProtocolError:
-    return ProtocolError(f"a message {tag.decode('latin-1')!r} {state}", lsn=_lsn(frame), hint=_REPORT)
+    return ProtocolError(f"a message {tag.decode('latin-1')!r} {state}", lsn=_lsn(frame), hint=UNTRUSTED)
 
 
 def _spill_error(error: OSError) -> SpillError:
@@ -425,6 +419,3 @@ def _spill_error(error: OSError) -> SpillError:
         hint=f"make room in {tempfile.gettempdir()}, or set TMPDIR to a disk with as much room as your largest "
         "transactions need; with streaming='off' the server keeps them",
     )
-
-
-_REPORT = "this stream can't be trusted any further; please report it with the server's version"
