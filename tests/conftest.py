@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 from harness.database import NEWEST, SETTINGS, Database
+from harness.tls import tls_server
 
 from pgoutput_source.embedded import MAJORS, Server, find_binaries
 from pgoutput_source.errors import EmbeddedError
@@ -40,6 +41,13 @@ def pg() -> Iterator[Server]:
 def any_pg(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A throw-away server of each major in turn; pytest orders the tests so that one of them runs at a time."""
     yield from _server(request.param)
+
+
+@pytest.fixture(scope="session")
+def tls() -> Iterator[Server]:
+    """A throw-away server with TLS on a port, shared by the whole session."""
+    with tls_server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import stat
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -15,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from harness.database import Database
 from harness.flow import ROOT, Flow, failure, publish
+from harness.tls import certificate
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pgoutput_source import PgOutputReader, cli, peek
-from pgoutput_source.embedded import Server, find_binaries
-from pgoutput_source.errors import EmbeddedError
+from pgoutput_source.embedded import Server
 from pgoutput_source.postgres.remedies import quote_name
 
 VALUE = "a-value-of-a-row"
@@ -134,47 +130,6 @@ def test_files_are_as_private_as_the_umask_says(db: Database, tmp_path: Path) ->
 
     Flow(db, tmp_path / "usual", PGOUTPUT_UNTIL="current", UMASK="022").run("-s", "0")
     assert [path for path in (tmp_path / "usual").rglob("*") if stat.S_IMODE(path.stat().st_mode) & 0o022] == []
-
-
-@pytest.fixture(scope="module")
-def tls() -> Iterator[Server]:
-    """A server with TLS and a certificate of its own making."""
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make a certificate")
-    try:
-        find_binaries(17)
-    except EmbeddedError as error:
-        pytest.skip(error.message)
-    with Server(17, tcp=True) as server:
-        certificate(server.data, "server")
-        for name in ("server.crt", "server.key"):
-            owner = server.data.stat()
-            os.chown(server.data / name, owner.st_uid, owner.st_gid)
-            (server.data / name).chmod(0o600)
-        with psycopg.connect(server.dsn(), autocommit=True) as connection:
-            connection.execute("ALTER SYSTEM SET ssl = on")
-            connection.execute("SELECT pg_reload_conf()")
-        yield server
-
-
-def certificate(folder: Path, name: str) -> Path:
-    """A self-signed certificate for localhost."""
-    file = folder / f"{name}.crt"
-    command = [
-        "openssl",
-        "req",
-        "-new",
-        "-x509",
-        "-days",
-        "2",
-        "-nodes",
-        "-subj",
-        "/CN=localhost",
-        "-addext",
-        "subjectAltName=DNS:localhost",
-    ]
-    subprocess.run([*command, "-out", file, "-keyout", folder / f"{name}.key"], check=True, capture_output=True)
-    return file
 
 
 def test_tls_modes(tls: Server, tmp_path: Path) -> None:

@@ -156,9 +156,7 @@ def connect_error(error: psycopg.Error, dsn: str) -> ServerError:
     reported rather than the absence of another server.
     """
     lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
-    # An indented line is libpq's advice on the line before.
-    tried = [line for line in lines if not line[0].isspace() and not line.startswith("Multiple connection attempts")]
-    refusals = [_refusal(_ATTEMPT.sub("", line)) for line in tried]
+    refusals = list(_refusals(line for line in lines if not line.startswith("Multiple connection attempts")))
     answered = [each for each in refusals if each in _BY_SERVER]
     refusal = (answered or refusals or [_UNKNOWN])[0]
     user = "…"
@@ -171,6 +169,15 @@ def connect_error(error: psycopg.Error, dsn: str) -> ServerError:
     if isinstance(result, ConnectionFailed):
         result.transient = any(each.transient for each in refusals) or not refusals
     return result
+
+
+def _refusals(lines: Iterable[str]) -> Iterator[_Refusal]:
+    """One for each attempt. What names no attempt and says nothing that is known is advice of libpq's on the last."""
+    for number, line in enumerate(lines):
+        said = _ATTEMPT.sub("", line)
+        refusal = _refusal(said)
+        if number == 0 or said != line or refusal is not _UNKNOWN:
+            yield refusal
 
 
 def _refusal(said: str) -> _Refusal:

@@ -1,12 +1,29 @@
-"""TCP on loopback to a server on loopback, as networks are: it can be cut, and it can fall silent."""
+"""TCP on loopback to a server on loopback, as networks are: it can be cut, fall silent, and alter what it forwards."""
 
 from __future__ import annotations
 
 import contextlib
 import select
 import socket
+import struct
 import threading
 from collections.abc import Callable
+
+Alter = Callable[[bool, bytes], bytes]
+"""What goes on in place of what came, and whether that came from the client. It may raise a `Cut`."""
+
+
+class Cut(Exception):
+    """Ends a connection.
+
+    Args:
+        forwarded: What the other side still gets.
+        answered: What the side that sent still gets.
+        reset: Whether the end is a reset, as of a process that died, and not an orderly one.
+    """
+
+    def __init__(self, forwarded: bytes = b"", *, answered: bytes = b"", reset: bool = False) -> None:
+        self.forwarded, self.answered, self.reset = forwarded, answered, reset
 
 
 class Proxy:
@@ -14,14 +31,21 @@ class Proxy:
 
     Args:
         target: The server's port, asked for at each new connection.
+        alter: Called for each new connection; gives the function through which its bytes go.
     """
 
-    def __init__(self, target: Callable[[], int]) -> None:
-        self._target = target
+    def __init__(self, target: Callable[[], int], alter: Callable[[], Alter] = lambda: lambda _, data: data) -> None:
+        self._target, self._alter = target, alter
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._pairs: list[_Pair] = []
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _accept(self) -> None:
         while True:
@@ -34,7 +58,7 @@ class Proxy:
             except OSError:
                 near.close()
                 continue
-            pair = _Pair(near, far)
+            pair = _Pair(near, far, self._alter())
             self._pairs = [each for each in self._pairs if each.is_alive()] + [pair]
             pair.start()
 
@@ -50,6 +74,8 @@ class Proxy:
 
     def close(self) -> None:
         """Take no more, and end what there is."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # close() alone does not wake accept()
         self._listener.close()
         self.cut()
 
@@ -57,9 +83,10 @@ class Proxy:
 class _Pair(threading.Thread):
     """One connection, as its two ends."""
 
-    def __init__(self, near: socket.socket, far: socket.socket) -> None:
+    def __init__(self, near: socket.socket, far: socket.socket, alter: Alter) -> None:
         super().__init__(daemon=True)
         self.ends = (near, far)
+        self.alter = alter
         self.frozen = threading.Event()
         self.ended = threading.Event()
 
@@ -72,7 +99,14 @@ class _Pair(threading.Thread):
                     data = ready.recv(1 << 16)
                     if not data:
                         return
-                    others[ready].sendall(data)
+                    try:
+                        others[ready].sendall(self.alter(ready is near, data))
+                    except Cut as cut:
+                        others[ready].sendall(cut.forwarded)
+                        ready.sendall(cut.answered)
+                        if cut.reset:
+                            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        return
             # Open, and nobody reads: not even the end of the other side comes through.
             self.ended.wait()
 
