@@ -179,7 +179,7 @@ class Walsender:
             if state is not None:
                 check_slot(beside, state)
                 if isinstance(e, SlotNotFound):
-                    raise self._elsewhere("the stream finds no such slot, and another connection with the same DSN does") from e
+                    raise self._elsewhere("the stream finds no such slot, and another connection does") from e
             raise e
 
     def _find_backend(self, conn: Connection, beside: Connection) -> Backend | None:
@@ -200,11 +200,11 @@ class Walsender:
         # The stream may have ended already with an error, and the slot is free again.
         found = Backend(row[1], row[2]) if row is not None and row[1] is not None else backend
         if row is None or found is None:
-            raise self._elsewhere("the stream has begun, and another connection with the same DSN sees nobody stream")
+            raise self._elsewhere("the stream has begun, and another connection sees nobody stream")
         self.backend, self.confirmed = found, Lsn(row[0] or 0)
 
     def _elsewhere(self, found: str) -> NotConfigured:
-        return NotConfigured(f"slot {self.slot!r}: {found}: they lead to different servers", hint=NO_POOLER)
+        return NotConfigured(f"slot {self.slot!r}: {found}. The same DSN led to different servers", hint=NO_POOLER)
 
     def _held(self, beside: Connection) -> SlotInUse | None:
         """Who holds the slot, as an error; None if nobody does."""
