@@ -1,7 +1,8 @@
-"""Changes as events, one by one: the public name of `pgoutput_source.changes.events`."""
+"""Changes as events, one by one: the public names of `pgoutput_source.changes.events`, and `events_of`."""
 
 from __future__ import annotations
 
+from pgoutput_source.changes.batches import events_of
 from pgoutput_source.changes.events import (
     ChangeEvent,
     ColumnDefinition,
@@ -11,7 +12,6 @@ from pgoutput_source.changes.events import (
     TableFacts,
     Transaction,
     declared_type,
-    events_of,
     row_model,
 )
 

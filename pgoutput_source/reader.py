@@ -20,8 +20,8 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 from pydantic import BaseModel
 
-from pgoutput_source.changes.batches import ChangeSet
-from pgoutput_source.changes.events import ChangeEvent, TableFacts, events_of, row_model
+from pgoutput_source.changes.batches import ChangeSet, events_of
+from pgoutput_source.changes.events import ChangeEvent, TableFacts, row_model
 from pgoutput_source.changes.schema import Position, TableSchema
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.embedded import connection_string

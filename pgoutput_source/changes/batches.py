@@ -6,13 +6,13 @@ touches a server. A change is one row's insert, update, delete or snapshot read,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
 
-from pgoutput_source.changes.events import ChangeEvent, events_of
+from pgoutput_source.changes.events import ChangeEvent, Facts, events_from
 from pgoutput_source.changes.schema import (
     Position,
     TableName,
@@ -79,6 +79,16 @@ class ChangeBatch:
     def replace(self, data: pa.RecordBatch) -> ChangeBatch:
         """The same table with other rows or columns, as `data`."""
         return ChangeBatch(self.schema, data)
+
+
+def events_of(batches: Iterable[ChangeBatch], facts: Facts | None = None) -> Iterator[ChangeEvent]:
+    """The changes of all batches as events, in the order of their positions.
+
+    Args:
+        batches: Batches whose rows are in position order each, such as a `ChangeSet`.
+        facts: Asked once per batch for what the catalogue knows of its table.
+    """
+    return events_from(((b.schema, b.data) for b in batches), facts)
 
 
 HEARTBEAT: Final = "pgoutput_source"

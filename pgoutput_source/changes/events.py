@@ -1,6 +1,6 @@
 """`ChangeEvent`: one change as a frozen object with pypgoutput's JSON, made from batches in bulk.
 
-`events_of` turns columns into values a few thousand rows at a time, and merges all tables of a set into the exact
+`events_from` turns columns into values a few thousand rows at a time, and merges all tables of a set into the exact
 order in which PostgreSQL sent the changes. What many events have in common (the table, the transaction) they share.
 """
 
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 from uuid import UUID
 
 import numpy as np
@@ -219,73 +219,61 @@ class TableFacts:
 Facts: TypeAlias = Callable[[TableSchema], TableFacts | None]
 
 
-class Batch(Protocol):
-    """What events are made of: a `ChangeBatch`."""
-
-    @property
-    def schema(self) -> TableSchema:
-        """The version of the table."""
-
-    @property
-    def data(self) -> pa.RecordBatch:
-        """The changes, with the metadata columns."""
-
-
-def events_of(batches: Iterable[Batch], facts: Facts | None = None) -> Iterator[ChangeEvent]:
-    """The changes of all batches as events, in the order of their positions.
-
-    Args:
-        batches: Batches whose rows are in position order each, such as a `ChangeSet`.
-        facts: Asked once per batch for what the catalogue knows of its table.
-    """
-    parts = [_Part(b, _uncontradicted(b, facts(b.schema)) if facts else None) for b in batches if b.data.num_rows]
-    if len(parts) == 1:
-        for low in range(0, parts[0].data.num_rows, _CHUNK):
-            yield from parts[0].events(low, _CHUNK, {})
-    elif parts:
-        yield from _merged(parts)
+def events_from(
+    batches: Iterable[tuple[TableSchema, pa.RecordBatch]], facts: Facts | None = None
+) -> Iterator[ChangeEvent]:
+    """The changes of batches, each with its version of its table, as events: what `batches.events_of` is made of."""
+    makers = [
+        _EventMaker(schema, data, _uncontradicted(data, facts(schema)) if facts else None)
+        for schema, data in batches
+        if data.num_rows
+    ]
+    if len(makers) == 1:
+        for low in range(0, makers[0].data.num_rows, _CHUNK):
+            yield from makers[0].events(low, _CHUNK, {})
+    elif makers:
+        yield from _merged(makers)
 
 
-def _merged(parts: list[_Part]) -> Iterator[ChangeEvent]:
-    lsn = np.concatenate([p.data.column("_commit_lsn").to_numpy() for p in parts])
-    seq = np.concatenate([p.data.column("_seq").to_numpy() for p in parts])
-    owner = np.repeat(np.arange(len(parts)), [p.data.num_rows for p in parts])[np.lexsort((seq, lsn))]
-    taken = [0] * len(parts)
+def _merged(makers: list[_EventMaker]) -> Iterator[ChangeEvent]:
+    lsn = np.concatenate([m.data.column("_commit_lsn").to_numpy() for m in makers])
+    seq = np.concatenate([m.data.column("_seq").to_numpy() for m in makers])
+    owner = np.repeat(np.arange(len(makers)), [m.data.num_rows for m in makers])[np.lexsort((seq, lsn))]
+    taken = [0] * len(makers)
     for low in range(0, len(owner), _CHUNK):
         here = owner[low : low + _CHUNK]
         known: dict[int, Transaction] = {}
         streams: dict[int, Iterator[ChangeEvent]] = {}
-        for part, count in zip(*map(np.ndarray.tolist, np.unique(here, return_counts=True)), strict=True):
-            streams[part] = iter(parts[part].events(taken[part], count, known))
-            taken[part] += count
-        for part in here.tolist():
-            yield next(streams[part])
+        for at, count in zip(*map(np.ndarray.tolist, np.unique(here, return_counts=True)), strict=True):
+            streams[at] = iter(makers[at].events(taken[at], count, known))
+            taken[at] += count
+        for at in here.tolist():
+            yield next(streams[at])
 
 
-def _uncontradicted(batch: Batch, facts: TableFacts | None) -> TableFacts | None:
+def _uncontradicted(data: pa.RecordBatch, facts: TableFacts | None) -> TableFacts | None:
     """Without the columns that hold a NULL: they were declared NOT NULL since, or are no more.
 
     That PostgreSQL did not send a value, or that its text is in `_raw`, does not make it a NULL.
     """
     if facts is None:
         return None
-    nulls = [name for name in facts.not_null if name in batch.data.schema.names and batch.data[name].null_count]
+    nulls = [name for name in facts.not_null if name in data.schema.names and data[name].null_count]
     if not nulls:
         return facts
-    rows = batch.data.filter(pc.is_in(batch.data["_op"].cast(pa.utf8()), pa.array(["I", "U", "R"])))
+    rows = data.filter(pc.is_in(data["_op"].cast(pa.utf8()), pa.array(["I", "U", "R"])))
     elsewhere = Counter(pc.list_flatten(rows["_unchanged"]).to_pylist())
     elsewhere.update(name for texts in rows["_raw"].drop_null().to_pylist() for name, _ in texts)
     contradicted = {name for name in nulls if rows[name].null_count > elsewhere[name]}
     return replace(facts, not_null=facts.not_null - contradicted) if contradicted else facts
 
 
-class _Part:
-    """One batch on its way to become events."""
+class _EventMaker:
+    """Makes the events of one batch."""
 
-    def __init__(self, batch: Batch, facts: TableFacts | None) -> None:
-        self.data = batch.data
-        schema = batch.schema
-        here = set(batch.data.schema.names)
+    def __init__(self, schema: TableSchema, data: pa.RecordBatch, facts: TableFacts | None) -> None:
+        self.data = data
+        here = set(data.schema.names)
         self.columns = [c for c in schema.columns if c.name in here]
         self.key = [c for c in schema.columns if c.key]  # with FULL, all of them
         self.table = _event_table(schema, facts, tuple(c.name for c in self.columns))

@@ -22,20 +22,18 @@ import re
 import struct
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pgoutput_source import metrics
 from pgoutput_source.decode.frames import Joined
 from pgoutput_source.decode.order import BETWEEN, CHUNK, INSIDE, STREAMED, UNTRUSTED
 from pgoutput_source.errors import ProtocolError, SpillError
 from pgoutput_source.protocol import messages
 from pgoutput_source.protocol.wire import XLOG_DATA_HEADER, XLogData, parse_frame
-from pgoutput_source.settings import SourceSettings
 
 _BOUNDS = re.compile(rb"[SEcA]")
 _IN_CHUNK = b"".join(tag.encode() for tag, state in STREAMED[CHUNK].items() if state == CHUNK)
@@ -78,20 +76,25 @@ class StreamedTransactions:
         memory: Bytes of transactions in progress that are held in memory; what is more goes to files.
         piece: About how many bytes to deliver at a time.
         parallel: The stream was started with streaming 'parallel'.
-        slot: Under whose name the metric `pgoutput_spilled_bytes` counts; without one it does not.
+        on_spill: Called with the number of bytes whenever some were written to a file.
 
     Attributes:
         spilled: Bytes that were written to files, over all.
     """
 
     def __init__(
-        self, *, memory: int = 64 << 20, piece: int = 16 << 20, parallel: bool = False, slot: str | None = None
+        self,
+        *,
+        memory: int = 64 << 20,
+        piece: int = 16 << 20,
+        parallel: bool = False,
+        on_spill: Callable[[int], object] | None = None,
     ) -> None:
         self.memory = memory
         self.piece = piece
         self.parallel = parallel
         self.spilled = 0
-        self._metric = None if slot is None else metrics.SPILLED.labels(slot)
+        self._on_spill = on_spill
         self._open: dict[int, _Transaction] = {}
         self._chunk: _Transaction | None = None  # whose StreamStop is still to come
         self._inside = False
@@ -259,8 +262,8 @@ class StreamedTransactions:
         except OSError as e:
             raise _spill_error(e) from e
         self.spilled += len(segment)
-        if self._metric is not None:
-            self._metric.inc(len(segment))
+        if self._on_spill is not None:
+            self._on_spill(len(segment))
 
     # -- out ------------------------------------------------------------------------------------------------------
 
@@ -320,18 +323,6 @@ class StreamedTransactions:
         transaction.close()
         self._committed.remove(transaction)
         yield _joined([*again, XLogData(head.start, head.end, head.sent_at, end).encode()])
-
-
-def streamed(settings: SourceSettings) -> StreamedTransactions | None:
-    """What these settings need between a stream and its assembler: nothing without streaming."""
-    if settings.streaming == "off":
-        return None
-    return StreamedTransactions(
-        memory=settings.streaming_memory,
-        piece=settings.max_bytes,
-        parallel=settings.streaming == "parallel",
-        slot=settings.slot,
-    )
 
 
 def _segments(transaction: _Transaction) -> Iterator[bytes]:

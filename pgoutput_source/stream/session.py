@@ -22,7 +22,7 @@ from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.copy.initial import InitialCopy, copy_of
 from pgoutput_source.decode.assembler import Assembler
-from pgoutput_source.decode.in_progress import streamed
+from pgoutput_source.decode.in_progress import StreamedTransactions
 from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
@@ -249,7 +249,19 @@ def _assembler(dsn: str, settings: SourceSettings, start: Start, state: State | 
         skip_until=start.position,
         on_misfit=settings.on_misfit,
         look_up=Definitions(dsn, settings.reconnect_seconds),
-        streamed=streamed(settings),
+        streamed=_streamed(settings),
         types=types_of(system.server_version),
         known_tables=None if settings.on_schema_change == "evolve" else (state or {}).get("tables", {}),
+    )
+
+
+def _streamed(settings: SourceSettings) -> StreamedTransactions | None:
+    """What stands between a stream and its assembler: nothing without streaming."""
+    if settings.streaming == "off":
+        return None
+    return StreamedTransactions(
+        memory=settings.streaming_memory,
+        piece=settings.max_bytes,
+        parallel=settings.streaming == "parallel",
+        on_spill=metrics.SPILLED.labels(settings.slot).inc,
     )
