@@ -364,8 +364,8 @@ def _last_positions(changes: ChangeSet, *, messages: bool) -> list[tuple[int, in
     """
     if not changes.batches and not (messages and changes.messages):
         return []
-    lsns = [b.data.column("_commit_lsn").to_numpy() for b in changes.batches]
-    seqs = [b.data.column("_seq").to_numpy() for b in changes.batches]
+    lsns = [b.metadata("commit_lsn").to_numpy() for b in changes.batches]
+    seqs = [b.metadata("seq").to_numpy() for b in changes.batches]
     if messages and changes.messages:
         lsns.append(np.array([m.lsn if m.commit_lsn is None else m.commit_lsn for m in changes.messages], np.uint64))
         seqs.append(np.zeros(len(changes.messages), np.uint64))

@@ -6,9 +6,10 @@ touches a server. A change is one row's insert, update, delete or snapshot read,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
@@ -17,8 +18,9 @@ from pgoutput_source.changes.schema import (
     Position,
     TableName,
     TableSchema,
+    metadata_fields,
 )
-from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.errors import ConfigurationError, PgOutputError
 from pgoutput_source.protocol.wire import Lsn
 
 if TYPE_CHECKING:
@@ -47,6 +49,18 @@ class ChangeBatch:
     def __len__(self) -> int:
         return int(self.data.num_rows)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its arrays take."""
+        return int(self.data.nbytes)
+
+    def metadata(self, name: str) -> pa.Array:
+        """One of the columns that are known without any value of the table's own, by its name in `MetadataNames`.
+
+        These are `op`, `commit_lsn`, `seq`, `lsn`, `xid` and `commit_ts`.
+        """
+        return self.data.column(getattr(self.schema.metadata_names, name))
+
     def __arrow_c_schema__(self) -> object:
         return self.data.schema.__arrow_c_schema__()
 
@@ -70,7 +84,7 @@ class ChangeBatch:
 
     def _position(self, row: int) -> Position:
         row %= len(self)
-        return Position(Lsn(self.data.column("_commit_lsn")[row].as_py()), self.data.column("_seq")[row].as_py())
+        return Position(Lsn(self.metadata("commit_lsn")[row].as_py()), self.metadata("seq")[row].as_py())
 
     def events(self) -> Iterator[ChangeEvent]:
         """Each change as an event, in position order; rows become objects some thousand at a time."""
@@ -79,6 +93,79 @@ class ChangeBatch:
     def replace(self, data: pa.RecordBatch) -> ChangeBatch:
         """The same table with other rows or columns, as `data`."""
         return ChangeBatch(self.schema, data)
+
+
+class UndecodedBatch(ChangeBatch):
+    """Changes whose values can't be had, and the reason: who takes them gets the error, and nobody else.
+
+    Where each change stands, and what it is, is known: `len()`, `first`, `last` and `metadata` work. Everything that
+    needs `data` raises `error`.
+
+    Args:
+        schema: The version of the table.
+        metadata: The columns that `ChangeBatch.metadata` gives, one row for each change: see `known_fields`.
+        error: Why there is no more; what it says of itself is kept, and not what it was raised from.
+
+    Example:
+        >>> from pgoutput_source.testing import batch
+        >>> made = batch("public.orders", [("I", {"id": 1}), ("D", {"id": 1})])
+        >>> known = made.data.select([field.name for field in known_fields()])
+        >>> unreadable = UndecodedBatch(made.schema, known, ConfigurationError("no such luck"))
+        >>> len(unreadable), unreadable.last == made.last
+        (2, True)
+        >>> unreadable.data
+        Traceback (most recent call last):
+        pgoutput_source.errors.ConfigurationError: no such luck
+    """
+
+    __slots__ = ("_metadata", "error")
+
+    error: PgOutputError
+    _metadata: pa.RecordBatch
+
+    def __init__(self, schema: TableSchema, metadata: pa.RecordBatch, error: PgOutputError) -> None:
+        # The traceback of an error that was raised holds all bytes of the poll.
+        for name, value in (("schema", schema), ("_metadata", metadata), ("error", copy.copy(error))):
+            object.__setattr__(self, name, value)
+
+    @property
+    def data(self) -> pa.RecordBatch:
+        """Raises `error`."""
+        raise copy.copy(self.error)
+
+    def __len__(self) -> int:
+        return int(self._metadata.num_rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its arrays take."""
+        return int(self._metadata.nbytes)
+
+    def metadata(self, name: str) -> pa.Array:
+        """One of the columns that are known: see `ChangeBatch.metadata`."""
+        return self._metadata.column(getattr(self.schema.metadata_names, name))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, UndecodedBatch):
+            return NotImplemented
+        return self.schema == other.schema and bool(self._metadata.equals(other._metadata))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"UndecodedBatch({self.table!r}, {len(self)} changes, {self.error.message!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UndecodedBatch, (self.schema, self._metadata, self.error)
+
+
+def known_fields(prefix: str = "_") -> list[pa.Field]:
+    """The fields of the metadata columns that an `UndecodedBatch` has: those that hold no value of the table's own."""
+    return metadata_fields(pa.struct([]), prefix)[:_KNOWN]
+
+
+_KNOWN: Final = 6
+"""`_op`, `_commit_lsn`, `_seq`, `_lsn`, `_xid` and `_commit_ts`, of which `_before` is the first that is not."""
 
 
 def events_of(batches: Iterable[ChangeBatch], facts: Facts | None = None) -> Iterator[ChangeEvent]:
@@ -133,6 +220,9 @@ class ChangeSet:
     `batches` holds one `ChangeBatch` per version of a table, ordered by their first change. `truncates` says of rows
     with `_op` T what the statement was; `messages` are the logical decoding messages.
 
+    A batch whose values can't be decoded is an `UndecodedBatch`. It is there for those who go through all batches, and
+    its error is raised for those who take it: by `of`, `table` and `events`, and by the batch's own `data`.
+
     Example:
         >>> from pgoutput_source.testing import batch
         >>> found = ChangeSet((batch("public.orders", [("I", {"id": 1})]), batch("public.items", [("I", {"id": 7})])))
@@ -163,6 +253,7 @@ class ChangeSet:
 
         Raises:
             ConfigurationError: The table did not change, or the type of a column did.
+            DecodeError, ConfigurationError, SchemaChanged: Its changes can't be decoded.
         """
         versions = [pa.Table.from_batches([b.data]) for b in self.of(name)]
         if not versions:
@@ -176,16 +267,28 @@ class ChangeSet:
             ) from e
 
     def events(self) -> Iterator[ChangeEvent]:
-        """Each change of all tables as an event, in the exact order in which PostgreSQL sent them."""
+        """Each change of all tables as an event, in the exact order in which PostgreSQL sent them.
+
+        Raises:
+            DecodeError, ConfigurationError, SchemaChanged: The changes of a table can't be decoded.
+        """
         return events_of(self.batches)
 
-    def of(self, table: str) -> tuple[ChangeBatch, ...]:
-        """The batches of `table`: none if it did not change, several if its schema changed within the set."""
+    def of(self, table: str | tuple[str, str]) -> tuple[ChangeBatch, ...]:
+        """The batches of `table`: none if it did not change, several if its schema changed within the set.
+
+        Raises:
+            DecodeError, ConfigurationError, SchemaChanged: Its changes can't be decoded.
+        """
         try:
-            name = TableName.parse(table)
+            name = TableName.of(table)
         except ConfigurationError:
             return ()  # no table is written like this
-        return tuple(b for b in self.batches if b.schema.full_name == name)
+        found = tuple(b for b in self.batches if b.schema.full_name == name)
+        for batch in found:
+            if isinstance(batch, UndecodedBatch):
+                raise copy.copy(batch.error)
+        return found
 
     @property
     def first(self) -> Position | None:

@@ -28,7 +28,7 @@ from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, TableCopy
 from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
 from pgoutput_source.copy.tables import Published, SourceTable, published, unreadable
 from pgoutput_source.decode.relations import LookUp, Relations
-from pgoutput_source.errors import ConfigurationError, ConnectionFailed, NotConfigured
+from pgoutput_source.errors import ConfigurationError, ConnectionFailed, DecodeError, NotConfigured
 from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.postgres.refusals import explained
 from pgoutput_source.postgres.system import System
@@ -158,7 +158,7 @@ class InitialCopy:
         if not requests and batches == list(changes.batches):
             return changes
         emptied = (
-            {lsn for batch in batches for lsn in batch.data.column("_lsn").to_numpy()[_is_truncate(batch)].tolist()}
+            {lsn for batch in batches for lsn in batch.metadata("lsn").to_numpy()[_is_truncate(batch)].tolist()}
             if changes.truncates
             else set()
         )
@@ -402,7 +402,7 @@ class InitialCopy:
 
     def _better(self, rows: int, batches: list[ChangeBatch]) -> int:
         """How many rows the next chunk may have, by the size of those of this one."""
-        size = sum(int(batch.data.nbytes) for batch in batches)
+        size = sum(batch.nbytes for batch in batches)
         count = sum(len(batch) for batch in batches)
         if not count:
             return rows
@@ -416,7 +416,7 @@ class InitialCopy:
         size = 0
         for copied in self._reader.read(table, where):
             arrays, raw = columns_of(copied, table, self._relations, on_misfit=self._settings.on_misfit)
-            size += sum(array.nbytes for array in arrays)
+            size += 0 if isinstance(arrays, DecodeError) else sum(array.nbytes for array in arrays)
             if size > _MOST_BYTES and self._rows.get(copy.relation_id, 1) > 1:
                 raise _TooLarge
             if len(raw):
@@ -533,7 +533,7 @@ class _Progress:
 
 
 def _is_truncate(batch: ChangeBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    column = batch.data.column("_op")
+    column = batch.metadata("op")
     index = column.dictionary.to_pylist().index("T") if "T" in column.dictionary.to_pylist() else -1
     found: np.ndarray[Any, np.dtype[np.bool_]] = column.indices.to_numpy() == index
     return found

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.batches import ChangeBatch, UndecodedBatch
 from pgoutput_source.changes.schema import METADATA_COLUMNS, OP_CODE, OPS
 from pgoutput_source.copy.keys import Key, Keys
 from pgoutput_source.copy.ledger import MOST_HOLES, TableCopy
@@ -54,6 +54,8 @@ def judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> list[Change
     Raises:
         KeyError: The batch lacks a column of the key.
     """
+    if isinstance(batch, UndecodedBatch):
+        return _unjudged(batch, copy)
     out: list[ChangeBatch] = []
     for part, truncates in _cut_at_truncates(batch):
         if truncates:
@@ -66,6 +68,16 @@ def judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> list[Change
                 out.append(judged)
                 copy.delivered = True
     return out
+
+
+def _unjudged(batch: UndecodedBatch, copy: TableCopy) -> list[ChangeBatch]:
+    """Changes without keys: who takes the table gets their error, unless nothing was read, so that all are dropped."""
+    copy.unproven.update(np.unique(batch.metadata("xid").to_numpy()).tolist())
+    found: list[ChangeBatch] = [batch] if copy.begun or copy.holes else []
+    if (_codes(batch) == _T).any():
+        copy.restart()
+        copy.delivered = False
+    return found
 
 
 def _truncated(batch: ChangeBatch, copy: TableCopy) -> list[ChangeBatch]:
@@ -205,7 +217,7 @@ def _raws(raw: pa.MapArray, prefix: str) -> list[dict[str, str]]:
 
 
 def _codes(batch: ChangeBatch) -> NDArray[np.int8]:
-    column = batch.data.column("_op")
+    column = batch.metadata("op")
     codes: NDArray[np.int8] = column.indices.to_numpy()
     if column.dictionary.equals(_NAMES):
         return codes

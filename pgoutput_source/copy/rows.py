@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.batches import ChangeBatch, UndecodedBatch, known_fields
 from pgoutput_source.changes.schema import OP_CODE, OPS, TableSchema
 from pgoutput_source.copy.tables import SourceTable
 from pgoutput_source.decode.copied import CopiedColumn, Tuples, decode_copied
 from pgoutput_source.decode.relations import Relations
+from pgoutput_source.errors import ConfigurationError, DecodeError
 
 _NAMES = pa.array(OPS, pa.utf8())
 
@@ -32,24 +32,29 @@ class Copied:
 
 def columns_of(
     copied: Copied, table: SourceTable, relations: Relations, *, on_misfit: str
-) -> tuple[list[pa.Array], pa.MapArray]:
+) -> tuple[list[pa.Array] | DecodeError, pa.MapArray]:
     """The columns of the table, and the exact texts of values that they can't hold: see `decode.copied`.
+
+    Instead of the columns it is the error of a value that is not one of its type or, with on_misfit="error", doesn't
+    fit its Arrow type.
 
     Raises:
         ProtocolError: The tuples are not what COPY sends of these columns.
-        DecodeError: A value is not one of its type; or, with on_misfit="error", doesn't fit its Arrow type.
     """
     columns = [
         CopiedColumn(column, relations.type_of(column.type_oid), source.as_text)
         for source, column in zip(table.columns, table.schema.columns, strict=True)
     ]
     tuples = Tuples(copied.parts, copied.lengths, first=copied.first)
-    return decode_copied(tuples, columns, table.schema.table, on_misfit=on_misfit)
+    try:
+        return decode_copied(tuples, columns, table.schema.table, on_misfit=on_misfit)
+    except DecodeError as e:
+        return e, pa.nulls(len(tuples), pa.map_(pa.utf8(), pa.utf8()))
 
 
 def batch_of(
     schema: TableSchema,
-    arrays: Sequence[pa.Array],
+    arrays: Sequence[pa.Array] | DecodeError,
     raw: pa.MapArray,
     *,
     position: tuple[int, int],
@@ -61,7 +66,7 @@ def batch_of(
 
     Args:
         schema: The version of the table.
-        arrays: Its columns.
+        arrays: Its columns, or why they can't be had: then it is an `UndecodedBatch`.
         raw: The column `_raw`.
         position: Of the first row; the others count up.
         lsn: The position in the WAL that was read after the snapshot: `_lsn`.
@@ -69,24 +74,24 @@ def batch_of(
         op: `_op` of all rows.
     """
     size = len(raw)
-    kinds: dict[str, Any] = {field.name: field.type for field in schema.arrow}
+    fields = known_fields(schema.metadata_prefix)
     moment = int((taken - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1_000_000)
-
-    def all_of(name: str, value: int) -> pa.Array:
-        return pa.array(np.full(size, value, np.uint64)).cast(kinds[name])
-
-    metadata = [
+    known = [
         pa.DictionaryArray.from_arrays(pa.array(np.full(size, OP_CODE[op], np.int8)), _NAMES),
-        all_of("_commit_lsn", position[0]),
+        pa.array(np.full(size, position[0], np.uint64)),
         pa.array(np.arange(position[1], position[1] + size, dtype=np.uint64)),
-        all_of("_lsn", lsn),
-        all_of("_xid", 0),
-        pa.array(np.full(size, moment, np.int64)).view(kinds["_commit_ts"]),
-        pa.nulls(size, kinds["_before"]),
-        pa.nulls(size, kinds["_unchanged"]),
-        raw,
+        pa.array(np.full(size, lsn, np.uint64)),
+        pa.array(np.zeros(size, np.uint32)),
+        pa.array(np.full(size, moment, np.int64)).view(pa.timestamp("us", "UTC")),
     ]
-    return ChangeBatch(schema, pa.RecordBatch.from_arrays([*arrays, *metadata], schema=schema.arrow))
+    try:
+        if isinstance(arrays, DecodeError):
+            raise arrays
+        names, kinds = schema.metadata_names, schema.arrow
+    except (DecodeError, ConfigurationError) as e:
+        return UndecodedBatch(schema, pa.RecordBatch.from_arrays(known, schema=pa.schema(fields)), e)
+    old = [pa.nulls(size, kinds.field(name).type) for name in (names.before, names.unchanged)]
+    return ChangeBatch(schema, pa.RecordBatch.from_arrays([*arrays, *known, *old, raw], schema=kinds))
 
 
 def truncate_of(schema: TableSchema, *, position: tuple[int, int], lsn: int, taken: datetime) -> ChangeBatch:

@@ -170,7 +170,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         changes = self.session.next()
         self._awake = datetime.now(UTC) + _IDLE if self.session.idle else None
         if not self.in_main_thread:
-            self.bytes_in_epoch += sum(batch.data.nbytes for batch in changes.batches)
+            self.bytes_in_epoch += sum(batch.nbytes for batch in changes.batches)
         return [changes] if len(changes) or changes.messages else []
 
     def next_awake(self) -> datetime | None:

@@ -109,11 +109,12 @@ class Assembler:
     def feed(self, frames: Sequence[bytes | memoryview]) -> ChangeSet:
         """What these frames say; `frames` are CopyData payloads with their header, keepalives are passed over.
 
+        Changes of a table that can't be decoded concern those who take this table: they are an `UndecodedBatch`.
+
         Raises:
             ProtocolError: An illegal order of messages, or bytes that are no message. The stream can't be used further.
                 It names the frame's LSN, or where the last transaction ended if the frame has none.
-            DecodeError: A value is not one of its column's type.
-            SchemaChanged: A table is not what is known of it.
+            SchemaChanged: A table is not called what it was called, and must be; or nobody knows what it is called.
             SpillError: A temporary file of a transaction in progress failed.
         """
         try:
@@ -153,6 +154,8 @@ class Assembler:
                 match messages.decode(f.message(i)):
                     case messages.Relation() as relation:
                         for relation_id, before, version in self.relations.announce(relation, int(t.xid[t.index[i]])):
+                            if version is not None and version.error is not None:
+                                version.error.lsn = int(t.commit_lsn[t.index[i]])
                             first: list[_Cut] = [] if before is None else [(-1, before)]
                             versions.setdefault(relation_id, first).append((i, version))
                     case messages.Type() as kind:

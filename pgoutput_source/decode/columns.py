@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.batches import ChangeBatch, UndecodedBatch, known_fields
 from pgoutput_source.changes.schema import OP_CODE, OPS, Column, TableSchema
 from pgoutput_source.decode.cells import BadValue, decoded
 from pgoutput_source.decode.frames import Bools, Frames, Ints
 from pgoutput_source.decode.relations import ColumnType, TableVersion
 from pgoutput_source.decode.transactions import Rows
 from pgoutput_source.decode.tuples import BINARY, TEXT, UNCHANGED, Cells, Tuples, read_tuples
-from pgoutput_source.errors import DecodeError
+from pgoutput_source.errors import ConfigurationError, DecodeError
 from pgoutput_source.protocol.wire import PG_EPOCH_US
 from pgoutput_source.types.base import Sent, exact_text
 
@@ -38,28 +38,37 @@ _TEXT_INSTEAD = 'binary="off" has the server send text, which can always be read
 def decode(frames: Frames, rows: Rows, version: TableVersion, *, on_misfit: str = "raw") -> ChangeBatch:
     """Rows of one table version as a batch; its columns are described in `changes.metadata_fields`.
 
+    It is an `UndecodedBatch` if the version can't be decoded at all, if a value is not one of its column's type or,
+    with on_misfit="error", doesn't fit its Arrow type.
+
     Raises:
         ProtocolError: A frame doesn't hold the tuples that its message must have.
-        DecodeError: A value is not text of its column's type; or, with on_misfit="error", doesn't fit its Arrow type.
     """
     schema = version.schema
     tag = frames.tag[rows.frame]
     new, old, old_rows = read_tuples(frames, rows.frame, tag, schema)
-    decoder = _Decoder(frames, rows, version, on_misfit)
-    arrays = [decoder.column(order, cells, None) for order, cells in enumerate(new)]
-    before = _before(decoder, schema, old, old_rows, len(rows))
-    arrays += [
+    known = [
         pa.DictionaryArray.from_arrays(pa.array(_CODE[tag]), _OPS),
         pa.array(rows.commit_lsn),
         pa.array(rows.seq),
         pa.array(frames.integers(">u8", frames.start[rows.frame] + 1)),
         pa.array(rows.xid),
         pa.array(rows.commit_ts + PG_EPOCH_US).view(pa.timestamp("us", "UTC")),
-        before,
-        _unchanged(schema, new, len(rows)),
-        decoder.raw_column(),
     ]
-    return ChangeBatch(schema, pa.RecordBatch.from_arrays(arrays, schema=schema.arrow))
+    error = version.error
+    if error is None:
+        decoder = _Decoder(frames, rows, version, on_misfit)
+        try:
+            arrays = [decoder.column(order, cells, None) for order, cells in enumerate(new)]
+            before = _before(decoder, schema, old, old_rows, len(rows))
+            arrays += [*known, before, _unchanged(schema, new, len(rows)), decoder.raw_column()]
+            return ChangeBatch(schema, pa.RecordBatch.from_arrays(arrays, schema=schema.arrow))
+        except (DecodeError, ConfigurationError) as e:
+            error = e
+    if error.lsn is None:
+        error.lsn = int(known[3][0].as_py())
+    metadata = pa.RecordBatch.from_arrays(known, schema=pa.schema(known_fields(schema.metadata_prefix)))
+    return UndecodedBatch(schema, metadata, error)
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pgoutput_source.changes.schema import Column, TableName, TableSchema
 from pgoutput_source.decode.attributes import Attributes
-from pgoutput_source.errors import ProtocolError, SchemaChanged, ServerError
+from pgoutput_source.errors import PgOutputError, ProtocolError, SchemaChanged, ServerError
 from pgoutput_source.protocol import messages
 from pgoutput_source.types import OPAQUE, TYPES, PgType
 
@@ -49,10 +49,11 @@ class ColumnType:
 
 @dataclass(frozen=True, slots=True)
 class TableVersion:
-    """A version of a table, with what decodes each of its columns."""
+    """A version of a table, with what decodes each of its columns; `error` says why its changes can't be had."""
 
     schema: TableSchema
     types: tuple[ColumnType, ...]
+    error: PgOutputError | None = None
 
 
 class Beginning(NamedTuple):
@@ -148,8 +149,10 @@ class Relations:
     def announce(self, relation: messages.Relation, xid: int | None = None) -> list[Beginning]:
         """Take note of a Relation message in transaction `xid`; the versions that begin with it, if anything changed.
 
+        A version that is not what is known of the table, and must be, has the error: who takes the table gets it.
+
         Raises:
-            SchemaChanged: It is not what is known of it, and must be.
+            SchemaChanged: It has another name than it had, and must not: whoever takes it would not notice.
         """
         self._learn([column.type_oid for column in relation.columns])
         schema = TableSchema(
@@ -167,10 +170,9 @@ class Relations:
         return self._begin(schema)
 
     def _begin(self, schema: TableSchema) -> list[Beginning]:
-        if self.known is not None:
-            _compare(self.known, schema)
+        error = None if self.known is None else _changed(self.known, schema)
         types = tuple(ColumnType(self.type_of(c.type_oid), c.type_oid in self._types) for c in schema.columns)
-        version = TableVersion(schema, types)
+        version = TableVersion(schema, types, error)
         begun = [Beginning(schema.relation_id, self._current.get(schema.relation_id), version)]
         holder = self._holder.get(schema.full_name, schema.relation_id)
         self._current[schema.relation_id] = version
@@ -236,7 +238,8 @@ def nameless(schema: TableSchema, lsn: int | None = None) -> SchemaChanged:
     )
 
 
-def _compare(known: dict[str, list[str]], schema: TableSchema) -> None:
+def _changed(known: dict[str, list[str]], schema: TableSchema) -> SchemaChanged | None:
+    """The error for a table that is not what it was; it is raised if the table is not called what it was called."""
     now = [schema.table, f"replica identity {schema.replica_identity!r}"]
     for c in schema.columns:
         typmod = "" if c.typmod < 0 else f"({c.typmod})"
@@ -246,11 +249,15 @@ def _compare(known: dict[str, list[str]], schema: TableSchema) -> None:
     before = known.setdefault(str(schema.relation_id), of_name)
     if schema.full_name.written(before[0]):
         before = [now[0], *before[1:]]
-    if before != now:
-        parts = [f"no more {line}" for line in before if line not in now]
-        parts += [f"now {line}" for line in now if line not in before]
-        raise SchemaChanged(
-            f"the table has changed: {', '.join(parts) or 'its columns stand in another order'}",
-            table=before[0],
-            hint="see to what reads the output, then go on with on_schema_change='evolve', or with a fresh start",
-        )
+    if before == now:
+        return None
+    parts = [f"no more {line}" for line in before if line not in now]
+    parts += [f"now {line}" for line in now if line not in before]
+    error = SchemaChanged(
+        f"the table has changed: {', '.join(parts) or 'its columns stand in another order'}",
+        table=before[0],
+        hint="see to what reads the output, then go on with on_schema_change='evolve', or with a fresh start",
+    )
+    if before[0] != now[0]:
+        raise error
+    return error

@@ -21,6 +21,7 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
 
     Raises:
         ConfigurationError: `name` has no schema, or dots that can be read in several ways.
+        DecodeError, ConfigurationError, SchemaChanged: Once changes come: those of this table can't be decoded.
 
     Example:
         >>> from bytewax.dataflow import Dataflow
@@ -38,7 +39,7 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
     take(up, wanted)
 
     def of_table(sets: list[ChangeSet]) -> list[ChangeBatch]:
-        return [batch for s in sets for batch in s if batch.schema.full_name == wanted]
+        return [batch for s in sets for batch in s.of(wanted)]
 
     return op.flat_map_batch("of_table", up, of_table)
 

@@ -51,8 +51,8 @@ class History:
     def delivered(self, changes: ChangeSet) -> None:
         """These changes are delivered."""
         if changes.batches:
-            last = max(changes.batches, key=lambda batch: batch.last).data
-            lsn, xid, moment = (last.column(name)[-1] for name in ("_commit_lsn", "_xid", "_commit_ts"))
+            last = max(changes.batches, key=lambda batch: batch.last)
+            lsn, xid, moment = (last.metadata(name)[-1] for name in ("commit_lsn", "xid", "commit_ts"))
             self._last = lsn.as_py(), xid.as_py(), moment.value
 
     def connected(self, confirmed: Lsn) -> None:

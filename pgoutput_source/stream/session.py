@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from pgoutput_source import metrics
-from pgoutput_source.changes.batches import ChangeSet
+from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, UndecodedBatch
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.copy.initial import InitialCopy, copy_of
 from pgoutput_source.decode.assembler import Assembler
@@ -91,6 +91,7 @@ class SlotSession:
         self._timeline = Timeline(dsn, self.frames, settings.reconnect_seconds)
         self._heartbeat = Heartbeat(dsn, settings.slot, settings.heartbeat_seconds)
         self._streamed = False
+        self._undecoded: set[str] = set()
         bound = f" until {self.until}" if self.until else ""
         logger.info("slot %s: streaming from %s%s", settings.slot, self.acknowledged, bound)
 
@@ -117,7 +118,7 @@ class SlotSession:
         Raises:
             ServerError: The connection was lost and can't be restored, or the server can't continue.
             StateError: The server is not the one whose changes were delivered.
-            ProtocolError, DecodeError, SchemaChanged, SpillError: See `Assembler.feed`.
+            ProtocolError, SchemaChanged, SpillError: See `Assembler.feed`.
         """
         copy = self._copy
         if copy is not None and copy.due and (copy.reading or (self._streamed and not self.in_transaction)):
@@ -126,6 +127,7 @@ class SlotSession:
             rows = copy.step(self.safe_lsn)
             if rows.batches:
                 self.idle = False
+                self._warn(rows.batches)
                 metrics.CHANGES.labels(self.settings.slot).inc(len(rows))
                 return rows
         self._streamed = True
@@ -164,6 +166,7 @@ class SlotSession:
             self._heartbeat.changed()
             self._history.delivered(changes)
             metrics.COMMIT_TIME.labels(slot).set((self._history.commit_ts or 0) / 1_000_000)
+            self._warn(changes.batches)
         if self._assembler.skipped:
             metrics.SKIPPED.labels(slot).inc(self._assembler.skipped)
             self._assembler.skipped = 0
@@ -172,6 +175,19 @@ class SlotSession:
             self._copy.passed(self.safe_lsn)
         metrics.CHANGES.labels(slot).inc(len(changes))
         return changes
+
+    def _warn(self, batches: Iterable[ChangeBatch]) -> None:
+        """Say once of each table that its changes can't be decoded: if nobody takes it, nothing else would."""
+        for batch in batches:
+            if isinstance(batch, UndecodedBatch) and batch.table not in self._undecoded:
+                self._undecoded.add(batch.table)
+                logger.warning(
+                    "slot %s: changes of %s can't be decoded. What takes this table gets the error, and all else "
+                    "passes over them: %s",
+                    self.settings.slot,
+                    batch.table,
+                    str(batch.error).replace("\n", "; "),
+                )
 
     @property
     def position(self) -> Position | None:

@@ -309,7 +309,7 @@ def test_a_value_that_is_not_of_its_type_names_where_it_stands() -> None:
     frames = [frame(x, 500 + i) for i, x in enumerate(found)]
 
     with pytest.raises(DecodeError) as caught:
-        Assembler().feed(frames)
+        Assembler().feed(frames).of("public.t")
 
     e = caught.value
     assert (e.table, e.column, e.type_name, e.lsn) == ("public.t", "id", "integer", 503)
