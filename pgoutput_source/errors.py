@@ -155,7 +155,7 @@ class DecodeError(PgOutputError):
 class SchemaChanged(PgOutputError):
     """With on_schema_change="fail": a table changed its name, its columns or its replica identity.
 
-    Nothing after the change was delivered. `lsn` is the commit of the transaction in which it was found.
+    Nothing of the table was delivered after the change. `lsn` is the commit of the transaction in which it was found.
     """
 
 

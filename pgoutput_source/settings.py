@@ -199,10 +199,10 @@ class SourceSettings(BaseModel):
         heartbeat_seconds: After so long without a change a few bytes are written to the server's WAL, so that the slot
             moves on a server where nobody writes. None, the default, writes nothing, and is enough to release WAL.
         on_misfit: What happens to a value that its column's Arrow type can't hold: "raw" leaves the cell null and
-            keeps the exact text in `_raw`, "error" stops.
+            keeps the exact text in `_raw`, "error" stops what takes the table.
         on_schema_change: What happens when a table's name, columns or replica identity are not what they were when
             this run, or the one that it resumes, first saw them: "evolve" continues with batches of the new version,
-            "fail" stops with `SchemaChanged`.
+            "fail" stops what takes the table with `SchemaChanged`, and everything if the name is another.
         origin: "any" brings all changes, "none" skips those that came to the server by replication themselves;
             from PostgreSQL 16 on.
         streaming: "on" has PostgreSQL send large transactions while they are in progress instead of keeping them on
