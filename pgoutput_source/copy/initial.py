@@ -21,10 +21,11 @@ from psycopg import sql
 
 from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message
+from pgoutput_source.changes.schema import TableName
 from pgoutput_source.copy.chunks import Busy, Chunk, ChunkReader, between, exactly
 from pgoutput_source.copy.judge import judge
 from pgoutput_source.copy.keys import Keys
-from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, TableCopy
+from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, Signature, TableCopy
 from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
 from pgoutput_source.copy.tables import Published, SourceTable, published, unreadable
 from pgoutput_source.decode.relations import LookUp, Relations
@@ -90,7 +91,10 @@ class InitialCopy:
         self._most_rows = CHUNK_ROWS
         self._rows: dict[int, int] = {}
         self._estimates: dict[int, int] = {}
-        self._names: dict[int, str] = {}
+        self._names: dict[int, str] = {}  # of what is published
+        self._former: dict[int, str] = {}  # names before a renaming that the catalogue told of
+        self._awaited: dict[int, tuple[str, Signature]] = {}  # versions for which the stream was waited for
+        self._leaving: dict[int, int] = {}  # done, not published any more: until the stream has passed this position
         self._published: dict[int, Published] = {}
         self._whole: Iterator[ChangeBatch] | None = None
         self._not_before = 0.0
@@ -152,7 +156,12 @@ class InitialCopy:
             if self.ledger.all and not self.ledger.knows(relation):
                 self._register(relation, batch.table)
             copy = self.ledger.copying.get(relation)
-            batches += [batch] if copy is None else self._judge(batch, copy)
+            if copy is not None:
+                batches += self._judge(batch, copy)
+                continue
+            batches.append(batch)
+            if self.ledger.all:
+                self.ledger.filled.add(batch.table)
         for request in requests:
             self._requested(request)
         if not requests and batches == list(changes.batches):
@@ -169,6 +178,8 @@ class InitialCopy:
         )
 
     def _judge(self, batch: ChangeBatch, copy: TableCopy) -> list[ChangeBatch]:
+        if batch.table != copy.name and batch.table != self._former.get(copy.relation_id):
+            self.ledger.rename(copy, batch.table)
         try:
             found = judge(batch, copy, self._keys_of(copy) if copy.key else None)
         except KeyError:
@@ -177,17 +188,25 @@ class InitialCopy:
             found = judge(batch, copy, None)
         if len(copy.unproven) > _MOST_UNPROVEN:
             self._prove()
+        if copy.delivered:
+            self.ledger.filling(copy)
         return found
 
     def passed(self, safe: int) -> None:
         """Every transaction that committed before `safe` was judged, and what is left of it delivered."""
         for copy in self.ledger.settle(safe):
-            name = self._names.get(copy.relation_id, str(copy.relation_id))
-            logger.info("slot %s: %s is copied, %d rows", self._settings.slot, name, copy.rows)
-            self._keys.pop(copy.relation_id, None)
-            self._rows.pop(copy.relation_id, None)
+            logger.info("slot %s: %s is copied, %d rows", self._settings.slot, copy.name, copy.rows)
+            self._let_go(copy.relation_id)
             if not self.ledger.copying:
                 logger.info("slot %s: the initial copy is complete", self._settings.slot)
+
+        for relation in [relation for relation, at in self._leaving.items() if at <= safe]:
+            del self._leaving[relation]
+            self.ledger.forget([relation])
+
+    def _let_go(self, relation_id: int) -> None:
+        for known in (self._keys, self._rows, self._former, self._awaited):
+            known.pop(relation_id, None)
 
     def _prove(self) -> None:
         """Forget the transactions that every later snapshot shows."""
@@ -222,25 +241,27 @@ class InitialCopy:
                 time.sleep(_RECONNECT)
 
     def _requested(self, request: Message) -> None:
-        name = request.content.decode(errors="replace").strip()
+        asked = request.content.decode(errors="replace").strip()
         self._list()
-        # The name is looked up as the server writes it, and as it stands in `_names`.
-        found = [relation for relation, known in self._names.items() if known == name and relation in self._published]
+        try:
+            name = str(TableName.parse(asked))
+        except ConfigurationError:
+            name = ""
+        found = [relation for relation, known in self._names.items() if known == name]
         if not found:
-            logger.warning("slot %s: a copy of %r was asked for, and it is not published", self._settings.slot, name)
+            logger.warning("slot %s: a copy of %r was asked for, and it is not published", self._settings.slot, asked)
         for relation in found:
             self.again(relation)
 
     def again(self, relation_id: int) -> None:
         """Copy a table again: it is emptied downstream first, so that rows that are gone are gone there, too."""
-        copy = self._register(relation_id, self._names.get(relation_id, str(relation_id)))
+        copy = self._register(relation_id, self._names[relation_id])
         copy.partial = copy.delivered = True
 
     def _register(self, relation_id: int, name: str) -> TableCopy:
         logger.info("slot %s: %s will be copied", self._settings.slot, name)
-        self._names[relation_id] = name
-        self._keys.pop(relation_id, None)
-        return self.ledger.register(relation_id, self._reader.snapshot().xmax)
+        self._let_go(relation_id)
+        return self.ledger.register(relation_id, name, self._reader.snapshot().xmax)
 
     def _list(self) -> None:
         """The tables that are published now; those that are new enter the copy."""
@@ -249,22 +270,28 @@ class InitialCopy:
         self._listed_at = time.monotonic()
         with explained():
             names = conn.execute(
-                "SELECT c.oid::bigint, n.nspname || '.' || c.relname, greatest(c.reltuples, 0)::bigint"
+                "SELECT c.oid::bigint, n.nspname::text, c.relname::text, greatest(c.reltuples, 0)::bigint"
                 "  FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::bigint[])",
                 [list(self._published)],
             ).fetchall()
-        for relation, name, rows in names:
-            self._names[relation], self._estimates[relation] = name, rows
-        new = [r for r in self._published if not self.ledger.knows(r)] if self.ledger.all else []
+        self._names = {relation: str(TableName(schema, name)) for relation, schema, name, _ in names}
+        self._estimates = {relation: rows for relation, _, _, rows in names}
+        new = [r for r in self._names if not self.ledger.knows(r)] if self.ledger.all else []
         refused = unreadable(conn, new)
         if refused:
             raise NotConfigured(
                 f"the initial copy can't read {', '.join(name for name, _ in refused)}, or not all rows of it",
                 hint="as owner or superuser: " + " ".join(dict.fromkeys(allow for _, allow in refused)),
             )
-        registered = self._reader.snapshot().xmax if new else 0
+        absent = [r for r in self.ledger.done if r not in self._names and r not in self._leaving]
+        if not new and not absent:
+            return
+        now = self._reader.snapshot()
+        self._leaving |= dict.fromkeys(absent, now.high)
         for relation in new:
-            self.ledger.register(relation, registered)
+            copy = self.ledger.register(relation, self._names[relation], now.xmax)
+            # The changes of the table that had this name before come first.
+            copy.wait = now.high if copy.delivered else 0
 
     # -- chunks -----------------------------------------------------------------------------------------------------
 
@@ -320,11 +347,12 @@ class InitialCopy:
         if relation not in self._published:
             self._list()
             if relation not in self._published:
-                logger.warning(
-                    "slot %s: %s is not published any more, and is not copied", self._settings.slot, self._name(copy)
-                )
-                self.ledger.forget([relation])
+                self._missing(copy)
                 return None
+        if copy.gone:
+            # Published again: what happened meanwhile was not streamed.
+            self.again(relation)
+            return None
         chunk = self._opened(copy)
         if chunk is None:
             return None
@@ -337,6 +365,17 @@ class InitialCopy:
         except BaseException:
             self._reader.abandon()
             raise
+
+    def _missing(self, copy: TableCopy) -> None:
+        """The table was dropped, or is not published any more: its last changes are judged, then it is forgotten."""
+        if not copy.gone:
+            copy.gone, copy.wait = True, self._reader.snapshot().high
+            return
+        logger.warning(
+            "slot %s: %s was dropped or is not published any more: its copy ends", self._settings.slot, copy.name
+        )
+        self._let_go(copy.relation_id)
+        self.ledger.forget([copy.relation_id])
 
     def _opened(self, copy: TableCopy) -> Chunk | None:
         """A transaction under whose snapshot the table's next chunk may be read."""
@@ -354,14 +393,22 @@ class InitialCopy:
             time.sleep(0.0005)
 
     def _read(self, copy: TableCopy, chunk: Chunk, table: SourceTable, safe: int) -> ChangeSet | None:
-        if copy.columns and table.signature != copy.columns and copy.delivered and not copy.wait:
+        name, version = table.schema.table, (table.schema.table, table.signature)
+        if (
+            copy.columns
+            and version != (copy.name, copy.columns)
+            and copy.delivered
+            and self._awaited.get(copy.relation_id) != version
+        ):
             # The table was altered: nothing of the new version may come before the last change of the old one.
-            copy.wait = chunk.snapshot.high
+            self._awaited[copy.relation_id], copy.wait = version, chunk.snapshot.high
             self._reader.abandon()
             return None
+        if name != copy.name:
+            self._former[copy.relation_id] = copy.name
+            self.ledger.rename(copy, name)
         if copy.begun and table.key != copy.key:
             copy.restart(partial=copy.delivered)
-        self._names[copy.relation_id] = table.schema.table
         copy.key, copy.columns, copy.wait = table.key, table.signature, 0
         copy.unproven.clear()  # this snapshot shows them
         first: list[ChangeBatch] = []
@@ -461,13 +508,11 @@ class InitialCopy:
     def _given(self, copy: TableCopy, batches: list[ChangeBatch]) -> ChangeSet:
         rows = sum(len(batch) for batch in batches if not _is_truncate(batch).any())
         copy.rows += rows
-        copy.delivered = copy.delivered or bool(rows)
+        if rows:
+            self.ledger.filling(copy)
         metrics.COPIED.labels(self._settings.slot).inc(rows)
-        self._progress.copied(self._name(copy), copy.rows, self._estimates.get(copy.relation_id, 0), rows)
+        self._progress.copied(copy.name, copy.rows, self._estimates.get(copy.relation_id, 0), rows)
         return ChangeSet(tuple(batches))
-
-    def _name(self, copy: TableCopy) -> str:
-        return self._names.get(copy.relation_id, str(copy.relation_id))
 
 
 def copy_of(dsn: str, settings: SourceSettings, system: System, state: Mapping[str, Any] | None) -> InitialCopy:

@@ -48,6 +48,7 @@ class TableCopy:
 
     Attributes:
         relation_id: The table's OID.
+        name: Schema and table, as batches have it.
         registered: No transaction before it may be running when the first chunk is read: those that were running when
             the table entered the copy are streamed in part only.
         ranges: What was read, ascending.
@@ -59,11 +60,13 @@ class TableCopy:
         key: The columns of the key by which it is read; empty if it is read as a whole, or not begun.
         columns: Those of the version that was last read.
         wait: No chunk is read before the stream has passed this position.
+        gone: Whether it was found to be dropped, or not published any more.
         rows: How many were read.
         restarts: How often the copy began again.
     """
 
     relation_id: int
+    name: str = ""
     registered: int = 0
     ranges: list[Range] = field(default_factory=list)
     holes: dict[Key, Snapshot | None] = field(default_factory=dict)
@@ -73,6 +76,7 @@ class TableCopy:
     key: tuple[KeyColumn, ...] = ()
     columns: Signature = ()
     wait: int = 0
+    gone: bool = False
     rows: int = 0
     restarts: int = 0
 
@@ -147,6 +151,7 @@ class TableCopy:
     def state(self) -> dict[str, Any]:
         """Builtins from which `from_state` makes an equal one."""
         return {
+            "name": self.name,
             "registered": self.registered,
             "ranges": [[_listed(r.end), r.snapshot and r.snapshot.state()] for r in self.ranges],
             "holes": [[list(key), s and s.state()] for key, s in self.holes.items()],
@@ -156,6 +161,7 @@ class TableCopy:
             "key": [[c.name, c.type_name, c.collation] for c in self.key],
             "columns": [list(column) for column in self.columns],
             "wait": self.wait,
+            "gone": self.gone,
             "rows": self.rows,
             "restarts": self.restarts,
         }
@@ -165,6 +171,7 @@ class TableCopy:
         """The copy that `state` described."""
         return cls(
             relation_id,
+            name=state["name"],
             registered=state["registered"],
             ranges=[Range(None if e is None else tuple(e), s and Snapshot.from_state(s)) for e, s in state["ranges"]],
             holes={tuple(key): s and Snapshot.from_state(s) for key, s in state["holes"]},
@@ -174,6 +181,7 @@ class TableCopy:
             key=tuple(KeyColumn(*column) for column in state["key"]),
             columns=tuple((n, name, oid, typmod) for n, name, oid, typmod in state["columns"]),
             wait=state["wait"],
+            gone=state["gone"],
             rows=state["rows"],
             restarts=state["restarts"],
         )
@@ -186,6 +194,8 @@ class Ledger:
         all: Whether every table that is published enters the copy, or only those that are named.
         copying: Those that are not done, by relation.
         done: The relations that are.
+        filled: The names of tables under which anything was delivered. A table that is dropped and created again has
+            another relation and the same name: what is downstream has to be emptied before it is copied.
         last: The position of the last row, or (0, -1).
     """
 
@@ -193,6 +203,7 @@ class Ledger:
         self.copying: dict[int, TableCopy] = {}
         self.all = False
         self.done: set[int] = set()
+        self.filled: set[str] = set()
         self.last: tuple[int, int] = (0, -1)
 
     def __bool__(self) -> bool:
@@ -202,11 +213,24 @@ class Ledger:
         """Whether the table was registered."""
         return relation_id in self.copying or relation_id in self.done
 
-    def register(self, relation_id: int, registered: int) -> TableCopy:
+    def register(self, relation_id: int, name: str, registered: int) -> TableCopy:
         """A table enters the copy, or enters it again."""
         self.done.discard(relation_id)
-        self.copying[relation_id] = TableCopy(relation_id, registered)
-        return self.copying[relation_id]
+        copy = self.copying[relation_id] = TableCopy(relation_id, registered=registered)
+        self.rename(copy, name)
+        return copy
+
+    def rename(self, copy: TableCopy, name: str) -> None:
+        """The table has another name from now on, under which it is copied from the start."""
+        if copy.begun:
+            copy.restart()
+        copy.name = name
+        copy.partial = copy.delivered = name in self.filled
+
+    def filling(self, copy: TableCopy) -> None:
+        """Something of the table is delivered."""
+        copy.delivered = True
+        self.filled.add(copy.name)
 
     def settle(self, passed: int) -> list[TableCopy]:
         """The stream has delivered all that committed before `passed`; the tables that are done by it."""
@@ -216,6 +240,7 @@ class Ledger:
         for copy in finished:
             del self.copying[copy.relation_id]
             self.done.add(copy.relation_id)
+            self.filled.add(copy.name)
         return finished
 
     def forget(self, relation_ids: Iterable[int]) -> None:
@@ -252,7 +277,13 @@ class Ledger:
         """Builtins, for the resume state; bounded for each table, however large it is."""
         tables: dict[str, Any] = {str(r): "done" for r in sorted(self.done)}
         tables |= {str(r): copy.state() for r, copy in sorted(self.copying.items())}
-        return {"v": STATE_VERSION, "all": self.all, "last": list(self.last), "tables": tables}
+        return {
+            "v": STATE_VERSION,
+            "all": self.all,
+            "last": list(self.last),
+            "filled": sorted(self.filled),
+            "tables": tables,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Ledger:
@@ -270,6 +301,7 @@ class Ledger:
         try:
             ledger.all = bool(state["all"])
             ledger.last = (int(state["last"][0]), int(state["last"][1]))
+            ledger.filled = set(state["filled"])
             for name, table in state["tables"].items():
                 if table == "done":
                     ledger.done.add(int(name))

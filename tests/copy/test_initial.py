@@ -177,14 +177,31 @@ class Mirror:
     """What was delivered, in the order of arrival, and the rows that it leaves."""
 
     key: tuple[str, ...]
-    rows: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    tables: dict[str, dict[Any, dict[str, Any]]] = field(default_factory=dict)
+    relations: dict[str, int] = field(default_factory=dict)
     last: tuple[int, int] = (0, -1)
     changes: int = 0
     read: int = 0
+    truncates: int = 0
+
+    def of(self, table: str) -> dict[Any, dict[str, Any]]:
+        """The rows of a table."""
+        return self.tables.setdefault(table, {})
+
+    @property
+    def rows(self) -> dict[Any, dict[str, Any]]:
+        """Those of `t`."""
+        return self.of("public.t")
 
     def take(self, changes: ChangeSet) -> None:
         for batch in changes.batches:
             columns = batch.schema.columns
+            relation = batch.schema.relation_id
+            if self.relations.setdefault(batch.table, relation) != relation:
+                # Nothing but the first truncate of the new table may stand between the two.
+                if batch.data.column("_op")[0].as_py() != "T":
+                    raise Wrong(f"{batch.table}: a change of the new table while there are rows of the old one")
+                self.relations[batch.table] = relation
             before = batch.data.column("_before")
             new = zip(*(_values(batch.data.column(c.name), c) for c in columns), strict=True)
             old = zip(*(_values(pc.struct_field(before, c.name), c) for c in columns), strict=True)
@@ -193,12 +210,15 @@ class Mirror:
             for row, values, was, known in zip(metadata, new, old, before.is_valid().to_pylist(), strict=True):
                 raw = dict(row["_raw"] or ())
                 self._one(
+                    self.of(batch.table),
                     row,
                     {n: raw.get(n, v) for n, v in zip(names, values, strict=True)},
                     {n: raw.get(f"_before.{n}", v) for n, v in zip(names, was, strict=True)} if known else None,
                 )
 
-    def _one(self, row: dict[str, Any], new: dict[str, Any], old: dict[str, Any] | None) -> None:
+    def _one(
+        self, rows: dict[Any, dict[str, Any]], row: dict[str, Any], new: dict[str, Any], old: dict[str, Any] | None
+    ) -> None:
         position, op = (row["_commit_lsn"], row["_seq"]), row["_op"]
         if position <= self.last:
             raise Wrong(f"{position} after {self.last}")
@@ -206,23 +226,24 @@ class Mirror:
         self.changes += 1
         self.read += op == "R"
         if op == "T":
-            self.rows.clear()
+            self.truncates += 1
+            rows.clear()
             return
         key = tuple(new[name] for name in self.key)
         known: dict[str, Any] = {}
         if op in "UD":
             was = tuple(old[name] for name in self.key) if old else key
-            if was not in self.rows:
+            if was not in rows:
                 raise Wrong(f"{op} of {was}, which is not there")
-            known = self.rows.pop(was)
+            known = rows.pop(was)
         if op in "IUR":
-            if key in self.rows:
+            if key in rows:
                 raise Wrong(f"{op} of {key}, which is there")
             for name in row["_unchanged"] or ():
                 if name not in known:
                     raise Wrong(f"{op} of {key}: nothing is known of {name}")
                 new[name] = known[name]
-            self.rows[key] = new
+            rows[key] = new
 
 
 def table_now(db: Database, key: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
@@ -361,3 +382,71 @@ def test_a_table_that_is_published_later_is_copied_and_one_without_a_key_is_empt
         session.close()
         with pytest.raises(ConfigurationError, match="not complete"):
             SlotSession(db.dsn, SourceSettings.of(dsn=db.dsn, slot="s", publication="p"), state)
+
+
+def busy_session(db: Database, *statements: str) -> Mirror:
+    """A copy of small chunks; each statement runs after some of them. What is delivered until all is."""
+    settings = SourceSettings.of(dsn=db.dsn, slot="s", publication="p", snapshot="initial", max_frames=1)
+    session, mirror = SlotSession(db.dsn, settings), Mirror(("id",))
+    with db.connect() as c:
+        for statement in statements:
+            for _ in range(24):
+                mirror.take(session.next(0.01))
+            c.execute(statement.encode())
+    state = session.snapshot()
+    session.close()
+    session = SlotSession(db.dsn, settings, state)
+    finish(session, db, mirror)
+    session.close()
+    return mirror
+
+
+def finish(session: SlotSession, db: Database, mirror: Mirror) -> None:
+    """Take what comes until all that is written now was delivered and no table is being copied."""
+    with db.connect() as c:
+        c.execute("CREATE TABLE IF NOT EXISTS other (x int)")
+        row = c.execute("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
+    assert row is not None
+    deadline = time.monotonic() + 30
+    while session.safe_lsn < row[0] or session.copying or session.in_transaction:
+        assert time.monotonic() < deadline, session.snapshot()
+        mirror.take(session.next(0.1))
+
+
+RECREATE = """
+DO $$ BEGIN
+    FOR i IN 1..50 LOOP
+        UPDATE t SET v = 'last of the old' WHERE id = i;
+        COMMIT;
+    END LOOP;
+    {away};
+    CREATE TABLE t (id int PRIMARY KEY, v text, w int);
+    {fill}
+END $$
+"""
+FILL = "INSERT INTO t SELECT n, 'new', 1 FROM generate_series(150, 250) AS n;"
+
+
+@pytest.mark.parametrize("away", ["DROP TABLE t", "ALTER TABLE t RENAME TO old"])
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_table_that_takes_the_name_of_another_in_the_midst_of_its_copy(
+    db: Database, away: str, silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+        c.execute("INSERT INTO t SELECT n, 'old' FROM generate_series(1, 400) AS n")
+        c.execute("CREATE PUBLICATION p FOR ALL TABLES")
+        c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+    statements = [RECREATE.format(away=away, fill=FILL), "UPDATE t SET w = 2 WHERE id < 200"]
+    if silent:  # nothing that is streamed tells of the new table
+        statements = [RECREATE.format(away=away, fill="")]
+        monkeypatch.setattr(initial, "_LIST_EVERY", 0.0)
+    with _small_chunks(monkeypatch, 20):
+        found = busy_session(db, *statements, "SELECT 1")
+    with db.connect() as c:
+        expected = c.execute("SELECT id, v, w FROM t").fetchall()
+
+    assert found.truncates == 1
+    assert {(row["id"], row["v"], row["w"]) for row in found.of("public.t").values()} == set(expected)
+    if "RENAME" in away:
+        assert len(found.of("public.old")) == 400

@@ -223,7 +223,7 @@ def run_round(seed: int, first_xid: int = 1000) -> None:
     start = len(model.wal)
     passed = model.lsn if not model.wal else model.wal[-1].lsn + 8
     ledger = Ledger()
-    ledger.register(TABLE, model.snapshot().xmax)
+    ledger.register(TABLE, "public.t", model.snapshot().xmax)
     mirror, at = Mirror(), start
     durable = copying.deepcopy((ledger.state(), mirror.log, at, passed))
     model.quiet_at = rng.randint(200, 500)  # type: ignore[attr-defined]
