@@ -187,7 +187,9 @@ class SourceSettings(BaseModel):
             copies every published row, as a change with `_op` R, while the changes of all tables are streamed: no row
             is skipped and none comes twice. Tables that are published later are copied, too. The resume state records
             how far the copy is: without one it begins again at each start. A run that resumes a state without a copy
-            continues without it.
+            continues without it. "only" copies in the same way and then ends: its slot is a temporary one, which the
+            server drops with the connection, whatever happens. A run that was cut off is begun again, and empties the
+            tables first.
         status_interval: Seconds between two reports to the server; it is lowered to a third of the server's
             wal_sender_timeout where that is less.
         max_frames: Most messages that one poll returns.
@@ -234,7 +236,7 @@ class SourceSettings(BaseModel):
         BeforeValidator(_lsn_text),
         AfterValidator(_checked_until),
     ] = None
-    snapshot: Literal["never", "initial"] = "never"
+    snapshot: Literal["never", "initial", "only"] = "never"
     status_interval: float = Field(default=10.0, gt=0, le=3600, allow_inf_nan=False)
     max_frames: int = Field(default=65_536, ge=1)
     max_bytes: int = Field(default=16 << 20, ge=1)

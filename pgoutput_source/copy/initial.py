@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -66,7 +66,8 @@ class InitialCopy:
         origin: Written into the metadata of each batch, as the stream's.
         look_up: Describes types that the database defines.
         state: What `state` returned before; None for none.
-        everything: Copy every published table, rather than those that are asked for.
+        everything: Copy every published table from its start, unless `state` says that all were copied; otherwise go
+            on as `state` says, and copy what is asked for.
 
     Raises:
         NotConfigured: The role may not read a table; the hint allows it.
@@ -102,8 +103,8 @@ class InitialCopy:
         self._listed_at = 0.0
         self._progress = _Progress(settings.slot)
         self.ledger = Ledger() if state is None else Ledger.from_state(state)
-        if everything and state is None:
-            self.ledger.all = True
+        if everything and (state is None or self.ledger.copying):
+            self.ledger.begin()
             self._list()
 
     def close(self) -> None:
@@ -515,13 +516,21 @@ class InitialCopy:
         return ChangeSet(tuple(batches))
 
 
-def copy_of(dsn: str, settings: SourceSettings, system: System, state: Mapping[str, Any] | None) -> InitialCopy:
-    """The copy of a session that starts with a resume state, which has none if an earlier release wrote it.
+def copy_of(
+    dsn: str, settings: SourceSettings, system: System, saved: dict[str, Any] | None, *, resumed: bool
+) -> InitialCopy:
+    """The copy of a session that starts.
+
+    Args:
+        dsn: A libpq connection string.
+        settings: Of the session.
+        system: The database system that was found.
+        saved: What `InitialCopy.state` of an earlier session returned, if there was one that copied anything.
+        resumed: Whether the session continues the stream of an earlier one.
 
     Raises:
         ConfigurationError: snapshot="never" now, and an earlier run with another value has not completed the copy.
     """
-    saved = None if state is None else state.get("copy")
     copy = InitialCopy(
         dsn,
         settings,
@@ -529,7 +538,7 @@ def copy_of(dsn: str, settings: SourceSettings, system: System, state: Mapping[s
         look_up=Definitions(dsn),
         server_version=system.server_version,
         state=saved,
-        everything=settings.snapshot != "never" and state is None,
+        everything=settings.snapshot != "never" and not resumed,
     )
     ledger = copy.ledger
     if settings.snapshot == "never" and ledger.all:
@@ -540,7 +549,7 @@ def copy_of(dsn: str, settings: SourceSettings, system: System, state: Mapping[s
                 hint="use snapshot='initial' until the copy is complete, or start afresh with a new recovery folder",
             )
         ledger.all = False
-    if settings.snapshot != "never" and state is not None and not ledger.all:
+    if settings.snapshot != "never" and resumed and not ledger.all:
         logger.warning(
             "slot %s: this run resumes one that began without an initial copy, and goes on without it; to copy a "
             "table: SELECT pg_logical_emit_message(true, '%s', 'schema.table')",

@@ -220,6 +220,11 @@ class Ledger:
         self.rename(copy, name)
         return copy
 
+    def begin(self) -> None:
+        """Every published table is to be copied from its start; what is downstream of one is emptied first."""
+        self.all = True
+        self.copying, self.done = {}, set()
+
     def rename(self, copy: TableCopy, name: str) -> None:
         """The table has another name from now on, under which it is copied from the start."""
         if copy.begun:

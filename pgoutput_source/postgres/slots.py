@@ -111,7 +111,7 @@ def create_slot(conn: Connection, slot: str, *, failover: bool = False) -> None:
         NotConfigured: The role may not do this, or all slots are in use.
     """
     try:
-        with explained(slot), _patience(_WAITS[one_row(conn, "SELECT pg_is_in_recovery()")[0]], slot):
+        with explained(slot), waiting(slot, standby=one_row(conn, "SELECT pg_is_in_recovery()")[0]):
             row = conn.execute(
                 "SELECT lsn::text FROM pg_create_logical_replication_slot(%s, %s"
                 + (", failover => true)" if failover else ")"),
@@ -125,13 +125,13 @@ def create_slot(conn: Connection, slot: str, *, failover: bool = False) -> None:
 
 
 @contextmanager
-def _patience(message: str, *arguments: object) -> Iterator[None]:
-    """Log a line every few seconds while the body runs."""
+def waiting(slot: str, *, standby: bool) -> Iterator[None]:
+    """While the body creates a slot, log every few seconds what that waits for."""
     done = threading.Event()
 
     def say() -> None:
         while not done.wait(_LOG_EVERY):
-            logger.info(message, *arguments)
+            logger.info(_WAITS[standby], slot)
 
     thread = threading.Thread(target=say, name="pgoutput-patience", daemon=True)
     thread.start()

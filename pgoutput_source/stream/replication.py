@@ -72,6 +72,7 @@ class ReplicationStream:
         status_interval: Seconds between two reports, lowered to a quarter of the server's wal_sender_timeout.
         reconnect_seconds: How long to try again without anything new after a loss.
         slot_wait_seconds: How long `start` waits for a slot that another process holds.
+        temporary: Create the slot, for as long as the connection lasts: it is not replaced.
 
     Attributes:
         generation: 0, and one more after each reconnect.
@@ -100,6 +101,7 @@ class ReplicationStream:
         status_interval: float = 10.0,
         reconnect_seconds: float = 300.0,
         slot_wait_seconds: float = 60.0,
+        temporary: bool = False,
     ) -> None:
         self.slot = slot
         self.publications = tuple(publications)
@@ -117,6 +119,7 @@ class ReplicationStream:
         self._options |= {"origin": origin} if origin != "any" else {}
         self._binary = binary
         self._slot_wait_seconds = slot_wait_seconds
+        self._temporary = temporary
         self._seen = Lsn(0)
         self._feedback = Feedback(status_interval, only_commits=proto_version == 1)
         self._patience = Patience(reconnect_seconds)
@@ -145,6 +148,7 @@ class ReplicationStream:
             status_interval=settings.status_interval,
             reconnect_seconds=settings.reconnect_seconds,
             slot_wait_seconds=settings.slot_wait_seconds,
+            temporary=settings.snapshot == "only",
         )
 
     @property
@@ -273,7 +277,7 @@ class ReplicationStream:
         if self._walsender is None:
             self._reconnect(timeout)
             return []
-        if whole and self._large.over(self.received, self.acknowledged):
+        if whole and not self._temporary and self._large.over(self.received, self.acknowledged):
             self._renew()
             return []
         frames: list[memoryview] = []
@@ -426,6 +430,7 @@ class ReplicationStream:
             publications=self.publications,
             options=self._options,
             binary=self._binary,
+            temporary=self._temporary,
             # Our own former walsender may not have noticed yet that we are gone.
             previous=self.backend,
             admit=self._admit,
@@ -469,6 +474,13 @@ class ReplicationStream:
 
     def _lose(self, why: str) -> None:
         self._hang_up()
+        if self._temporary:
+            self._fatal = ConnectionFailed(
+                f"slot {self.slot!r}: {why}; the slot was a temporary one and is gone",
+                hint="start the copy again. It begins from the start, and with the same recovery folder it empties the "
+                "tables first",
+            )
+            return
         now = time.monotonic()
         self._patience.lost(now)
         if self._patience.over(now):

@@ -75,12 +75,23 @@ class SlotSession:
         frames: Callable[[str, SourceSettings, Start], FrameSource] | None = None,
     ) -> None:
         self._tables = sorted(set(tables))
+        self._only = settings.snapshot == "only"
         start = begin(dsn, settings, state, self._tables)
+        copied = None if state is None else state.get("copy")
+        if self._only:
+            state = None
         self.settings, self.system, self.until = settings, start.system, start.until
         self._assembler = _assembler(dsn, settings, start, state)
-        self._copy: InitialCopy | None = None if frames else copy_of(dsn, settings, start.system, state)
         self.frames: FrameSource = (frames or _stream)(dsn, settings, start)
         self.frames.start(Lsn(0) if state is None else start.acknowledged)
+        self._copy: InitialCopy | None = None
+        try:
+            # After the slot: what ran before it was made is not streamed, and must be over before a chunk is read.
+            if frames is None:
+                self._copy = copy_of(dsn, settings, start.system, copied, resumed=state is not None)
+        except BaseException:
+            self.frames.close()
+            raise
         self.acknowledged = max(start.acknowledged, self.frames.acknowledged)
         self._generation = self.frames.generation
         self._looked_through = Lsn(0)
@@ -206,9 +217,11 @@ class SlotSession:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will be delivered: the run's end is reached, or its source has no more frames."""
+        """Whether nothing more will be delivered: the end of the run or of its copy, or its source has no more."""
         if not self._reached and not self.in_transaction and not self.copying:
-            self._reached = self.frames.exhausted or (self.until is not None and self.safe_lsn >= self.until)
+            self._reached = (
+                self._only or self.frames.exhausted or (self.until is not None and self.safe_lsn >= self.until)
+            )
         return self._reached
 
     # -- positions --------------------------------------------------------------------------------------------------
@@ -251,6 +264,7 @@ class SlotSession:
             **({} if known is None else {"tables": dict(known)}),
             **({"taken": [list(table) for table in self._tables]} if self._tables else {}),
             **({} if copy is None else {"copy": copy}),
+            **({"only": True} if self._only else {}),
         }
 
 

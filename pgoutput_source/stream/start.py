@@ -21,12 +21,21 @@ from typing import Any, Final
 
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.copy.ledger import reach
-from pgoutput_source.errors import ConnectionFailed, SlotAhead, SlotLost, SlotNotFound, StateError, check_version
+from pgoutput_source.errors import (
+    ConfigurationError,
+    ConnectionFailed,
+    SlotAhead,
+    SlotLost,
+    SlotNotFound,
+    StateError,
+    check_version,
+)
 from pgoutput_source.postgres import checks, connection, creation
 from pgoutput_source.postgres.connection import Connection
+from pgoutput_source.postgres.publications import create_publications
 from pgoutput_source.postgres.published import check_tables
 from pgoutput_source.postgres.remedies import resync_hint
-from pgoutput_source.postgres.slots import SlotState
+from pgoutput_source.postgres.slots import SlotState, slot_state
 from pgoutput_source.postgres.system import System, current_lsn, identify
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
@@ -81,6 +90,15 @@ def begin(
         SlotAhead: The slot was moved past the state.
         StateError: The state can't be used, or belongs to another server or history.
     """
+    only = settings.snapshot == "only"
+    if state is not None and bool(state.get("only")) != only:
+        raise ConfigurationError(
+            f"snapshot={settings.snapshot!r}: an earlier run with this recovery folder "
+            + ("followed a slot" if only else "had snapshot='only', and followed none"),
+            hint="use another recovery folder, and other folders for the output",
+        )
+    if only:
+        return _begin_only(dsn, settings, state, tables)
     with connect(dsn, settings) as conn:
         if settings.create and state is None:
             creation.create(conn, settings)
@@ -93,6 +111,27 @@ def begin(
         delivered = last_delivered(position, reach(state.get("copy")))
         acknowledged = on_timeline(dsn, state["timeline"], system.timeline, delivered, acknowledged)
     return Start(system, position, acknowledged, until)
+
+
+def _begin_only(dsn: str, settings: SourceSettings, state: State | None, tables: Iterable[tuple[str, str]]) -> Start:
+    """The start of a session whose slot is made by its own connection: nothing is resumed but the ledger."""
+    with connect(dsn, settings) as conn:
+        if settings.create and state is None:
+            create_publications(conn, settings.publication, None)
+        checks.check_server(conn)
+        checks.check_options(conn, settings)
+        checks.check_publications(conn, settings)
+        slot = slot_state(conn, settings.slot)
+        if slot is not None and not slot.temporary:
+            raise ConfigurationError(
+                f"snapshot='only' makes a temporary slot {settings.slot!r}, and there is a slot of this name",
+                hint="name another: one that does not exist",
+            )
+        check_tables(conn, settings, tables)
+        system = identify(conn)
+    if state is not None:
+        positions(state, system)
+    return Start(system, None, system.lsn, None)
 
 
 def connect(dsn: str, settings: SourceSettings) -> Connection:

@@ -42,7 +42,7 @@ from pgoutput_source.postgres.connection import Connection, ask, connect, one_ro
 from pgoutput_source.postgres.publications import binary_option
 from pgoutput_source.postgres.refusals import explained, server_error
 from pgoutput_source.postgres.remedies import NO_POOLER, ONE_PROCESS, newer_publication_hint, quote_name
-from pgoutput_source.postgres.slots import slot_state
+from pgoutput_source.postgres.slots import PLUGIN, slot_state, waiting
 from pgoutput_source.protocol.wire import Lsn, StandbyStatus
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Walsender:
         publications: Names of the publications.
         options: pgoutput's other options.
         binary: "on", "off", or "auto", which asks the catalogue.
+        temporary: Create the slot first, for as long as the connection lasts.
         previous: The process of a former connection of ours, which may still hold the slot: it is terminated.
         admit: Called with the opened walsender before anything is read from it or sent to it; it may refuse the server
             by raising.
@@ -109,6 +110,7 @@ class Walsender:
         publications: Sequence[str],
         options: Mapping[str, str],
         binary: str = "off",
+        temporary: bool = False,
         previous: Backend | None = None,
         admit: Callable[[Walsender], None] = lambda _: None,
     ) -> None:
@@ -133,6 +135,8 @@ class Walsender:
                 self._identify(conn)
                 conn.add_notice_handler(self._note_notice)
                 backend = self._find_backend(conn, beside)
+                if temporary:
+                    self._create(conn)
                 self._start(conn, beside, listed)
                 self._own_slot(beside, backend)
                 admit(self)
@@ -158,6 +162,14 @@ class Walsender:
         self.server_version = conn.info.server_version
         # 0 switches the server's patience off, then this is ours.
         self.timeout = _seconds(one_row(conn, "SHOW wal_sender_timeout")[0]) or 60.0
+
+    def _create(self, conn: Connection) -> None:
+        # Its consistent point comes when the transactions that run now have ended.
+        command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL {} NOEXPORT_SNAPSHOT").format(
+            sql.Identifier(self.slot), sql.Identifier(PLUGIN)
+        )
+        with explained(self.slot), waiting(self.slot, standby=self.standby):
+            conn.execute(command)
 
     def _start(self, conn: Connection, beside: Connection, options: Mapping[str, str]) -> None:
         listed = sql.SQL(", ").join(

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from harness.database import SETTINGS, Database
-from harness.flow import Busy, Flow, following, publish, wait_for
+from harness.flow import Busy, Flow, failure, following, publish, wait_for
 from harness.workload import Workload, differences, replayed, tables
 
-from pgoutput_source.embedded import Server
+from pgoutput_source import current
+from pgoutput_source.embedded import MAJORS, Server
+
+KILLS = int(os.environ.get("COPY_KILLS", "5"))
 
 
-def copied(flow: Flow) -> int:
-    """How many rows of the files were read by the copy."""
-    return sum(
-        pq.read_table(file, columns=["_op"])["_op"].to_pylist().count("R") for file in flow.out.glob("*.parquet")
-    )
+def copied(flow: Flow) -> Counter[str]:
+    """How many rows of the files were read by the copy, by relation."""
+    found: Counter[str] = Counter()
+    for file in flow.out.glob("*.parquet"):
+        table = pq.read_table(file, columns=["_op"])
+        found[table.schema.metadata[b"pg.relation_id"].decode()] += table["_op"].to_pylist().count("R")
+    return +found
 
 
 def test_files_replayed_equal_the_tables(any_db: Database, tmp_path: Path) -> None:
     flow = Flow(any_db, tmp_path, PGOUTPUT_SNAPSHOT="initial", PGOUTPUT_UNTIL="current", CHUNK_ROWS="200")
-    with Workload(any_db.dsn, seed=any_db.server.major, tables=6, largest=1000, recreates=False) as workload:
+    with Workload(any_db.dsn, seed=any_db.server.major, tables=6, largest=1000) as workload:
         workload.run(3_000)
         publish(any_db)
         workload.run(1_000)
@@ -37,35 +44,68 @@ def test_files_replayed_equal_the_tables(any_db: Database, tmp_path: Path) -> No
         found, _ = replayed(flow.out)
 
         assert differences(found, tables(workload)) == []
-        assert copied(flow) == before > 0
+        after = copied(flow)
+        assert before
+        assert {relation: after[relation] for relation in before} == before
 
 
 @pytest.mark.slow
-def test_kill_9_of_flow_and_server_in_the_midst_of_the_copy(tmp_path: Path) -> None:
-    rng = random.Random(12)
-    with Server(settings=SETTINGS) as server:
+@pytest.mark.parametrize("major", [min(MAJORS), max(MAJORS)])
+def test_kill_9_of_flow_and_server_in_the_midst_of_the_copy(major: int, tmp_path: Path) -> None:
+    rng = random.Random(major)
+    with Server(major, settings=SETTINGS) as server:
         db = Database(server)
-        flow = Flow(db, tmp_path, PGOUTPUT_SNAPSHOT="initial", CHUNK_ROWS="1000")
-        with Busy(db.dsn, seed=12, tables=6, largest=500, recreates=False) as workload:
-            time.sleep(2)
+        flow = Flow(db, tmp_path, PGOUTPUT_SNAPSHOT="initial", CHUNK_ROWS="500")
+        with Busy(db.dsn, seed=major, tables=6, largest=500) as workload:
+            workload.stop()
+            workload.run(10_000)
             publish(db)
-            for turn in range(8):
+            workload.again(db.dsn)
+            for turn in range(KILLS):
                 process = flow.start("-s", rng.choice(["1", "0"]), *flow.recovery())
                 with following(process) as lines:
                     wait_for(lines, "streaming from", process)
                     time.sleep(rng.uniform(0, 1.5))
-                    if turn in (2, 5):
+                    if turn % 3 == 1:
                         workload.stop()
                         server.halt("kill")
                         server.start(60)
                         workload.again(db.dsn)
-                        time.sleep(1)
+                        time.sleep(rng.uniform(0, 1))
                     process.send_signal(signal.SIGKILL)
             workload.stop()
             flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
 
             found, _ = replayed(flow.out)
 
-            assert copied(flow) > 0
+            assert copied(flow)
             assert differences(found, tables(workload)) == []
         db.close()
+
+
+def test_a_run_that_only_copies_ends_and_leaves_no_slot(db: Database, tmp_path: Path) -> None:
+    flow = Flow(db, tmp_path, PGOUTPUT_SNAPSHOT="only", CHUNK_ROWS="50")
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+        c.execute("INSERT INTO t SELECT n, 'there' FROM generate_series(1, 20000) AS n")
+        c.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
+
+        process = flow.start("-s", "0", *flow.recovery())
+        with following(process) as lines:
+            wait_for(lines, "streaming from", process)
+            deadline = time.monotonic() + 30
+            while not list(flow.out.glob("*.parquet")):
+                assert time.monotonic() < deadline, lines
+                time.sleep(0.01)
+            c.execute("DELETE FROM t WHERE id <= 10")
+            process.kill()
+        flow.run("-s", "0", *flow.recovery())
+        flow.run("-s", "0", *flow.recovery())  # nothing is left to do
+
+        rows = current(flow.out, key="id")
+        assert rows.num_rows == 19_990
+        assert set(rows["_op"].to_pylist()) == {"R"}
+        assert c.execute("SELECT slot_name FROM pg_replication_slots WHERE database = %s", [db.name]).fetchall() == []
+    said, code = failure(flow, *flow.recovery(), PGOUTPUT_SNAPSHOT="initial")
+    assert code == 1
+    assert "had snapshot='only'" in said

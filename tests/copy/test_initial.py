@@ -23,8 +23,9 @@ from pgoutput_source.changes.schema import Column
 from pgoutput_source.changes.values import to_python
 from pgoutput_source.copy import chunks, initial
 from pgoutput_source.copy.initial import InitialCopy
-from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.errors import ConfigurationError, ConnectionFailed
 from pgoutput_source.postgres.definitions import Definitions
+from pgoutput_source.reader import PgOutputReader
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream.session import SlotSession
 
@@ -450,3 +451,27 @@ def test_a_table_that_takes_the_name_of_another_in_the_midst_of_its_copy(
     assert {(row["id"], row["v"], row["w"]) for row in found.of("public.t").values()} == set(expected)
     if "RENAME" in away:
         assert len(found.of("public.old")) == 400
+
+
+def test_a_reader_that_only_copies(db: Database) -> None:
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        c.execute("INSERT INTO t SELECT generate_series(1, 10)")
+        reader = PgOutputReader(db.dsn, slot="s", publication="p", create=True, snapshot="only")
+        with reader:
+            ops = [(event.op, event.after["id"]) for event in reader]  # type: ignore[index]
+        assert sorted(ops) == [("R", n) for n in range(1, 11)]
+        assert c.execute("SELECT FROM pg_replication_slots WHERE database = %s", [db.name]).fetchall() == []
+
+        c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+        with pytest.raises(ConfigurationError, match="there is a slot of this name"):
+            PgOutputReader(db.dsn, slot="s", publication="p", snapshot="only").open()
+
+        def cut_off() -> None:
+            terminate = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = 'other'"
+            with PgOutputReader(db.dsn, slot="other", publication="p", snapshot="only") as reader:
+                for _ in reader:
+                    c.execute(terminate)
+
+        with pytest.raises(ConnectionFailed, match="temporary"):
+            cut_off()

@@ -146,8 +146,9 @@ class Busy(Workload):
         super().__exit__()
 
 
-def failure(flow: Flow, *arguments: str) -> tuple[str, int]:
+def failure(flow: Flow, *arguments: str, **environ: str) -> tuple[str, int]:
     """What a run says that must fail, and its exit code."""
-    process = flow.start("-s", "0", *arguments, PGOUTPUT_UNTIL="current", PGOUTPUT_SLOT_WAIT_SECONDS="1")
+    environ = {"PGOUTPUT_UNTIL": "current", "PGOUTPUT_SLOT_WAIT_SECONDS": "1"} | environ
+    process = flow.start("-s", "0", *arguments, **environ)
     _, said = process.communicate(timeout=60)
     return said, process.returncode

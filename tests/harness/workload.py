@@ -74,13 +74,9 @@ class Table:
 
 
 class Workload:
-    """Transactions of 1 to `largest` rows over `tables` tables, the same for the same seed but for random values.
+    """Transactions of 1 to `largest` rows over `tables` tables, the same for the same seed but for random values."""
 
-    Without `recreates` no table is dropped.
-    """
-
-    def __init__(self, dsn: str, *, seed: int, tables: int = 20, largest: int = 10_000, recreates: bool = True) -> None:
-        self.recreates = recreates
+    def __init__(self, dsn: str, *, seed: int, tables: int = 20, largest: int = 10_000) -> None:
         self.rng = random.Random(seed)
         self.connection = psycopg.connect(dsn, autocommit=True)
         self.connection.execute(sql.SQL("SELECT setseed({})").format(sql.Literal(seed % 1000 / 1000)))
@@ -136,7 +132,7 @@ class Workload:
             statement = self._rotate(table, min(size, 200))
         elif dice < 0.96:
             statement = sql.SQL("DELETE FROM {} WHERE {}").format(table.identifier, self._some(table, size // 3 + 1))
-        elif dice < 0.97 and self.recreates:
+        elif dice < 0.97:
             self.connection.execute(sql.SQL("DROP TABLE {}").format(table.identifier))
             for ddl in table.ddl():
                 self.connection.execute(ddl)
