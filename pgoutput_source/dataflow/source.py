@@ -29,6 +29,7 @@ from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.dataflow.run import gate, open_store, shutdown
 from pgoutput_source.dataflow.shutdown import Drained, show_log
+from pgoutput_source.dataflow.taken import made, taken_from
 from pgoutput_source.dataflow.watchdog import Watchdog
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.postgres.connection import connect
@@ -87,7 +88,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication, create=create, until=until, **options)
         self._settings: Callable[[], SourceSettings] = lambda: settings
         self._shown: SourceSettings | None = settings
-        self.tables: set[tuple[str, str]] = set()  # what steps take, if they say so
+        made(self)
         shutdown.catch_signals()
         open_store()
 
@@ -109,7 +110,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
         source._settings = settings
         source._shown = None
-        source.tables = set()
+        made(source)
         shutdown.catch_signals()
         open_store()
         return source
@@ -118,6 +119,11 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         if self._shown is None:
             return "PgOutputSource.from_env()"
         return f"PgOutputSource(slot={self._shown.slot!r}, publication={self._shown.publication!r})"
+
+    @property
+    def tables(self) -> set[tuple[str, str]]:
+        """The tables that steps take with `cdc.table`, as schema and name."""
+        return taken_from(self)
 
     def list_parts(self) -> list[str]:
         """The slot's name, which keys the resume state as well."""

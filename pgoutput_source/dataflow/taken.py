@@ -1,4 +1,8 @@
-"""Which tables the steps of a dataflow take from a source: noted as the flow is built, checked as it starts."""
+"""Which tables the steps of a dataflow take from a source: noted as the flow is built, traced as it starts.
+
+While an operator is built, the steps of the operators around it can't be seen yet. So a note names only a stream, and
+each source that exists gets it. When the source starts, its flow is whole, and the streams are followed back to it.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,51 @@ import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
 
 # isort: split
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from bytewax.dataflow import Stream
 
-from pgoutput_source.dataflow.source import PgOutputSource
+Note = tuple[list[Any], str, tuple[str, str]]
+"""The steps of a flow, the stream that a step of it takes, and the table that the step wants of it."""
+
+_notes: Final[WeakKeyDictionary[Any, list[Note]]] = WeakKeyDictionary()
+
+
+def made(source: object) -> None:
+    """A source exists, and steps may take tables from it from now on."""
+    _notes[source] = []
 
 
 def take(up: Stream[Any], table: tuple[str, str]) -> None:
     """Note that a step takes `table`, as schema and name, from the sources that `up` comes from."""
-    makers = {stream: step for step in _core(up.flow().substeps) for stream in _streams(step, step.dwn_names)}
-    waiting, seen = [up.stream_id], set[str]()
+    for notes in _notes.values():
+        notes.append((up.flow().substeps, up.stream_id, table))
+
+
+def taken_from(source: object) -> set[tuple[str, str]]:
+    """The tables that steps take from a source, as schema and name. Their flow must be whole."""
+    tables = set[tuple[str, str]]()
+    makers: dict[int, dict[str, Any]] = {}
+    for steps, stream, table in _notes[source]:
+        if id(steps) not in makers:
+            makers[id(steps)] = {made: step for step in _core(steps) for made in _streams(step, step.dwn_names)}
+        if table not in tables and _leads(makers[id(steps)], stream, source):
+            tables.add(table)
+    return tables
+
+
+def _leads(makers: dict[str, Any], stream: str, source: object) -> bool:
+    waiting, seen = [stream], set[str]()
     while waiting:
         step = makers.get(waiting.pop())
         if step is None or step.step_id in seen:
             continue
+        if getattr(step, "source", None) is source:
+            return True
         seen.add(step.step_id)
-        source = getattr(step, "source", None)
-        if isinstance(source, PgOutputSource):
-            source.tables.add(table)
         waiting += _streams(step, step.ups_names)
+    return False
 
 
 def _core(steps: Iterable[Any]) -> Iterator[Any]:
