@@ -144,6 +144,7 @@ def test_settings_from_anywhere_do_not_shape_values(
             found = {name: conn.execute(f"SHOW {name}".encode()).fetchone() for name in PINNED}
             assert {name: str(row[0]).replace(" ", "").strip('"') for name, row in found.items() if row} == PINNED
             assert conn.info.encoding == "utf-8"
+        create_publication_and_slot(beside, slot=f"{db.name}_other", publications=["q"])  # a role may be read only
     after = values(dsn, f"{db.name}_s")
 
     assert oracle is not None

@@ -554,6 +554,92 @@ def test_a_server_that_stays_away_ends_the_stream(own: Server, own_source: Sourc
         stream.poll()
 
 
+@pytest.mark.parametrize("headway", [False, True])
+def test_a_connection_is_no_headway_and_a_new_position_is(source: Source, headway: bool) -> None:
+    """Each walsender is killed once it streams: for ever if one brings something new, for the patience if none does."""
+    patience, stop = 1.0, threading.Event()
+    stream = source.stream(reconnect_seconds=patience)
+    read(stream, current_lsn(source.conn))
+
+    def kill() -> None:
+        with connect(source.dsn) as conn:
+            for number in range(1_000):
+                if headway:
+                    conn.execute("INSERT INTO public.t VALUES (%s)", [number])
+                    time.sleep(0.1)
+                conn.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_replication WHERE pid IN"
+                    " (SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s)",
+                    [source.slot],
+                )
+                if stop.wait(0.02):
+                    return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    begun, rows, error = time.monotonic(), list[int](), None
+    try:
+        while time.monotonic() - begun < 4 * patience:
+            rows += ids([bytes(frame[XLOG_DATA_HEADER:]) for frame in stream.poll(timeout=0.02)])
+    except ConnectionFailed as e:
+        error = e
+    took = time.monotonic() - begun
+    stop.set()
+    killer.join()
+
+    assert stream.generation > 2
+    if headway:
+        assert error is None
+        assert len(set(rows)) > 4
+    else:
+        assert error is not None
+        assert patience <= took < 4 * patience
+        assert "no connection has brought anything new" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("where", "good", "bad"),
+    [
+        ("100 / n > 1", "2", "0"),
+        ("substring('text', 1, n) > ''", "1", "-1"),
+        ("n * 2147483647 > 0", "1", "2"),
+        ("sqrt(n) > 0", "1", "-1"),
+        ("(j -> 'a')::int > 0", """'{"a": 1}'""", """'{"a": "x"}'"""),
+    ],
+)
+def test_a_row_filter_that_fails_says_where_and_its_remedy_works(
+    db: Database, request: pytest.FixtureRequest, where: str, good: str, bad: str
+) -> None:
+    source = Source(db.dsn, db.name)
+    request.addfinalizer(source.close)
+    source.conn.execute("ALTER TABLE public.t ADD n int, ADD j jsonb, REPLICA IDENTITY FULL")
+    create_publication_and_slot(source.conn, slot=source.slot, publications=["p"], tables=[f"public.t WHERE ({where})"])
+    column = "j" if "j" in where else "n"
+    for number, value in enumerate((good, bad, good), 1):
+        source.conn.execute(f"INSERT INTO public.t (id, {column}) VALUES ({number}, {value})".encode())
+        if number == 2:
+            end = current_lsn(source.conn)
+    stream = source.stream(publications=("p",))
+    got: list[bytes] = []
+
+    def poll_for_ever() -> None:
+        while True:
+            got.extend(bytes(frame[XLOG_DATA_HEADER:]) for frame in stream.poll(timeout=0.2))
+
+    with pytest.raises(ServerError) as caught:
+        poll_for_ever()
+    stream.close()
+
+    error = caught.value
+    assert ids(got) == [1]
+    assert error.lsn is not None
+    assert error.lsn <= end
+    assert "a row filter of the publication probably fails on a row" in (error.hint or "")
+    assert f"pg_replication_slot_advance('{source.slot}', …) to a position after its commit" in (error.hint or "")
+    source.conn.execute("SELECT pg_replication_slot_advance(%s, %s)", [source.slot, str(end)])
+    assert ids(read(source.stream(publications=("p",)), current_lsn(source.conn))) == [3]
+
+
 def test_a_slot_that_is_lost_meanwhile_is_not_tried_again(own: Server, own_source: Source) -> None:
     source = own_source
     stream = source.stream()

@@ -7,8 +7,12 @@ from contextlib import closing
 
 import pytest
 from harness.database import Database
+from harness.proxy import Alter, Cut, Proxy
+from psycopg.conninfo import make_conninfo
 
 from pgoutput_source.changes.batches import ChangeSet
+from pgoutput_source.embedded import Server
+from pgoutput_source.errors import ConnectionFailed
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream.peeked import PeekedFrames
@@ -90,3 +94,47 @@ def test_frames_of_sql_are_the_same_changes_and_end(db: Database) -> None:
             streamed += ids(session.next(0.2))
 
     assert peeked == streamed == list(range(ROWS))
+
+
+def test_a_look_at_the_catalogue_waits_for_the_server_as_the_stream_does(tls: Server) -> None:
+    """The stream goes on while no new connection can be made; then one brings a type that nobody knows yet."""
+    away = 0
+
+    def begin() -> Alter:
+        nonlocal away
+        away -= 1
+
+        def alter(_: bool, data: bytes) -> bytes:
+            if left >= 0:
+                raise Cut
+            return data
+
+        left = away
+        return alter
+
+    db = Database(tls)
+    with db.connect() as c, Proxy(lambda: tls.port, begin) as proxy:
+        c.execute("CREATE TYPE mood AS ENUM ('sad', 'glad'); CREATE TABLE t (id int PRIMARY KEY, m mood)")
+        for patience in (20.0, 0.0):
+            dsn = make_conninfo(db.dsn, port=proxy.port, sslmode="disable")
+            settings = SourceSettings.of(
+                dsn=dsn,
+                slot=f"{db.name}_{patience:.0f}",
+                publication="p",
+                create=True,
+                reconnect_seconds=patience,
+            )
+            with closing(SlotSession(dsn, settings)) as session:
+                c.execute("INSERT INTO t VALUES (%s, 'glad')", [int(patience)])
+                away = 4
+                if patience:
+                    changes = ChangeSet(())
+                    while not changes.batches:
+                        changes = session.next(1)
+                    assert changes.batches[0].data["m"].to_pylist() == ["glad"]
+                    assert away < 1
+                else:
+                    with pytest.raises(ConnectionFailed):
+                        session.next(5)
+                away = 0
+    db.drop()
