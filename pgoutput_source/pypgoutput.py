@@ -1,4 +1,4 @@
-"""The face of pypgoutput 0.0.3: its `LogicalReplicationReader`, over the reader of today."""
+"""The interface of pypgoutput 0.0.3: its `LogicalReplicationReader`, on top of `PgOutputReader`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pgoutput_source.stream.start import connect
 class LogicalReplicationReader(PgOutputReader):
     """The reader of pypgoutput 0.0.3: the same arguments, the same iteration, the same JSON.
 
-    It makes the slot if it is missing, though not the publication. A change is acknowledged when the next one is asked
-    for. Unlike pypgoutput it never ends silently: what goes wrong is raised.
+    It creates the slot if it is missing, but not the publication. A change is acknowledged when the next one is asked
+    for. Unlike pypgoutput it never ends silently: errors are raised.
 
     Args:
         publication_name: The publication.
         slot_name: The replication slot.
         dsn: A libpq connection string or URL.
-        kwargs: libpq's options, such as `host`, `port`, `database`, `user` and `password`; None leaves one out. With
-            no option and no DSN libpq's own environment variables say where to connect.
+        kwargs: libpq's options, such as `host`, `port`, `database`, `user` and `password`; None leaves one out. Without
+            options and DSN, libpq's environment variables decide where to connect.
 
     Example:
         >>> import psycopg
@@ -53,7 +53,7 @@ class LogicalReplicationReader(PgOutputReader):
         self.open()
 
     def open(self) -> None:
-        """Create the slot if it is missing, connect and start to stream; the constructor does it."""
+        """Create the slot if it is missing, connect and start to stream. The constructor calls it."""
         if self._session is None:
             with connect(self._address(), self.settings) as connection:
                 create_publication_and_slot(connection, slot=self.settings.slot, publications=())
@@ -65,6 +65,6 @@ class LogicalReplicationReader(PgOutputReader):
         return super().__next__()
 
     def stop(self) -> None:
-        """End the iteration and the connection: the slot is free then."""
+        """End the iteration and the connection. The slot is free then."""
         super().stop()
         self.close()

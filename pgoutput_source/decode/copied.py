@@ -1,11 +1,11 @@
-"""Tuples of COPY in binary → the columns that the stream gives for the same rows, and their `_raw`.
+"""Decodes tuples of a binary COPY into the columns that the stream gives for the same rows, and their `_raw`.
 
-A tuple is a count of fields, and of each its length (-1 for NULL) and its bytes. The tuples of many rows lie in one
-buffer and are walked column by column, left to right, one step for all rows at once. Each column is then decoded by
-the same row of the type table as the stream's.
+A tuple is a count of fields, then for each field its length (-1 for NULL) and its bytes. The tuples of many rows lie in
+one buffer. They are walked column by column, left to right, one step for all rows at once. Each column is then decoded
+by the same row of the type table as in the stream.
 
-A type that has no binary decoder, or only a slow one, is read as text: ask the server for `TEXT_OF` the column instead
-of the column, which is then still a field of a binary COPY.
+A type without a binary decoder, or with a slow one, is read as text: ask the server for `TEXT_OF` the column instead of
+the column. It is still a field of a binary COPY.
 
 https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-BINARY-FORMAT
 """
@@ -29,21 +29,21 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 TEXT_OF: Final = "CASE WHEN {0} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {0}) END"
-"""The text that a type's output function writes, in SQL, for the identifier ``{0}``.
+"""An SQL expression for the text that a type's output function writes, with the identifier ``{0}``.
 
-A cast to text is not the same for every type: it cuts the spaces at the end of `character`, and shows a netmask that
-`inet` does not. And a composite whose attributes are all NULL is neither NULL nor ``NOT NULL``.
+A cast to text is not the same for every type: it strips trailing spaces from `character`, and adds a netmask that the
+output of `inet` does not show. And a composite value may be neither ``IS NULL`` nor ``IS NOT NULL``.
 """
 
 _SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0"
 _HEADER: Final = len(_SIGNATURE) + 8
-_PADDING: Final = bytes(32)  # a gather may look a few bytes past the last tuple before its bounds are known
+_PADDING: Final = bytes(32)  # a gather may read a few bytes past the last tuple before bounds are checked
 _MOST_BYTES: Final = 2**31 - 1 - len(_PADDING)
 _SHOWN: Final = 32  # characters of an undecodable value that an error may show
 
 
 class CopiedColumn(NamedTuple):
-    """A column that COPY reads: `type` decodes it, from text if it was asked for as `TEXT_OF`."""
+    """A column that COPY reads. `type` decodes it, from text if the query asks for `TEXT_OF` it."""
 
     column: Column
     type: PgType
@@ -51,12 +51,12 @@ class CopiedColumn(NamedTuple):
 
 
 def as_text(pg_type: PgType) -> bool:
-    """Whether a column of this type had better be asked for as text."""
+    """Whether to read columns of this type as text."""
     return pg_type.binary is None or pg_type.binary.by_value
 
 
 class Copied(NamedTuple):
-    """The table's columns, and `_raw`: the exact text of the values that their Arrow type can't hold, by column."""
+    """The table's columns, and `_raw`: by column, the exact text of values that its Arrow type can't hold."""
 
     columns: list[pa.Array]
     raw: pa.MapArray
@@ -65,12 +65,12 @@ class Copied(NamedTuple):
 class Tuples:
     """Tuples of one COPY, joined into one buffer: tuple i is `raw[start[i]:end[i]]`.
 
-    Each CopyData message holds one tuple. The first one begins with COPY's header, which is left out here, and so is
-    the trailer, a message of its own.
+    Each CopyData message holds one tuple. COPY's header, at the beginning of the first message, is left out, and so is
+    the trailer, which is a separate message.
 
     Args:
-        parts: The bytes of some messages, one after the other; a part may hold any number of them.
-        lengths: How many bytes each message has.
+        parts: The bytes of some messages, in order; a part may hold any number of them.
+        lengths: The size of each message in bytes.
         first: Whether these are the first messages of their COPY.
 
     Raises:
@@ -94,7 +94,7 @@ class Tuples:
         start = end - length
         if first and len(start):
             if length[0] < _HEADER + 2 or not self.raw.startswith(_SIGNATURE + bytes(8)):
-                raise ProtocolError("COPY: it does not begin with the header of the binary format")
+                raise ProtocolError("COPY: the data does not begin with the header of the binary format")
             start[0] += _HEADER
         if (end - start < 2).any():
             raise ProtocolError("COPY: a message without a tuple")
@@ -114,13 +114,13 @@ def decode_copied(tuples: Tuples, columns: Sequence[CopiedColumn], table: str, *
 
     Args:
         tuples: What COPY sent.
-        columns: What it was asked for, in this order.
-        table: What errors call the table.
-        on_misfit: What becomes of a value that its Arrow type can't hold: "raw" keeps its text, "error" raises.
+        columns: The columns of the query, in its order.
+        table: The table's name in errors.
+        on_misfit: What to do with a value that its Arrow type can't hold: "raw" keeps its text, "error" raises.
 
     Raises:
-        ProtocolError: A tuple is not one of these columns.
-        DecodeError: A value is not one of its column's type; or, with on_misfit="error", doesn't fit its Arrow type.
+        ProtocolError: A tuple does not have these columns.
+        DecodeError: A value is invalid for its column's type; or, with on_misfit="error", doesn't fit its Arrow type.
     """
     pos = tuples.start
 
@@ -128,7 +128,7 @@ def decode_copied(tuples: Tuples, columns: Sequence[CopiedColumn], table: str, *
         if not ok.all():
             raise ProtocolError(f"COPY: {problem}", table=table)
 
-    check(numbers_at(tuples.raw, ">i2", pos) == len(columns), f"a tuple that has not {len(columns)} columns")
+    check(numbers_at(tuples.raw, ">i2", pos) == len(columns), f"a tuple that doesn't have {len(columns)} columns")
     pos = pos + 2
     arrays: list[pa.Array] = []
     misfits: dict[int, list[tuple[str, str]]] = {}
@@ -156,7 +156,7 @@ def decode_copied(tuples: Tuples, columns: Sequence[CopiedColumn], table: str, *
 
 
 class _Cells(NamedTuple):
-    """One column's values: where each lies, and which are NULL; None if none is."""
+    """One column's values: where each lies, and which are NULL (None if no value is)."""
 
     raw: bytes
     start: Ints

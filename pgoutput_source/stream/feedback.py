@@ -1,8 +1,8 @@
-"""`Feedback`: what the server is told of a stream, and when. It has no socket and no clock but the server's time stamp.
+"""`Feedback`: what to tell the server about a stream, and when. It has no socket; the caller gives it the time.
 
-It holds the positions of a stream over all its connections, and the three rules by which a walsender lives. It wants a
-word from us before `wal_sender_timeout` is over, however long a flow is busy with something else. It believes every
-position that we acknowledge. And it stops with its server only when we let it.
+It holds the positions of a stream across all its connections, and knows three habits of a walsender. It wants to hear
+from us before `wal_sender_timeout` is over, however busy the flow is. It believes every position that we acknowledge.
+And at a shutdown of the server it waits until we let it stop.
 
 https://www.postgresql.org/docs/current/protocol-replication.html (Standby status update)
 """
@@ -26,7 +26,7 @@ from pgoutput_source.stream.walsender import Lost
 
 _COMMIT_SIZE: Final = XLOG_DATA_HEADER + 26  # of a pgoutput Commit
 _COMMIT: Final = ord("C")
-_ENDS: Final = b"CcPKrp"  # messages whose position is the end of their WAL record, which may be acknowledged
+_ENDS: Final = b"CcPKrp"  # messages whose position is the end of their WAL record, so that it may be acknowledged
 
 _REPLY_INTERVAL: Final = 0.1  # seconds
 _ACKNOWLEDGE_WITHIN: Final = 1.0
@@ -34,19 +34,19 @@ _SHUTDOWN_KEEPALIVES: Final = 10
 
 
 class Feedback:
-    """Positions of a stream, and when a report of them is due.
+    """The positions of a stream, and when to report them.
 
-    Positions only grow, whatever connections come and go; `left_timeline` is the one exception. `now` is always the
-    time in seconds of one monotonic clock.
+    Positions only grow, across all connections; `left_timeline` is the one exception. `now` is always the time in
+    seconds of one monotonic clock.
 
     Args:
-        status_interval: Seconds between two reports, lowered to a quarter of the server's wal_sender_timeout.
-        only_commits: The stream is of protocol 1, in which only commits end at a position to acknowledge.
+        status_interval: Seconds between two reports, at most a quarter of the server's wal_sender_timeout.
+        only_commits: Whether only commits end at a position to acknowledge, as in protocol 1.
 
     Attributes:
         acknowledged: PostgreSQL may forget everything before it.
-        sent: On this connection the server has sent everything before it.
-        sent_all: Whether that is all the WAL there was when the connection was made.
+        sent: The server has sent everything before it on this connection.
+        sent_all: Whether that is all the WAL that existed when the connection was made.
 
     Example:
         >>> feedback = Feedback(status_interval=10.0, only_commits=True)
@@ -71,13 +71,13 @@ class Feedback:
         self._looked_through = Lsn(0)  # the highest position of a keepalive
         self._timeout = 60.0
         self._wal_end = Lsn(0)  # of the server when the connection was made
-        # What was reported on this connection, and what was heard.
+        # What was reported and heard on this connection.
         self._reported = Lsn(0)
         self._reported_at = 0.0
         self._heard_at = 0.0
         self._asked_at: float | None = None
         self._reply_wanted = False
-        self._insistent = 0  # keepalives in a row that want a reply and say the same
+        self._insistent = 0  # successive identical keepalives that want a reply
         self._insistent_at = 0.0
 
     def connected(self, now: float, *, confirmed: Lsn, wal_end: Lsn, timeout: float) -> None:
@@ -85,7 +85,7 @@ class Feedback:
 
         Args:
             now: The time.
-            confirmed: Where the slot stands.
+            confirmed: The slot's position.
             wal_end: Where the server's WAL ends.
             timeout: The server's wal_sender_timeout in seconds.
         """
@@ -98,7 +98,7 @@ class Feedback:
         self._reply_wanted, self._insistent = False, 0
 
     def left_timeline(self, end: Lsn) -> None:
-        """What a former primary had sent beyond the new one's WAL must not be acknowledged to the new one."""
+        """Lower the received positions to `end`: the new primary must not be told of WAL that it never had."""
         self._committed, self._looked_through = min(self._committed, end), min(self._looked_through, end)
 
     # -- what comes from the server ---------------------------------------------------------------------------------
@@ -109,13 +109,13 @@ class Feedback:
         return max(self._committed, self._looked_through)
 
     def heard(self, now: float) -> None:
-        """Something came, if only a part of a message."""
+        """Something came, perhaps only a part of a message."""
         self._heard_at, self._asked_at = now, None
 
     def commits(self, lengths: Sequence[int], frames: Sequence[memoryview]) -> None:
-        """Look for the end of the last transaction in frames that came, and note it: it may be acknowledged."""
+        """Find the end of the last transaction in new frames, and note that it may be acknowledged."""
         if self._only_commits:
-            # Commits are told by their size first: looking at each frame would cost as much as receiving it.
+            # Look for the size of a commit first: looking into each frame would cost as much as receiving it.
             backwards = lengths[::-1]
             try:
                 at = backwards.index(_COMMIT_SIZE) + 1
@@ -132,10 +132,10 @@ class Feedback:
             self._committed = frame.start
 
     def keepalive(self, keepalive: Keepalive, now: float) -> None:
-        """A keepalive came, after everything before its position."""
+        """A keepalive came. Everything before its position was sent before it."""
         if keepalive.reply:
             self._reply_wanted = True
-            # A walsender that wants to stop with its server asks again at once until we confirm the end of the WAL.
+            # At a shutdown, a walsender repeats its request at once until we confirm the end of the WAL.
             same = keepalive.wal_end == self._looked_through and now - self._insistent_at < 3 * _REPLY_INTERVAL
             self._insistent = self._insistent + 1 if same else 0
             self._insistent_at = now
@@ -144,13 +144,13 @@ class Feedback:
         self._looked_through = max(self._looked_through, keepalive.wal_end)
 
     def silence(self, now: float) -> bool:
-        """Nothing is there to be read: whether to ask the server for a reply.
+        """There is nothing to read. Returns whether to ask the server for a reply.
 
         Raises:
             Lost: It does not answer, or is shutting down.
         """
         if self._insistent >= _SHUTDOWN_KEEPALIVES:
-            # It would wait for us for ever, and all that is not acknowledged comes again after its restart.
+            # It would wait for us for ever. After its restart it sends again what was not acknowledged.
             raise Lost("the server is shutting down")
         if now - max(self._heard_at, self._asked_at or 0.0) <= self._timeout / 2:
             return False
@@ -168,21 +168,21 @@ class Feedback:
 
     @property
     def unreported(self) -> bool:
-        """Whether the server does not know yet what is acknowledged."""
+        """Whether the server has not been told yet what is acknowledged."""
         return self.acknowledged > self._reported
 
     def acknowledge(self, lsn: Lsn) -> None:
-        """PostgreSQL may forget everything before `lsn`. A position below the last one changes nothing.
+        """PostgreSQL may forget everything before `lsn`. A position before the last one changes nothing.
 
         Raises:
-            ProtocolError: The position was never received. The server would believe it, and drop what is before it.
+            ProtocolError: The position was never received. The server would believe it and forget what is before it.
         """
         if lsn > self.received:
             raise ProtocolError(f"position {lsn} can't be acknowledged: only {self.received} was received")
         self.acknowledged = max(self.acknowledged, Lsn(lsn))
 
     def due(self, now: float) -> bool:
-        """Whether a report is due: it is time, there is news, or the server asked."""
+        """Whether a report is due: it is time, there is something new, or the server asked."""
         since, news = now - self._reported_at, self.unreported
         return (
             since >= self.interval
@@ -191,11 +191,11 @@ class Feedback:
         )
 
     def overdue(self, now: float) -> bool:
-        """Whether nobody has reported for nearly as long as the server may wait."""
+        """Whether no report was sent for nearly as long as the interval allows."""
         return now - self._reported_at >= self.interval * 0.9
 
     def status(self, now: float, *, reply: bool = False) -> StandbyStatus:
-        """The report to send now; with `reply` the server is asked to answer."""
+        """The report to send now; `reply` asks the server to answer."""
         self._reported, self._reported_at, self._reply_wanted = self.acknowledged, now, False
         return StandbyStatus(
             max(self.received, self.acknowledged), self.acknowledged, self.acknowledged, pg_now(), reply

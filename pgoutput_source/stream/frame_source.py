@@ -1,4 +1,4 @@
-"""`FrameSource`: what a `SlotSession` asks of the place that its frames come from."""
+"""`FrameSource`: what a `SlotSession` needs from its source of frames."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pgoutput_source.stream.walsender import Backend
 class FrameSource(Protocol):
     """Frames of one slot, in the order in which PostgreSQL decodes them.
 
-    `ReplicationStream` is the one that runs for ever. Another may read the slot by SQL, and end: see `exhausted`.
+    `ReplicationStream` never ends. `PeekedFrames` reads the slot by SQL, and ends: see `exhausted`.
     """
 
     @property
@@ -21,7 +21,7 @@ class FrameSource(Protocol):
 
     @property
     def generation(self) -> int:
-        """One more after each reconnect: from then on the server repeats what was not acknowledged."""
+        """Counts reconnects. After each, the server sends again what was not acknowledged."""
 
     @property
     def exhausted(self) -> bool:
@@ -29,11 +29,11 @@ class FrameSource(Protocol):
 
     @property
     def confirmed(self) -> Lsn:
-        """Where the slot stood when this connection was made."""
+        """The slot's position when this connection was made."""
 
     @property
     def sent(self) -> Lsn:
-        """On this connection the server has sent everything up to here, and `poll` has returned it."""
+        """The server has sent everything up to here on this connection, and `poll` has returned it."""
 
     @property
     def received(self) -> Lsn:
@@ -49,31 +49,31 @@ class FrameSource(Protocol):
 
     @property
     def standby(self) -> bool:
-        """Whether the server was a standby then."""
+        """Whether the server was a standby when this connection was made."""
 
     @property
     def server(self) -> str:
-        """When the server was started, which tells it from others."""
+        """When the server was started. It distinguishes servers."""
 
     @property
     def backend(self) -> Backend | None:
         """The server's process that sends the frames."""
 
     def start(self, seen: Lsn) -> None:
-        """Begin to read where the slot stands; the server must have everything before `seen`."""
+        """Begin to read at the slot's position; the server must have everything before `seen`."""
 
     def poll(self, *, max_frames: int, max_bytes: int, timeout: float, whole: bool) -> Sequence[bytes | memoryview]:
         """The next frames: CopyData payloads with their header; none if nothing came within `timeout` seconds.
 
         Args:
-            max_frames: Return when there are so many.
-            max_bytes: Return when these are so many bytes.
-            timeout: Seconds to wait for the first.
-            whole: Whether what was returned so far are whole transactions, so that the connection may be replaced.
+            max_frames: Return once there are this many frames.
+            max_bytes: Return once the frames have this many bytes.
+            timeout: Seconds to wait for the first frame.
+            whole: Whether only whole transactions were returned so far, so that the connection may be replaced.
         """
 
     def acknowledge(self, lsn: Lsn) -> None:
-        """PostgreSQL may forget everything before `lsn`, which is not beyond `received`."""
+        """PostgreSQL may forget everything before `lsn`, which must not be after `received`."""
 
     def close(self, *, graceful: bool = False) -> None:
-        """Stop reading; with `graceful` the server confirms what is acknowledged."""
+        """Stop reading. With `graceful`, wait until the server confirms what is acknowledged."""

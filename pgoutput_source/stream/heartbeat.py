@@ -1,14 +1,14 @@
-"""A heartbeat: while nothing changes in the publication, a few bytes of WAL that the slot can move over.
+"""A heartbeat writes a few bytes of WAL while nothing changes in the publication, so that the slot can advance.
 
-It is optional, and most need none: the slot of a stream releases the WAL of all else, other databases included, by
-the server's keepalives alone. What keepalives can't do is move where there is no WAL. Where nobody writes a slot
-stands still, and its position and age look like those of a slot whose reader hangs. With a heartbeat it moves, and so
-does all that follows the WAL: standbys, archives, slots on standbys that wait for a record to begin at.
+It is optional, and most flows need none: the server's keepalives alone let a slot release the WAL of everything else,
+other databases included. But they can't advance a slot when there is no new WAL. On an idle server the position and age
+of a slot look as if its reader hung. A heartbeat advances the slot, and everything else that follows the WAL: standbys,
+archives, and slots on standbys that wait for a record to start at.
 
-It is a logical decoding message, over a connection of its own: no table, nothing in the publication, no privilege but
-to connect. It is not transactional: that would take a transaction number each time, and bring nothing but a fifth of a
-second, after which the server flushes such a message by itself. It never comes out as a message of the stream. When it
-fails, the log has a warning, and the stream continues.
+It is a logical decoding message, sent over a separate connection. It needs no table, nothing in the publication, and no
+privilege except to connect. It is not transactional: that would take an xid each time, only to flush the message a
+fifth of a second earlier. It is never delivered as a message of the stream. If it fails, the log has a warning and the
+stream continues.
 
 https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
 """
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Writes a message whenever there was no change for a while, in a thread, until it is closed.
+    """A thread that writes a message whenever there was no change for a while.
 
     Args:
         dsn: A libpq connection string.
         slot: The slot's name, for the log and as the message's content.
-        seconds: How long without a change; None never writes anything.
+        seconds: Write after this long without a change; None never writes.
     """
 
     def __init__(self, dsn: str, slot: str, seconds: float | None) -> None:
@@ -45,11 +45,11 @@ class Heartbeat:
             threading.Thread(target=self._run, args=(seconds,), name=f"pgoutput-heartbeat-{slot}", daemon=True).start()
 
     def changed(self) -> None:
-        """There was a change."""
+        """Note that there was a change."""
         self._changed = time.monotonic()
 
     def close(self) -> None:
-        """Write nothing more."""
+        """Stop writing."""
         self._closed.set()
 
     def _run(self, seconds: float) -> None:

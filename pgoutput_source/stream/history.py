@@ -1,8 +1,8 @@
-"""`History`: whether the server's history is still the one whose changes were delivered.
+"""`History`: checks that the server's history still contains what was delivered.
 
-The server sends again what the slot does not know to be done. If that goes back to before the last transaction that
-was delivered, this transaction must be among it. A server that was restored from a backup, or a promoted standby that
-never had the transaction, sends others instead, at positions that were used before: they would be dropped as repeats.
+After a start the server sends again what was not acknowledged. If that begins before the last delivered transaction, it
+must contain this transaction. A server that was restored from a backup, or a promoted standby that never had the
+transaction, sends other transactions at the same positions, and these would be skipped as repeats.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pgoutput_source.stream.start import START_AFRESH, State
 
 
 class History:
-    """Remembers the last transaction that was delivered, and looks for it when the server sends it again.
+    """Remembers the last delivered transaction, and looks for it when the server sends it again.
 
     Args:
-        settings: What is streamed: other publications need not have the same transactions.
-        state: The resume state, None if there is none.
+        settings: What is streamed. Other publications need not have the same transactions.
+        state: The resume state; None if there is none.
     """
 
     def __init__(self, settings: SourceSettings, state: State | None = None) -> None:
@@ -34,7 +34,7 @@ class History:
 
     @property
     def pending(self) -> bool:
-        """Whether the transaction must still come."""
+        """Whether the transaction has yet to come."""
         return self._wanted is not None
 
     @property
@@ -43,13 +43,13 @@ class History:
         return self._last and self._last[2]
 
     def state(self) -> State:
-        """What a resume state keeps of it, besides its position."""
+        """The entries for the resume state, besides the position."""
         if self._last is None:
             return {}
         return {"xid": self._last[1], "commit_ts": self._last[2], "streamed": self._streamed}
 
     def delivered(self, changes: ChangeSet) -> None:
-        """These changes are delivered."""
+        """Note the last transaction of these delivered changes."""
         if changes.batches:
             last = max(changes.batches, key=lambda batch: batch.last)
             lsn, xid, moment = (last.metadata(name)[-1] for name in ("commit_lsn", "xid", "commit_ts"))
@@ -57,11 +57,11 @@ class History:
 
     def connected(self, confirmed: Lsn) -> None:
         """A connection begins to stream from a slot whose position is `confirmed`."""
-        # The server sends a transaction if its commit record begins at the slot's position or after it.
+        # The server sends a transaction if its commit record begins at or after the slot's position.
         self._wanted = self._last if self._last is not None and confirmed <= self._last[0] else None
 
     def look(self, frames: Iterable[bytes | memoryview], sent: Lsn) -> None:
-        """Look for the transaction in new frames; this connection has sent everything up to `sent`.
+        """Look for the transaction in new frames. The server has sent everything up to `sent` on this connection.
 
         Raises:
             StateError: The transaction did not come.
@@ -82,7 +82,7 @@ class History:
                         break
         if sent > wanted[0]:
             raise StateError(
-                f"transaction {wanted[1]} at {Lsn(wanted[0])} was delivered, and this server never made it: it was "
-                "restored from a backup, or is a standby or another copy that never had it",
+                f"transaction {wanted[1]} at {Lsn(wanted[0])} was delivered, but this server does not have it: it was "
+                "restored from a backup, or is a standby or another copy that never received it",
                 hint=START_AFRESH,
             )

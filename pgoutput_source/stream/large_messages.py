@@ -1,8 +1,8 @@
-"""What a very large message leaves behind, and when it can be given back; and what many small ones need.
+"""Gives back the memory that a very large message leaves behind, and receives many small ones cheaply.
 
-A message of 600 MB passes through libpq's buffer, which grows to its size and stays so for as long as the connection
-lives, and through Arrow's memory pool, which keeps what was freed for the next time. Both are right for the messages of
-every day. After a very large one the process would hold as much memory again until it ends.
+A message of 600 MB grows libpq's buffer to its size, for as long as the connection lives. Arrow's memory pool also
+keeps what was freed, to use it again. Both are right for ordinary messages. But after a very large one the process
+would hold that memory until it ends.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ import pyarrow as pa
 from pgoutput_source.protocol.wire import Lsn
 
 LARGE: Final = 32 << 20
-"""A message of more bytes than this is very large. Nothing is given back for smaller ones."""
+"""A message with more bytes than this is very large. Smaller ones don't cause memory to be given back."""
 
 _QUIET: Final = 3.0  # seconds without another one, which would need the memory again
 
 
 class LargeMessages:
-    """Takes note of very large messages, and says when a connection should be replaced because of them."""
+    """Notes very large messages, and tells when a connection should be replaced because of them."""
 
     def __init__(self) -> None:
         self._seen_at: float | None = None
-        self._whole: Lsn | None = None  # acknowledged up to here, the large ones are done with
+        self._whole: Lsn | None = None  # once this is acknowledged, no large message will be sent again
         self._allocated: int | None = None  # by Arrow, before them
 
     def seen(self) -> None:
-        """One has been received."""
+        """A very large message was received."""
         if self._allocated is None:
             self._allocated = pa.total_allocated_bytes()
         self._seen_at, self._whole = time.monotonic(), None
 
     def connected(self) -> None:
-        """The connection is a new one, whose buffer is small."""
+        """The connection is new, so its buffer is small."""
         self._seen_at = self._whole = None
 
     def over(self, received: Lsn, acknowledged: Lsn) -> bool:
-        """Whether the connection should be replaced now: what it has to send again holds no large message.
+        """Whether to replace the connection now: nothing that would be sent again holds a large message.
 
-        To be asked while all that was received, up to `received`, are whole transactions. Once there is a new one, it
-        gives back what Arrow's pool holds, as soon as the values are released.
+        Call it only when everything received, up to `received`, is whole transactions. With the new connection, it
+        also releases the unused memory of Arrow's pool, as soon as the values are gone.
         """
         if self._allocated is not None and self._seen_at is None:
             if pa.total_allocated_bytes() < self._allocated + LARGE:
@@ -60,8 +60,10 @@ class LargeMessages:
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Thousands of frames that are all kept look like garbage to the collector: searching them costs as much as
-    receiving them, and finds nothing, as they can't be part of a cycle.
+    """Suspend garbage collection while thousands of frames are allocated.
+
+    That many new objects trigger the collector. It would take as long as receiving them, and find nothing: frames are
+    never part of a cycle.
     """
     collecting = gc.isenabled()
     gc.disable()

@@ -1,9 +1,8 @@
-"""`Pacing`: when a poll reads again, for how long it waits, and when it returns. It has no socket and no clock.
+"""`Pacing`: when a poll reads again, how long it waits, and when it returns. It has no socket and no clock.
 
-A walsender sends each message by itself. A reader that wakes for every one of them burns a core and slows the server
-down. So while messages come densely, a poll naps for a moment between two reads, and the next ones gather meanwhile. A
-few frames are returned with the first nap that brings nothing. For many it has more patience, since larger batches
-decode faster.
+A walsender sends each message separately. A reader that wakes for each of them burns a core and slows the server down.
+So while messages come densely, a poll naps briefly between two reads, and messages gather meanwhile. With few frames,
+it returns after the first nap that brings nothing. With many it is more patient, because larger batches decode faster.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ from typing import Final, NamedTuple, TypeAlias
 
 _NAP: Final = 0.0003  # seconds
 _DENSE: Final = 64  # messages in one read: the next read need not wait
-_NAPS_FOR: Final = 256  # so many frames have the patience of one more nap that brings nothing
+_NAPS_FOR: Final = 256  # for each so many frames, one more nap may bring nothing
 _LINGER: Final = 0.05  # seconds after the first frame, at most
 _LOOK: Final = 0.25  # seconds: reports are due, and the reporter may have read something into libpq
 
 
 class Nap(NamedTuple):
-    """Let messages gather for so many seconds, and read then."""
+    """Let messages gather for this many seconds, then read."""
 
     seconds: float
 
 
 class Wait(NamedTuple):
-    """Wait until something can be read, but no longer than so many seconds."""
+    """Wait until there is something to read, for at most this many seconds."""
 
     seconds: float
 
 
 Step: TypeAlias = Nap | Wait | None
-"""What a poll does next; None: it returns."""
+"""What a poll does next; None means that it returns."""
 
 _NAP_STEP: Final = Nap(_NAP)
 _READ_ON: Final = Nap(0.0)
@@ -43,8 +42,8 @@ class Pacing:
     Args:
         now: When the poll began, in seconds of any clock.
         timeout: Seconds to wait for the first frame.
-        max_frames: Return when there are so many.
-        max_bytes: Return when the messages received have so many bytes.
+        max_frames: Return once there are this many frames.
+        max_bytes: Return once the received messages have this many bytes.
 
     Example:
         >>> pacing = Pacing(now=0.0, timeout=1.0, max_frames=1000, max_bytes=1 << 20)
@@ -74,20 +73,20 @@ class Pacing:
         self._partial_until = max(self._deadline, now + _LINGER)
         self._max_frames, self._max_bytes = max_frames, max_bytes
         self._size = 0
-        self._until = 0.0  # by then it returns what it has
-        self._vain = 0  # naps in a row that brought nothing
+        self._until = 0.0  # when it returns what it has
+        self._vain = 0  # successive naps that brought nothing
         self._looked = False
 
     def room(self, frames: int, size: int) -> int:
-        """How many more messages may be taken, with `frames` there and `size` bytes taken since the last step."""
+        """How many more messages to take, given `frames` so far and `size` bytes since the last step."""
         return 0 if self._size + size >= self._max_bytes else self._max_frames - frames
 
     def next(self, now: float, *, messages: int, size: int, frames: int, arrived: bool) -> Step:
-        """What to do after libpq has given all that it had.
+        """What to do after taking every message that libpq had.
 
         Args:
             now: The time.
-            messages: How many messages it gave since the last step, keepalives included.
+            messages: How many messages were taken since the last step, keepalives included.
             size: Their bytes.
             frames: How many frames there are by now.
             arrived: Whether the socket had something to read before that.
@@ -104,7 +103,7 @@ class Pacing:
         if not self._looked:
             self._looked = True
             return _LOOK_ONCE
-        # A part of a very large message has come, and the rest is on its way.
+        # A part of a very large message came, and the rest is on its way.
         partial = arrived and not messages
         patience = self._partial_until if partial else self._deadline
         return Wait(min(patience - now, _LOOK)) if now < patience else None

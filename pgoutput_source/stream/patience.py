@@ -1,4 +1,4 @@
-"""`Patience`: how long a stream that makes no headway is tried again. It has no clock and connects to nothing."""
+"""`Patience`: how long to retry a stream that makes no progress. It has no clock and connects to nothing."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Final
 
 _FIRST_PAUSE: Final = 0.1  # seconds
 _LONGEST_PAUSE: Final = 5.0
-_SETTLED: Final = 10.0  # seconds after which a connection that has nothing more to bring counts as a good one
+_SETTLED: Final = 10.0  # seconds after which a connection that has sent everything counts as progress
 
 
 class Patience:
-    """When to connect again, and when to give up: after so many seconds without headway.
+    """When to connect again, and when to give up after so many seconds without progress.
 
-    A connection that can be made is no headway. A walsender that dies each time at the same place, before it has
-    brought anything new, would be asked for ever. Headway is a position that no connection before has reached, or a
-    connection that has brought everything and lives on.
+    A new connection alone is not progress: a walsender might die each time at the same place, before it sends anything
+    new. Progress is a position that no earlier connection reached, or a connection that has sent everything and stays
+    up.
 
     Args:
-        seconds: From the first loss after the last headway.
+        seconds: Give up this long after the first loss since the last progress.
 
     Example:
         >>> patience = Patience(60.0)
@@ -35,7 +35,7 @@ class Patience:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.since: float | None = None
-        """When the first connection after the last headway was lost; None while all is well."""
+        """When the first connection since the last progress was lost; None while all is well."""
         self._attempts = 0
         self._next = 0.0
         self._reached = 0
@@ -49,11 +49,11 @@ class Patience:
             self._back_off(now)
 
     def failed(self, now: float) -> None:
-        """A connection could not be made."""
+        """A connection attempt failed."""
         self._back_off(now)
 
     def _back_off(self, now: float) -> None:
-        # Full jitter keeps several readers from coming back all at once.
+        # Full jitter keeps readers from coming back all at once.
         self._next = now + random.uniform(_FIRST_PAUSE / 2, min(_FIRST_PAUSE * 2**self._attempts, _LONGEST_PAUSE))
         self._attempts = min(self._attempts + 1, 16)
 
@@ -62,7 +62,7 @@ class Patience:
         self._connected_at = now
 
     def reached(self, position: int, *, now: float, everything: bool = False) -> None:
-        """The stream has come to a position.
+        """The stream has reached a position.
 
         Args:
             position: Where it is now.
@@ -76,7 +76,7 @@ class Patience:
             self.since = None
 
     def went_back(self, position: int) -> None:
-        """The server's history ends at `position`: what lay beyond it is gone, and comes again."""
+        """The server's history ends at `position`: later WAL is gone, and its positions are used again."""
         self._reached = min(self._reached, position)
 
     def pause(self, now: float) -> float:

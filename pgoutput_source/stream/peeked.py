@@ -1,4 +1,4 @@
-"""`PeekedFrames`: what a slot holds now, read by SQL; the slot stays as it is.
+"""`PeekedFrames`: what a slot holds now, read by SQL without moving the slot.
 
 https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
 """
@@ -15,17 +15,17 @@ from pgoutput_source.protocol.wire import Lsn, XLogData
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream.walsender import Backend
 
-_PIECE = 32_768  # frames that are decoded together
+_PIECE = 32_768  # how many frames are decoded together
 
 
 class PeekedFrames:
-    """The `FrameSource` that shows a slot's changes without consuming them, and ends with the last.
+    """The `FrameSource` that shows a slot's changes without consuming them, and ends after the last.
 
     Args:
         dsn: A libpq connection string or URL.
         settings: Which slot and which publications.
         timeline: The server's.
-        limit: Messages after which the server looks at no further transaction. It always shows whole ones.
+        limit: After this many messages the server begins no further transaction. It always shows whole transactions.
     """
 
     generation = 0
@@ -46,7 +46,7 @@ class PeekedFrames:
         """Read what the slot holds.
 
         Raises:
-            SlotInUse: Somebody streams from it now.
+            SlotInUse: Another process streams from it now.
             ServerError: The server can't decode it.
         """
         settings = self._settings
@@ -54,7 +54,7 @@ class PeekedFrames:
         options = {"proto_version": "1", "publication_names": names, "messages": "true"}
         with connect(self._dsn) as connection:
             options |= binary_option(connection, settings.binary, settings.publication)
-        # A connection that decodes does nothing else: tables that it opened before would be decoded as they are now.
+        # This connection only decodes: changes of tables that it opened before would be decoded with today's columns.
         self._connection = connect(self._dsn)
         try:
             if self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":

@@ -1,15 +1,17 @@
-"""`ReplicationStream`: the one owner of the replication connection. It starts, polls, acknowledges and reconnects.
+"""`ReplicationStream` owns the replication connection: it starts, polls, acknowledges and reconnects.
 
-Frames come out as psycopg hands them over, header included and undecoded. What this file does is join four parts:
+Frames come out undecoded, with their header, as psycopg returns them. This module joins four parts:
 
     Walsender    one connection, until it is lost
     Pacing       when a poll reads again, waits, or returns
-    Feedback     positions, and when the server is to hear of them
+    Feedback     positions, and when to report them to the server
     Patience     when to connect again, and when to give up
 
-    poll()          reads until nothing more is there, and answers; the only one that reads, and that reconnects
-    acknowledge()   notes the position up to which PostgreSQL may forget
-    the reporter    a thread that only sends: what is acknowledged, when nothing was sent for a while
+and has three ways in:
+
+    poll()          reads until there is nothing more, and replies; only it reads and reconnects
+    acknowledge()   notes the position before which PostgreSQL may forget
+    the reporter    a thread that only sends: it reports when nothing was sent for a while
 
 https://www.postgresql.org/docs/current/protocol-replication.html
 """
@@ -48,34 +50,34 @@ from pgoutput_source.stream.walsender import Backend, Lost, Walsender
 
 logger = logging.getLogger(__name__)
 
-_GETS: Final = 64  # messages taken from libpq by one loop in C
+_GETS: Final = 64  # how many messages one loop in C takes from libpq
 
 
 class ReplicationStream:
-    """Frames of one replication slot, in the order in which PostgreSQL sends them, for as long as it takes.
+    """Frames of one replication slot, in the order in which PostgreSQL sends them, without an end.
 
-    `poll` replaces a lost connection. PostgreSQL then sends again what was not acknowledged, `generation` is one
-    higher, and whoever decodes the frames starts afresh and drops what it already has. A connection that can't be had
-    at the start, and errors that trying again does not mend, are raised.
+    `poll` replaces a lost connection. PostgreSQL then sends again what was not acknowledged, and `generation` goes up
+    by one: the decoder must start afresh and skip what was already delivered. A failure to connect at the start, and
+    errors that a retry does not fix, are raised.
 
-    Methods are called by one thread at a time; `acknowledge` and the attributes may be used by any.
+    Call the methods from one thread at a time. Any thread may use `acknowledge` and the attributes.
 
     Args:
-        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables.
+        dsn: A libpq connection string or URL; "" leaves everything to libpq's environment variables.
         slot: The slot's name.
         publications: Names of the publications.
         proto_version: Of pgoutput, 1 to 4.
-        messages: Whether logical decoding messages are wanted.
-        streaming: "on" (protocol 2) and "parallel" (protocol 4) bring transactions while they are in progress.
+        messages: Whether to receive logical decoding messages.
+        streaming: "on" (protocol 2) and "parallel" (protocol 4) stream transactions while they are in progress.
         origin: "none" skips what came to the server by replication; PostgreSQL 16.
-        binary: "on" brings values in binary, "auto" does so if every published column can be read so.
-        status_interval: Seconds between two reports, lowered to a quarter of the server's wal_sender_timeout.
-        reconnect_seconds: How long to try again without anything new after a loss.
+        binary: "on" sends values in binary; "auto" does so if every published column can be read that way.
+        status_interval: Seconds between two reports, at most a quarter of the server's wal_sender_timeout.
+        reconnect_seconds: How long to retry after a loss while nothing new comes.
         slot_wait_seconds: How long `start` waits for a slot that another process holds.
         temporary: Create the slot, for as long as the connection lasts: it is not replaced.
 
     Attributes:
-        generation: 0, and one more after each reconnect.
+        generation: Counts reconnects.
         exhausted: False: a slot never ends.
         system_id: The database system's identifier, known after `start`.
         timeline: Its timeline when the connection was made.
@@ -114,7 +116,7 @@ class ReplicationStream:
         self.confirmed = Lsn(0)
         self._dsn = dsn
         self._options = {"proto_version": str(proto_version)} | ({"messages": "true"} if messages else {})
-        # Named only where they differ from the default: older servers know neither.
+        # Sent only when they differ from the default, because older servers don't know them.
         self._options |= {"streaming": streaming} if streaming != "off" else {}
         self._options |= {"origin": origin} if origin != "any" else {}
         self._binary = binary
@@ -125,7 +127,7 @@ class ReplicationStream:
         self._patience = Patience(reconnect_seconds)
         self._large = LargeMessages()
 
-        # The connection. libpq's is not for two threads at once: the lock is held around each use.
+        # The connection. Only one thread at a time may use libpq's, so the lock is held around each use.
         self._lock = threading.Lock()
         self._walsender: Walsender | None = None
         self._started = False
@@ -158,9 +160,9 @@ class ReplicationStream:
 
     @property
     def sent(self) -> Lsn:
-        """On this connection the server has sent everything before it, and `poll` has returned it.
+        """The server has sent everything before it on this connection, and `poll` has returned it.
 
-        While no transaction is open it is the position to acknowledge for a publication in which nothing happens.
+        While no transaction is open, this is the position to acknowledge for a publication without changes.
         """
         return self._feedback.sent
 
@@ -183,15 +185,15 @@ class ReplicationStream:
     # -- start and end ----------------------------------------------------------------------------------------------
 
     def start(self, seen: Lsn) -> None:
-        """Connect, and start to stream where the slot stands.
+        """Connect, and start to stream at the slot's position.
 
         Args:
-            seen: An earlier stream was done with everything before it, so the server must have it; 0 if nothing is
-                known. It is not acknowledged: that is done with what this server sends.
+            seen: An earlier stream processed everything before it, so the server must have it; 0 if nothing is known.
+                It is not acknowledged: only positions that this server sends are.
 
         Raises:
-            ConnectionFailed, NotConfigured: Only a server that is just starting up is waited for.
-            SlotInUse: Another process kept the slot for longer than `slot_wait_seconds`.
+            ConnectionFailed, NotConfigured: The connection failed. Only a server that is starting up is waited for.
+            SlotInUse: Another process held the slot for longer than `slot_wait_seconds`.
             SlotNotFound, SlotMismatch, SlotLost: The slot can't be used.
             SlotAhead: The slot has moved past `seen`.
             StateError: `seen` is beyond the end of the server's WAL, so another server wrote it.
@@ -224,11 +226,11 @@ class ReplicationStream:
         self._reporter.start()
 
     def close(self, *, graceful: bool = False, timeout: float = 5.0) -> None:
-        """End the stream. Closing twice is allowed, and raises nothing: what went wrong is in the log.
+        """End the stream. Closing twice is allowed. Errors are logged, not raised.
 
         Args:
-            graceful: Report what is acknowledged, and wait until the server has confirmed the end: then it knows.
-            timeout: Seconds to wait for that; a server that is sending a large transaction sends all of it first.
+            graceful: Report what is acknowledged, and wait until the server confirms the end.
+            timeout: Seconds to wait for that. A server that is sending a large transaction sends all of it first.
         """
         self._stop.set()
         with self._lock:
@@ -251,23 +253,23 @@ class ReplicationStream:
     def poll(
         self, *, max_frames: int = 65_536, max_bytes: int = 16 << 20, timeout: float = 0.0, whole: bool = False
     ) -> list[memoryview]:
-        """What has come: CopyData payloads of XLogData with their header, without keepalives; nothing after `timeout`.
+        """The next frames: CopyData payloads of XLogData with their header, without keepalives; none after `timeout`.
 
-        Once something is there, it waits a moment for more as long as more comes densely, 50 ms at most. What is not
-        read stays with the server: its walsender waits.
+        Once there is a frame, it waits for more while frames come densely, for at most 50 ms. What is not read stays on
+        the server, where the walsender waits.
 
         Args:
-            max_frames: Return when there are so many.
-            max_bytes: Return when these are so many bytes; a few frames more may come.
-            timeout: Seconds to wait for the first.
-            whole: What was returned so far are whole transactions, so the connection may be replaced. That is done
-                some seconds after a message of more than 32 MiB was acknowledged: it gives libpq's buffer back.
+            max_frames: Return once there are this many frames.
+            max_bytes: Return once the frames have this many bytes; a few more frames may come.
+            timeout: Seconds to wait for the first frame.
+            whole: Whether only whole transactions were returned so far, so that the connection may be replaced. A few
+                seconds after a message of more than 32 MiB is acknowledged, that gives back libpq's buffer.
 
         Raises:
-            ConnectionFailed: The connection was lost and could not be replaced in time, or none of the new ones
-                brought anything new.
+            ConnectionFailed: The connection was lost and could not be replaced in time, or no new connection brought
+                anything new.
             PublicationError: A publication is missing at this position of the WAL.
-            SlotLost, SlotNotFound, SlotInUse: The slot went away, or somebody else took it.
+            SlotLost, SlotNotFound, SlotInUse: The slot is gone, or another process took it.
             ServerError: The server can't decode its WAL.
         """
         if self._fatal is not None:
@@ -293,7 +295,7 @@ class ReplicationStream:
             self._note_headway(frames)
         if self._fatal is not None:
             self._hang_up()
-            # What came before an error is as good as ever. But a publication that is missing is missing in it.
+            # Frames from before an error are good, unless a publication is missing: then its changes are left out.
             if not frames or isinstance(self._fatal, PublicationError):
                 raise self._fatal
         return frames
@@ -302,7 +304,7 @@ class ReplicationStream:
         """Append what comes to `frames`, at the pace of one poll.
 
         Raises:
-            Lost: The connection should be replaced; what came before is in `frames`.
+            Lost: The connection should be replaced; earlier frames are in `frames`.
             PgOutputError: The server, or the stream, can't continue.
         """
         feedback = self._feedback
@@ -311,7 +313,7 @@ class ReplicationStream:
             with self._lock:
                 messages, size = self._take(walsender, pacing, frames)
                 now = time.monotonic()
-                if messages or arrived:  # if only a part of a very large message, which takes its time
+                if messages or arrived:  # perhaps only a part of a very large message, which takes long
                     feedback.heard(now)
                 if walsender.fatal is not None:
                     raise walsender.fatal
@@ -321,7 +323,7 @@ class ReplicationStream:
             arrived = False
             match step:
                 case None:
-                    if not frames:  # also a poll that waits for nothing has looked once
+                    if not frames:  # even a poll with timeout 0 has looked once
                         self._ask_if_silent(walsender, now)
                     return
                 case Nap(seconds):
@@ -335,7 +337,7 @@ class ReplicationStream:
                 walsender.read(size)
 
     def _ask_if_silent(self, walsender: Walsender, now: float) -> None:
-        """Nothing is there to be read: find out whether the server is.
+        """There is nothing to read: find out whether the server is still there.
 
         Raises:
             Lost: It does not answer, or is shutting down.
@@ -345,7 +347,7 @@ class ReplicationStream:
                 self._report(walsender, reply=True)
 
     def _take(self, walsender: Walsender, pacing: Pacing, frames: list[memoryview]) -> tuple[int, int]:
-        """Take what libpq has, as far as there is room. Called with the lock held.
+        """Take messages from libpq while there is room. Called with the lock held.
 
         Returns:
             How many messages there were, and how many bytes.
@@ -371,7 +373,7 @@ class ReplicationStream:
         return messages, size
 
     def _sift(self, walsender: Walsender, chunk: list[tuple[int, memoryview]], frames: list[memoryview]) -> None:
-        """A chunk that holds a keepalive, or the end of the stream."""
+        """Handle a chunk that holds a keepalive, or the end of the stream."""
         for length, payload in chunk:
             if length > XLOG_DATA_HEADER:
                 frames.append(payload)
@@ -387,18 +389,18 @@ class ReplicationStream:
     # -- reports to the server --------------------------------------------------------------------------------------
 
     def acknowledge(self, lsn: Lsn, *, now: bool = False) -> None:
-        """PostgreSQL may forget everything before `lsn`: it was delivered, and what became of it is durable.
+        """PostgreSQL may forget everything before `lsn`: it was delivered, and its results are durable.
 
-        Acknowledge the end of a commit, not its begin, or a keepalive's position while no transaction is open. A
-        position below the last one changes nothing. The server hears of it within a second if `poll` is called, else
+        Acknowledge the end of a commit, not its beginning, or a keepalive's position while no transaction is open. A
+        position before the last one changes nothing. The server is told within a second if `poll` is called, otherwise
         with the next report.
 
         Args:
             lsn: The position.
-            now: Report it at once.
+            now: Whether to report it at once.
 
         Raises:
-            ProtocolError: The position was never received. The server would believe it, and drop what is before it.
+            ProtocolError: The position was never received. The server would believe it and forget what is before it.
         """
         self._feedback.acknowledge(lsn)
         if now:
@@ -409,11 +411,11 @@ class ReplicationStream:
                         self._report(self._walsender)
 
     def _report(self, walsender: Walsender, *, reply: bool = False) -> None:
-        """Called with the lock held."""
+        """Send a report. Called with the lock held."""
         walsender.send(self._feedback.status(time.monotonic(), reply=reply))
 
     def _report_if_silent(self) -> float:
-        """Send a report if none was sent for a while; the seconds until the next look."""
+        """Send a report if none was sent for a while. Returns the seconds until the next look."""
         with self._lock:
             if self._walsender is not None and self._feedback.overdue(time.monotonic()):
                 with contextlib.suppress(Lost):  # `poll` notices
@@ -423,7 +425,7 @@ class ReplicationStream:
     # -- the connection ---------------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
-        """Connect and start to stream: a new connection each time, because a walsender streams only once."""
+        """Connect and start to stream, with a new connection each time, because a walsender streams only once."""
         walsender = Walsender(
             self._dsn,
             slot=self.slot,
@@ -450,7 +452,7 @@ class ReplicationStream:
                 self._report(walsender)
 
     def _admit(self, walsender: Walsender) -> None:
-        """Whether it is the server that it was, with all that it had."""
+        """Check that it is the same server, with everything that it had."""
         start.admit(walsender, self.system_id, max(self._seen, self.acknowledged))
         if self.timeline and walsender.timeline != self.timeline:
             logger.warning(
@@ -468,7 +470,7 @@ class ReplicationStream:
             walsender.close()
 
     def _note_headway(self, frames: list[memoryview]) -> None:
-        # A transaction so large that no connection brings all of it makes headway, too.
+        # Also within a transaction so large that no connection brings all of it.
         position = max(self.received, int.from_bytes(frames[-1][1:9], "big") if frames else 0)
         self._patience.reached(position, now=time.monotonic(), everything=self._feedback.sent_all)
 
@@ -486,7 +488,7 @@ class ReplicationStream:
         if self._patience.over(now):
             error = ConnectionFailed(
                 f"slot {self.slot!r}: {why}; for {self._patience.seconds:.0f} s no connection has brought anything new",
-                hint="the server's log says why its process ends: it may fail at the same place each time",
+                hint="see the server's log for why its process ends: it may fail at the same place each time",
             )
             error.transient = True
             self._fatal = error
@@ -494,14 +496,14 @@ class ReplicationStream:
         logger.warning("slot %r: %s; connecting again for up to %.0f s", self.slot, why, self._patience.seconds)
 
     def _renew(self) -> None:
-        """Replace a connection that works: the server hears first what is acknowledged, and does not send it again."""
+        """Replace a working connection. It first reports what is acknowledged, so that it does not come again."""
         with self._lock, contextlib.suppress(Lost):
             if self._walsender is not None:
                 self._report(self._walsender)
         self._lose("giving back the memory of a very large message")
 
     def _reconnect(self, timeout: float) -> None:
-        """One attempt if it is time for one; otherwise wait, but not for longer than `timeout`."""
+        """Make one attempt if it is due; otherwise wait for at most `timeout`."""
         patience = self._patience
         pause = patience.pause(time.monotonic())
         if pause:
@@ -523,7 +525,7 @@ class ReplicationStream:
 
 
 def _keep_reporting(stream: weakref.ref[ReplicationStream], stop: threading.Event) -> None:
-    """The reporter. It holds no stream alive that nobody else does."""
+    """The reporter thread. Its weak reference does not keep the stream alive."""
     wait = 0.1
     while not stop.wait(wait):
         owner = stream()

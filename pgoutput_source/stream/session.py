@@ -1,15 +1,15 @@
 """`SlotSession`: one slot, from the checks at the start to the last acknowledgement.
 
-Everything that reads a slot is a session and what it does with the changes: the Bytewax source (one session for each
-slot), the plain reader, and `peek`. A session owns the way of a change:
+Whatever reads a slot uses a session: the Bytewax source (one session per slot), the plain reader, and `peek`. A session
+owns the path of a change:
 
     FrameSource    frames as the server sends them
-    History        is it the server whose changes were delivered before?
-    Assembler      frames → change sets; repeats are dropped
-    `_deliver`     the last step before the caller has it: what is passed here counts as delivered
+    History        checks that the server has the changes that were delivered before
+    Assembler      frames → change sets; repeats are skipped
+    `_deliver`     the last step before the caller: what passes here counts as delivered
 
-and the arrow back: `safe_lsn` says what may be acknowledged once everything delivered is durable, and `acknowledge`
-tells the server. When that is, is the caller's business.
+It also owns the way back: `safe_lsn` is what may be acknowledged once everything delivered is durable, and
+`acknowledge` tells the server. The caller decides when.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ from pgoutput_source.types import types_of
 
 logger = logging.getLogger(__name__)
 
-_COPYING = 0.02  # seconds that the stream is waited for while there are rows to copy
+_COPYING = 0.02  # seconds to wait for the stream while there are rows to copy
 
 
 class SlotSession:
     """The changes of one slot, in commit order, from where an earlier session stopped.
 
-    The constructor connects, checks and starts to read. Methods are called by one thread at a time; `acknowledge` may
-    be called by any.
+    The constructor connects, checks and starts to read. Call the methods from one thread at a time, except
+    `acknowledge`, which any thread may call.
 
     Args:
         dsn: A libpq connection string or URL.
         settings: Which slot, which publications, and how to read them.
-        state: What `snapshot` of an earlier session returned; None for none, then the slot is the only memory.
-        tables: What the caller takes, as schema and name, if it is known: what can't come is an error at the start.
-        frames: Makes the source of frames from the connection string, the settings and what the start found.
+        state: What `snapshot` of an earlier session returned. None if there is none; then only the slot knows the
+            position.
+        tables: The tables that the caller takes, as schema and name, if known. If one can't come, the start fails.
+        frames: Makes the source of frames from the connection string, the settings and the `Start`.
 
     Attributes:
         settings: As given.
@@ -58,7 +59,7 @@ class SlotSession:
         until: Where a bounded run ends; None if it has no end.
         frames: The source of frames.
         acknowledged: Everything before it was delivered and is durable.
-        idle: Whether the last `next` found nothing at all to do.
+        idle: Whether the last `next` found nothing to do.
 
     Raises:
         ServerError: The server, the slot or a publication can't be used; each with its remedy.
@@ -107,10 +108,10 @@ class SlotSession:
         logger.info("slot %s: streaming from %s%s", settings.slot, self.acknowledged, bound)
 
     def close(self, *, graceful: bool = False) -> None:
-        """End the session; closing twice is allowed.
+        """End the session. Closing twice is allowed.
 
         Args:
-            graceful: Have the server confirm the end first: then it knows what is acknowledged.
+            graceful: Wait until the server confirms the end, so that it knows what is acknowledged.
         """
         if self._copy is not None:
             self._copy.close()
@@ -121,10 +122,10 @@ class SlotSession:
     # -- changes ----------------------------------------------------------------------------------------------------
 
     def next(self, timeout: float = 0.0) -> ChangeSet:
-        """The next changes in commit order; empty if there are none yet, or if what came has no changes.
+        """The next changes in commit order; empty if nothing came, or nothing with changes.
 
         Args:
-            timeout: Seconds to wait for the first.
+            timeout: Seconds to wait for the first change.
 
         Raises:
             ServerError: The connection was lost and can't be restored, or the server can't continue.
@@ -133,7 +134,7 @@ class SlotSession:
         """
         copy = self._copy
         if copy is not None and copy.due and (copy.reading or (self._streamed and not self.in_transaction)):
-            # By turns, so that neither waits for the other. A table without a key is read to its end.
+            # The copy and the stream take turns. A table without a key is read to its end.
             self._streamed = False
             rows = copy.step(self.safe_lsn)
             if rows.batches:
@@ -142,7 +143,7 @@ class SlotSession:
                 metrics.CHANGES.labels(self.settings.slot).inc(len(rows))
                 return rows
         self._streamed = True
-        # A streamed transaction that has committed comes out piece by piece, and the server waits meanwhile.
+        # While a committed transaction that was streamed is delivered piece by piece, nothing is read from the server.
         received: Sequence[bytes | memoryview] = ()
         if not self._assembler.pending:
             received = self._poll(min(timeout, _COPYING) if self.copying else timeout)
@@ -169,8 +170,8 @@ class SlotSession:
     def _deliver(self, changes: ChangeSet) -> ChangeSet:
         slot = self.settings.slot
         if not self.in_transaction:
-            # What the server has looked through counts, even if it sent nothing of it: otherwise a quiet publication
-            # would keep the WAL of a busy database for ever.
+            # WAL that the server read without sending anything counts too. Otherwise a quiet publication would keep
+            # the WAL of a busy database for ever.
             self._looked_through = max(self._looked_through, self.frames.sent)
         metrics.RECEIVED.labels(slot).set(self.frames.received)
         if changes.batches:
@@ -202,17 +203,17 @@ class SlotSession:
 
     @property
     def position(self) -> Position | None:
-        """The last change that was delivered, by this session or the one that it resumes."""
+        """The last delivered change, of this session or of the one that it resumes."""
         return self._assembler.position
 
     @property
     def in_transaction(self) -> bool:
-        """Whether a committed transaction was received and not yet delivered to its end."""
+        """Whether a committed transaction was received but not yet delivered to its end."""
         return self._assembler.in_transaction
 
     @property
     def copying(self) -> bool:
-        """Whether the initial copy is not complete: then not every change is delivered yet."""
+        """Whether the initial copy is incomplete. Until it is complete, not every change is delivered."""
         return self._copy is not None and self._copy.pending
 
     @property
@@ -228,25 +229,25 @@ class SlotSession:
 
     @property
     def safe_lsn(self) -> Lsn:
-        """Everything before it was delivered: what may be acknowledged once all that is durable."""
+        """Everything before it was delivered. It may be acknowledged once all that is durable."""
         return max(self.acknowledged, self._assembler.end_lsn, self._looked_through)
 
     def acknowledge(self, lsn: Lsn) -> None:
         """Everything before `lsn` is durable: PostgreSQL may forget it.
 
         Args:
-            lsn: A position that `safe_lsn` gave, or one after the last change of a transaction and before the next.
+            lsn: A position from `safe_lsn`, or one after the last change of a transaction and before the next.
         """
         slot = self.settings.slot
         self.acknowledged = max(self.acknowledged, lsn)
-        # Not what only the state knows: this server may turn out to be a copy that was restored from a backup.
+        # Not positions that only the state knows: this server may turn out to be restored from a backup.
         if not self._history.pending:
             self.frames.acknowledge(min(self.acknowledged, self.frames.received))
         metrics.ACKNOWLEDGED.labels(slot).set(self.acknowledged)
         metrics.LAG.labels(slot).set(max(0, self.frames.received - self.acknowledged))
 
     def snapshot(self) -> State:
-        """The resume state: a session that starts with it delivers what comes after the last change of this one.
+        """The resume state. A session that starts with it continues after the last change of this one.
 
         Its "lsn" is `safe_lsn`, to be acknowledged when the state is durable.
         """

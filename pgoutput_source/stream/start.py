@@ -1,14 +1,13 @@
-"""What a start makes of a resume state and a slot: the positions to resume from, or one clear error.
+"""Compares a resume state with a slot at the start: the result is the positions to resume from, or one clear error.
 
-    no state                 the slot is the only memory
+    no state                 resume from the slot's position
     state = slot             resume
-    state ahead of slot      resume; what the server sends again is dropped
+    state ahead of slot      resume, and skip what the server sends again
     slot ahead of state      `SlotAhead`: the slot was moved or recreated, and changes are missing
-    slot absent or lost      `SlotNotFound`, `SlotLost`: the same, and `resync` says how much
+    slot absent or lost      `SlotNotFound`, `SlotLost`: the same; `resync` shows how much is missing
     another history          `StateError`: the server never had what was delivered
 
-`begin` is the whole of it: what the slot's session starts with. Nothing here drops or moves anything, and only
-`create=True` creates something.
+`begin` does all of it for a session. Nothing here drops or moves anything, and only `create=True` creates something.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ State = dict[str, Any]
 STATE_VERSION: Final = 1
 
 START_AFRESH: Final = (
-    "what was written downstream has changes that this server does not have: start afresh, with a new recovery folder "
-    "and new folders for the output"
+    "the output has changes that this server does not have: start afresh, with a new recovery folder and new output "
+    "folders"
 )
-"""The remedy where the server's history is another one."""
+"""The remedy when the server has another history."""
 
 _STARTING: Final = 60.0  # seconds
 
@@ -63,7 +62,7 @@ class Start:
 
     Attributes:
         system: The database system.
-        position: The last change that an earlier session delivered; None if nothing is known.
+        position: The last change that an earlier session delivered; None if unknown.
         acknowledged: Everything before it was delivered and is durable.
         until: Where a bounded run ends; None if it has no end.
     """
@@ -77,13 +76,13 @@ class Start:
 def begin(
     dsn: str, settings: SourceSettings, state: State | None = None, tables: Iterable[tuple[str, str]] = ()
 ) -> Start:
-    """Connect, create what is missing if that is asked for, check all that a stream needs, and resume from `state`.
+    """Connect, create what is missing if asked to, check everything a stream needs, and resume from `state`.
 
     Args:
         dsn: A libpq connection string or URL.
         settings: Which slot and which publications.
         state: The resume state; None for none.
-        tables: Tables that must be among what is published, as schema and name.
+        tables: Tables that must be published, as schema and name.
 
     Raises:
         ServerError: The server, the slot or a publication can't be used, see `checks.check` and `check_tables`.
@@ -135,10 +134,10 @@ def _begin_only(dsn: str, settings: SourceSettings, state: State | None, tables:
 
 
 def connect(dsn: str, settings: SourceSettings) -> Connection:
-    """A connection; waits for a server that is just starting up, as after a crash.
+    """Connect, and wait for a server that is starting up, for example after a crash.
 
     Raises:
-        ConnectionFailed: It can't be had.
+        ConnectionFailed: The connection failed.
     """
     deadline = time.monotonic() + min(_STARTING, settings.reconnect_seconds)
     while True:
@@ -152,10 +151,10 @@ def connect(dsn: str, settings: SourceSettings) -> Connection:
 
 
 def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | None) -> SlotState:
-    """`checks.check`; for a flow that has a state, an absent slot means lost changes, and the error says so.
+    """`checks.check` for a flow. If the flow has a state, an absent slot means lost changes, and the error says so.
 
     Raises:
-        SlotNotFound, SlotLost: With what is lost.
+        SlotNotFound, SlotLost: The error says what is lost.
         ServerError: Whatever else `checks.check` finds.
     """
     try:
@@ -166,7 +165,7 @@ def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | N
         system = identify(conn)
         message = (
             f"{e.message}, and the recovery folder ends at {Lsn(state['lsn'])}: what was committed after that is lost "
-            "to this flow"
+            "for this flow"
         )
         hint = f"it was dropped. {resync_hint(settings.slot)}" if isinstance(e, SlotNotFound) else e.hint
         if state.get("system") == system.system_id and state.get("timeline", 0) < system.timeline:
@@ -175,8 +174,8 @@ def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | N
                 message += f". The server is on timeline {system.timeline}, which left timeline {state['timeline']} "
                 message += f"at {end}"
                 hint = (
-                    "this server is a promoted standby, and slots follow only from PostgreSQL 17 on, if they were "
-                    f"made with failover. {resync_hint(settings.slot)}"
+                    "this server is a promoted standby. A standby has the primary's slots only from PostgreSQL 17 on, "
+                    f"and only those created with failover. {resync_hint(settings.slot)}"
                 )
         error = type(e)(message, hint=hint)
         error.sqlstate = e.sqlstate
@@ -186,11 +185,11 @@ def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | N
 def reconcile(
     state: State | None, settings: SourceSettings, slot: SlotState, system: System
 ) -> tuple[Position | None, Lsn]:
-    """The last change that was delivered, and the position that is acknowledged already.
+    """The last delivered change, and the position that is acknowledged already.
 
     Raises:
-        StateError: The state has another shape, or belongs to another slot or database system.
-        SlotAhead: The slot was moved past the state, so changes in between are lost to this flow.
+        StateError: The state is of another version, or belongs to another slot or database system.
+        SlotAhead: The slot was moved past the state, so this flow lost the changes in between.
     """
     confirmed = slot.confirmed_flush_lsn or Lsn(0)
     if state is None:
@@ -199,29 +198,29 @@ def reconcile(
     if confirmed > lsn:
         raise SlotAhead(
             f"slot {settings.slot!r} was moved to {confirmed}, past {lsn}, the last position in the recovery folder",
-            hint="somebody else consumed from the slot or recreated it, or an old recovery folder was restored: the "
-            f"changes between are gone from the slot. {resync_hint(settings.slot)}",
+            hint="another process consumed from the slot or recreated it, or an old recovery folder was restored: the "
+            f"changes in between are gone from the slot. {resync_hint(settings.slot)}",
         )
     return position, lsn
 
 
 def stop_at(conn: Connection, settings: SourceSettings) -> Lsn | None:
-    """Where a bounded run ends, as `settings.until` says it; None if it has no end."""
+    """Where a bounded run ends, from `settings.until`; None if it has no end."""
     if settings.until is None:
         return None
     return current_lsn(conn) if settings.until == "current" else Lsn(settings.until)
 
 
 def positions(state: State, system: System) -> tuple[Position | None, Lsn]:
-    """The last change that a state has seen, and the position before which it has seen everything.
+    """The last change that a state covers, and the position before which it covers everything.
 
     Raises:
-        StateError: The state has another shape, or belongs to another database system.
+        StateError: The state is of another version, or belongs to another database system.
     """
     check_version(state, STATE_VERSION, "the source")
     if state["system"] != system.system_id:
         raise StateError(
-            f"the resume state belongs to database system {state['system']}, this server is {system.system_id}",
+            f"the resume state belongs to database system {state['system']}, but this server is {system.system_id}",
             hint="check the connection; for another database use another recovery folder",
         )
     position = None
@@ -231,7 +230,7 @@ def positions(state: State, system: System) -> tuple[Position | None, Lsn]:
 
 
 def last_delivered(position: Position | None, copied: int) -> Position | None:
-    """The last that was delivered: of the stream, or of rows that were copied and show the server up to `copied`."""
+    """The last delivered position: of the stream, or of copied rows, which show the server up to `copied`."""
     if not copied:
         return position
     return max(position or Position(Lsn(0), 0), Position(Lsn(copied), 0))
@@ -240,10 +239,10 @@ def last_delivered(position: Position | None, copied: int) -> Position | None:
 def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable: Lsn, *, patience: float = 0.0) -> Lsn:
     """The position on timeline `now` that corresponds to `durable` on `was`, the timeline before a failover.
 
-    While the server is away it is asked again for `patience` seconds.
+    While the server is away it retries for `patience` seconds.
 
     Raises:
-        StateError: Not everything that was delivered happened on this server's timeline.
+        StateError: Some delivered changes are not on this server's timeline.
     """
     if was == now:
         return durable
@@ -261,7 +260,7 @@ def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable
             "synchronized_standby_slots keeps changes back until the standby has them",
         )
     logger.warning("the server is on timeline %d now, which left timeline %d at %s", now, was, end)
-    # Only WAL that was looked through, and had nothing for us, may have been beyond the end.
+    # Beyond the end there can only be WAL that was read but held nothing for us.
     return min(durable, end)
 
 
@@ -271,33 +270,33 @@ def admit(walsender: Walsender, system_id: str, seen: Lsn) -> None:
     Args:
         walsender: The connection, which does not stream yet.
         system_id: The database system that it must be; empty for any.
-        seen: Everything before it is done with; 0 if nothing is known.
+        seen: Everything before it was processed; 0 if nothing is known.
 
     Raises:
         StateError: It is another database system, or has lost WAL.
         SlotAhead: The slot was moved or recreated meanwhile.
-        ConnectionFailed: It is a standby that has not yet replayed what it had; trying again helps.
+        ConnectionFailed: It is a standby that has not yet replayed that far; a retry helps.
     """
     slot, end = walsender.slot, walsender.wal_end
     if system_id and walsender.system_id != system_id:
         raise StateError(
-            f"slot {slot!r}: after the connection was lost another database system answered "
+            f"slot {slot!r}: after the connection was lost, another database system answered "
             f"({walsender.system_id}, before {system_id})",
-            hint="check where host and port lead to; start afresh on the other system with a new resume state",
+            hint="check where host and port lead; to use the other system, start afresh without the resume state",
         )
     if seen > end and walsender.standby:
-        late = ConnectionFailed(f"slot {slot!r}: the standby has replayed up to {end}, and {seen} was seen already")
+        late = ConnectionFailed(f"slot {slot!r}: the standby has replayed only up to {end}, but {seen} was seen before")
         late.sqlstate, late.transient = "57P03", True
         raise late
     if seen > end:
         raise StateError(
-            f"slot {slot!r}: changes up to {seen} were seen, and the server's WAL ends at {end}: it lost some, or was "
+            f"slot {slot!r}: changes up to {seen} were seen, but the server's WAL ends at {end}: it lost some, or was "
             "restored from a backup",
             hint=START_AFRESH,
         )
     if seen and walsender.confirmed is not None and walsender.confirmed > seen:
         raise SlotAhead(
-            f"slot {slot!r} was moved to {walsender.confirmed}, past {seen}, the last position that was acknowledged",
-            hint="somebody else consumed from the slot or recreated it meanwhile: the changes between are gone from "
-            f"it. {resync_hint(slot)}",
+            f"slot {slot!r} was moved to {walsender.confirmed}, past {seen}, the last acknowledged position",
+            hint="another process consumed from the slot or recreated it meanwhile: the changes in between are gone "
+            f"from it. {resync_hint(slot)}",
         )

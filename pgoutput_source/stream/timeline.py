@@ -1,8 +1,7 @@
-"""`Timeline`: the timeline of the last delivered change, over reconnects, failovers and promotions.
+"""`Timeline`: the timeline of the last delivered change, across reconnects, failovers and promotions.
 
-A server that is promoted starts a new timeline. What was delivered must lie on one line of history with what comes
-next; that is checked after each reconnect. A standby that is promoted while a stream reads from it says nothing and
-streams on, so it has to be asked.
+A promoted server starts a new timeline. Delivered changes and the ones to come must belong to one history, which is
+checked after each reconnect. A standby that is promoted while it streams to us just streams on, so it must be asked.
 
 https://www.postgresql.org/docs/current/continuous-archiving.html#BACKUP-TIMELINES
 """
@@ -21,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 class Timeline:
-    """The timeline of a stream that has been started.
+    """The timeline of a running stream.
 
     Args:
         dsn: A libpq connection string.
         stream: The stream.
-        patience: For how many seconds to ask a server again that is away.
+        patience: For how many seconds to retry while the server is away.
 
     Attributes:
         number: The timeline, as far as it is known.
@@ -45,14 +44,14 @@ class Timeline:
         self._asked: Position | None = None
 
     def reconnected(self, position: Position | None) -> None:
-        """A new connection: perhaps to a standby that was promoted. `position` is the last that was delivered.
+        """Check a new connection, which may lead to a promoted standby. `position` is the last delivered change.
 
         Raises:
-            StateError: The server never had all that was delivered, or that the former one was told to forget.
+            StateError: The server lacks changes that were delivered, or that the former server was told to forget.
             ServerError: The server can't be asked.
         """
         stream, was = self._stream, self.number
-        # A server that has not been stopped since has one history, whatever it was promoted to.
+        # A server that was not restarted has a single history, even if it was promoted.
         if stream.server != self._server:
             durable = on_timeline(
                 self._dsn, was, stream.timeline, position, stream.acknowledged, patience=self._patience
@@ -61,18 +60,18 @@ class Timeline:
                 raise StateError(
                     f"timeline {stream.timeline} left timeline {was} at {durable}, and the former server was told to "
                     f"forget up to {stream.acknowledged}",
-                    hint="nothing is lost: start again, and the run resumes where the timelines part",
+                    hint="nothing is lost: start again, and the run resumes where the timelines diverge",
                 )
         self._took_over()
 
     def of(self, position: Position | None) -> int:
-        """The timeline of `position`, the last that was delivered. A standby is asked whether it was promoted."""
+        """The timeline of `position`, the last delivered change. A standby is asked whether it was promoted."""
         if self._standby and position != self._asked:
             try:
                 now = ask(self._dsn, self._promoted, patience=self._left)
             except PgOutputError as e:
                 logger.warning("slot %s: can't ask the standby whether it was promoted: %s", self._slot, e.message)
-                self._left = 0.0  # what is still away is not waited for again
+                self._left = 0.0  # don't wait again for a server that is away
                 return self.number
             self._asked, self._left = position, self._patience
             if now is not None:
@@ -82,7 +81,7 @@ class Timeline:
 
     def _promoted(self, connection: Connection) -> int | None:
         """The new timeline of the server that streams to us, if it was promoted."""
-        # Where the DSN names several hosts, this may be another one than the one that streams.
+        # If the DSN names several hosts, this may be another server than the one that streams.
         row = connection.execute(
             "SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int"
             "  FROM pg_stat_activity WHERE pid = %s AND backend_start::text = %s AND NOT pg_is_in_recovery()",

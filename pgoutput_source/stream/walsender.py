@@ -1,14 +1,14 @@
 """`Walsender`: one replication connection, from START_REPLICATION to its end.
 
-What streams from a slot over time is a `replication.ReplicationStream`. It takes a new one of these after each loss,
-because a walsender streams only once. libpq's calls hold Python's interpreter lock, so nothing here waits inside them:
-the connection is in non-blocking mode, and whoever reads waits in `poll()` of the operating system.
+A `replication.ReplicationStream` makes a new `Walsender` after each loss, because a walsender streams only once. Calls
+of libpq hold Python's global interpreter lock, so nothing here waits inside them: the connection is non-blocking, and
+the reader waits in `poll()` of the operating system.
 
-**A connection that decodes runs no SQL.** A walsender keeps what it has cached of tables when it begins to decode, and
-uses it for old WAL. A query that opens a user table before, as `pg_publication_tables` does, has changes from before an
-ALTER TABLE decoded with the table's columns of now: the values are garbage, or the server crashes. So all that is to be
-asked is asked on an ordinary connection beside it. The walsender itself gets IDENTIFY_SYSTEM, SHOW and
-START_REPLICATION, and SET where the environment overrides a setting; none of them reads a table.
+**A connection that decodes runs no SQL.** When a walsender begins to decode, it keeps its cache of tables and uses it
+for old WAL. If a query has opened a user table before, as `pg_publication_tables` does, changes from before an ALTER
+TABLE are decoded with the table's current columns: the values are garbage, or the server crashes. So every query runs
+on an ordinary connection beside the walsender. The walsender itself only gets IDENTIFY_SYSTEM, SHOW, START_REPLICATION,
+and SET where the environment overrides a setting. None of them reads a table.
 
 https://www.postgresql.org/docs/current/protocol-replication.html
 """
@@ -47,8 +47,8 @@ from pgoutput_source.protocol.wire import Lsn, StandbyStatus
 
 logger = logging.getLogger(__name__)
 
-# libpq reads as much at a time as its buffer holds. With the 16 KB that it begins with, a fast server would be waited
-# for sixty thousand times a gigabyte. It doubles when libpq is told to read on before what it has is taken.
+# libpq reads as much at once as its buffer holds. The initial 16 KB would mean sixty thousand reads per gigabyte from a
+# fast server. The buffer doubles when libpq is told to read more before its messages are taken.
 _LONG_READ: Final = 8192
 _BUFFER_IS_LARGE: Final = 500_000
 _NOTHING: Final = (0, b"")
@@ -61,11 +61,11 @@ _noticed: dict[str, float] = {}
 
 
 class Lost(Exception):
-    """The connection is gone, and trying again may help."""
+    """The connection is gone, and a new one may help."""
 
 
 class Backend(NamedTuple):
-    """A server process: its number alone may belong to another one soon."""
+    """A server process. Its pid alone is not enough, because the system uses it again."""
 
     pid: int
     started: str
@@ -74,7 +74,7 @@ class Backend(NamedTuple):
 class Walsender:
     """A connection that streams from the slot's own position, in COPY BOTH mode.
 
-    It is not for two threads at once.
+    Only one thread may use it at a time.
 
     Args:
         dsn: A libpq connection string.
@@ -88,18 +88,18 @@ class Walsender:
             by raising.
 
     Attributes:
-        system_id, timeline, wal_end: What IDENTIFY_SYSTEM said before the stream began.
-        confirmed: Where the slot stands.
+        system_id, timeline, wal_end: From IDENTIFY_SYSTEM, before the stream began.
+        confirmed: The slot's position.
         standby: Whether the server is a standby.
-        server: When the server was started, which tells it from others.
-        server_version: As libpq says it: 180006.
+        server: When the server was started. It distinguishes servers.
+        server_version: In libpq's form: 180006.
         timeout: The server's wal_sender_timeout in seconds.
         backend: The walsender's process.
-        socket: To wait on.
-        fatal: What the server warned of and must not be ignored.
+        socket: The socket to wait on.
+        fatal: A warning of the server that must not be ignored.
 
     Raises:
-        ConnectionFailed, NotConfigured, SlotError: It can't be had.
+        ConnectionFailed, NotConfigured, SlotError: The stream can't be started.
     """
 
     def __init__(
@@ -155,12 +155,12 @@ class Walsender:
         try:
             row = one_row(conn, "IDENTIFY_SYSTEM")
         except ServerError as e:
-            if e.sqlstate == "42601":  # it was taken for SQL
-                raise NotConfigured(f"what answers is no walsender: {e.message}", hint=NO_POOLER) from e
+            if e.sqlstate == "42601":  # the command was parsed as SQL
+                raise NotConfigured(f"the peer is not a walsender: {e.message}", hint=NO_POOLER) from e
             raise
         self.system_id, self.timeline, self.wal_end = str(row[0]), int(row[1]), Lsn(str(row[2]))
         self.server_version = conn.info.server_version
-        # 0 switches the server's patience off, then this is ours.
+        # 0 disables the server's timeout. Ours remains.
         self.timeout = _seconds(one_row(conn, "SHOW wal_sender_timeout")[0]) or 60.0
 
     def _create(self, conn: Connection) -> None:
@@ -173,11 +173,11 @@ class Walsender:
 
     def _start(self, conn: Connection, beside: Connection, options: Mapping[str, str]) -> None:
         listed = sql.SQL(", ").join(
-            # A replication command is not SQL: a backslash is nothing special, and E'…' is no string.
+            # A replication command is not SQL: a backslash has no meaning, and E'…' is not a string.
             sql.SQL("{} ").format(sql.Identifier(name)) + sql.SQL("'" + value.replace("'", "''") + "'")
             for name, value in options.items()
         )
-        # 0/0 is where the slot stands. A higher position would make the server skip what is before it.
+        # 0/0 starts at the slot's position. A higher position would make the server skip what is before it.
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})").format(sql.Identifier(self.slot), listed)
         try:
             with explained(self.slot):
@@ -185,7 +185,7 @@ class Walsender:
         except SlotInUse as e:
             raise self._held(beside) or e from e
         except SlotError as e:
-            # For 55000 there are many reasons, and the catalogue knows which.
+            # 55000 has many reasons. The catalogue tells which one it is.
             check_server(beside)
             state = slot_state(beside, self.slot)
             if state is not None:
@@ -195,7 +195,7 @@ class Walsender:
             raise e
 
     def _find_backend(self, conn: Connection, beside: Connection) -> Backend | None:
-        """The walsender's process, if the connection beside it leads to the same server and nothing is in between."""
+        """The walsender's process, if both connections lead to the same server, with nothing in between."""
         row = beside.execute(
             "SELECT pid, backend_start::text FROM pg_stat_activity WHERE pid = %s AND backend_type = 'walsender'",
             [conn.info.backend_pid],
@@ -203,23 +203,23 @@ class Walsender:
         return None if row is None else Backend(row[0], row[1])
 
     def _own_slot(self, beside: Connection, backend: Backend | None) -> None:
-        """Where the slot stands, and which process holds it, now that nobody else can move it."""
+        """Look up the slot's position and the process that holds it, now that nobody else can move it."""
         row = beside.execute(
             "SELECT s.confirmed_flush_lsn::text, a.pid, a.backend_start::text FROM pg_replication_slots s"
             " LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = %s",
             [self.slot],
         ).fetchone()
-        # The stream may have ended already with an error, and the slot is free again.
+        # The stream may already have ended with an error, which frees the slot.
         found = Backend(row[1], row[2]) if row is not None and row[1] is not None else backend
         if row is None or found is None:
-            raise self._elsewhere("the stream has begun, and another connection sees nobody stream")
+            raise self._elsewhere("the stream has begun, but another connection sees nobody stream")
         self.backend, self.confirmed = found, Lsn(row[0] or 0)
 
     def _elsewhere(self, found: str) -> NotConfigured:
         return NotConfigured(f"slot {self.slot!r}: {found}. The same DSN led to different servers", hint=NO_POOLER)
 
     def _held(self, beside: Connection) -> SlotInUse | None:
-        """Who holds the slot, as an error; None if nobody does."""
+        """An error that says who holds the slot; None if nobody does."""
         row = beside.execute(
             "SELECT a.pid, a.application_name, host(a.client_addr) FROM pg_replication_slots s"
             " JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = %s",
@@ -235,8 +235,8 @@ class Walsender:
     def _note_notice(self, notice: psycopg.errors.Diagnostic) -> None:
         """PostgreSQL 18 only warns when a publication did not exist yet, and leaves its rows out.
 
-        Its text is in the server's language, so it is told by SQLSTATE and by which function of the server warned. The
-        one other warning of this kind says that a standby of synchronized_standby_slots is not there.
+        The text is in the server's language, so SQLSTATE and the server's function identify the warning. The only other
+        warning of this kind says that a standby of synchronized_standby_slots is missing.
         """
         message = notice.message_primary or ""
         standby = notice.source_function == "StandbySlotsHaveCaughtup" or "synchronized_standby_slots" in message
@@ -248,18 +248,18 @@ class Walsender:
             error.sqlstate = notice.sqlstate
             self.fatal = error
             return
-        # A slot that waits for a standby is told so several times a second.
+        # While a slot waits for a standby, the warning comes several times a second.
         now = time.monotonic()
         if now - _noticed.get(message, -_NOTICE_INTERVAL) >= _NOTICE_INTERVAL:
             _noticed[message] = now
             logger.warning("slot %r: the server says: %s", self.slot, message)
 
     def read(self, taken: int) -> None:
-        """Have libpq read what is in the socket.
+        """Have libpq read from the socket.
 
         Args:
-            taken: The bytes that were taken since the last read. All that libpq had must have been: otherwise its
-                buffer would grow and grow.
+            taken: The bytes taken since the last read. Take everything that libpq has before: otherwise its buffer
+                keeps growing.
 
         Raises:
             Lost: The server is gone.
@@ -273,21 +273,21 @@ class Walsender:
             raise Lost(_one_line(e)) from e
 
     def take(self, count: int) -> tuple[list[tuple[int, memoryview]], Lost | None]:
-        """Up to `count` messages that libpq has, each with its length, and what went wrong after them.
+        """Up to `count` messages that libpq has, each with its length, and the error after them, if any.
 
-        A length of -1 says that the server has ended the stream: see `end`.
+        A length of -1 means that the server ended the stream: see `end`.
         """
         chunk: list[tuple[int, memoryview]] = []
         try:
-            # islice and iter loop in C. list() would lose what it has when an error comes; extend() leaves it.
+            # islice and iter loop in C. On an error list() would lose its items; extend() keeps them.
             chunk.extend(islice(iter(self._get, _NOTHING), count))
         except psycopg.Error as e:
-            # libpq says once that the stream ended, and after that fails.
+            # libpq reports the end of the stream once, and fails after that.
             return chunk, None if chunk and chunk[-1][0] < 0 else Lost(_one_line(e))
         return chunk, None
 
     def send(self, status: StandbyStatus) -> None:
-        """Report positions. What the kernel can't take now stays in libpq's buffer, and goes with the next.
+        """Report positions. What the kernel can't take now stays in libpq's buffer, and goes out with the next report.
 
         Raises:
             Lost: The server is gone.
@@ -299,7 +299,7 @@ class Walsender:
             raise Lost(_one_line(e)) from e
 
     def end(self) -> PgOutputError:
-        """After a length of -1: the server's error. If it only stopped, or may come back, that is a `Lost`.
+        """The server's error, after a length of -1. If the server only stopped, or may come back, this raises `Lost`.
 
         Raises:
             Lost: The connection should be replaced.
@@ -318,7 +318,9 @@ class Walsender:
         return error
 
     def finish(self, deadline: float) -> bool:
-        """End the stream, and whether the server confirmed it by `deadline`: it reads in order, so all we sent.
+        """End the stream, and return whether the server confirmed that by `deadline`.
+
+        The server reads in order, so it has read everything that we sent.
 
         Raises:
             Lost: The server is gone.
@@ -348,7 +350,7 @@ class Walsender:
         self._conn.close()
 
     def _drain(self) -> pq.abc.PGresult | None:
-        """The error that ended the stream, None if it was ended in order. All results are read: there are several."""
+        """The error that ended the stream; None if it ended in order. It reads all results, as there are several."""
         error = None
         try:
             for result in self._results():
@@ -358,7 +360,7 @@ class Walsender:
                 elif result.status == pq.ExecStatus.FATAL_ERROR:
                     error = error or result
         except psycopg.OperationalError:
-            # After a fatal error the server closes the connection; the error says more than that.
+            # After a fatal error the server closes the connection. The error tells more than the closing.
             if error is None:
                 raise
         return error
@@ -370,7 +372,7 @@ class Walsender:
         while True:
             while self._pgconn.status == pq.ConnStatus.OK and self._pgconn.is_busy():
                 if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                    raise Lost("the server ended the stream without a word")
+                    raise Lost("the server ended the stream without an error")
                 self._consume()
             result = self._pgconn.get_result()
             if result is None:
@@ -383,7 +385,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _seconds(setting: str) -> float:
-    """A duration as SHOW writes it.
+    """Seconds from a duration as SHOW writes it.
 
     >>> [_seconds(text) for text in ("1min", "1500ms", "0", "30s")]
     [60.0, 1.5, 0.0, 30.0]
@@ -393,9 +395,9 @@ def _seconds(setting: str) -> float:
 
 
 def timeline_end(dsn: str, timeline: int, current: int, *, patience: float = 0.0) -> Lsn | None:
-    """Where the history of the server's `current` timeline left `timeline`; None if it never was on it.
+    """Where the history of the server's `current` timeline left `timeline`; None if it was never on it.
 
-    While the server is away it is asked again for `patience` seconds.
+    While the server is away it retries for `patience` seconds.
     https://www.postgresql.org/docs/current/protocol-replication.html (TIMELINE_HISTORY)
     """
 

@@ -337,7 +337,7 @@ def test_a_position_behind_a_page_header_is_one_that_no_stream_reaches(source: S
 def test_a_position_beyond_the_servers_wal_is_refused(source: Source) -> None:
     stream = source.stream(start=False)
 
-    with pytest.raises(StateError, match="were seen, and the server's WAL ends at"):
+    with pytest.raises(StateError, match="were seen, but the server's WAL ends at"):
         stream.start(Lsn("FF/0"))
     wait(lambda: not source.state().active)
     assert source.state().confirmed_flush_lsn < Lsn("FF/0")  # type: ignore[operator]
