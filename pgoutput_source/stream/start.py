@@ -198,7 +198,7 @@ def reconcile(
     if confirmed > lsn:
         raise SlotAhead(
             f"slot {settings.slot!r} was moved to {confirmed}, past {lsn}, the last position in the recovery folder",
-            hint="another process consumed from the slot or recreated it, or an old recovery folder was restored: the "
+            hint="somebody else consumed from the slot or recreated it, or an old recovery folder was restored: the "
             f"changes in between are gone from the slot. {resync_hint(settings.slot)}",
         )
     return position, lsn
@@ -297,6 +297,6 @@ def admit(walsender: Walsender, system_id: str, seen: Lsn) -> None:
     if seen and walsender.confirmed is not None and walsender.confirmed > seen:
         raise SlotAhead(
             f"slot {slot!r} was moved to {walsender.confirmed}, past {seen}, the last acknowledged position",
-            hint="another process consumed from the slot or recreated it meanwhile: the changes in between are gone "
+            hint="somebody else consumed from the slot or recreated it meanwhile: the changes in between are gone "
             f"from it. {resync_hint(slot)}",
         )
