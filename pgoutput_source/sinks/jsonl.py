@@ -161,7 +161,7 @@ def _lines(item: Item) -> Iterator[str]:
                 yield exact_json.dumps(dict(item)) + "\n"
             case _:
                 raise SinkError(
-                    f"a line of JSON can be made from a batch, an event or a dict, not from {type(item).__name__}",
+                    f"a line of JSON can be made of a batch, an event or a dict, not of {type(item).__name__}",
                     hint="map it to a dict before this step",
                 )
     except (TypeError, ValueError) as e:
