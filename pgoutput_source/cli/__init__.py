@@ -1,4 +1,4 @@
-"""``python -m pgoutput_source``: try it out, and look before a flow is started."""
+"""``python -m pgoutput_source``: try it out, check a setup, and repair a lost slot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pgoutput_source.settings import SourceSettings, parse_publications
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 for an error of ours (printed with its hint), 2 for wrong usage."""
+    """Run one command. The exit status is 0, 1 for a `PgOutputError` (printed with its hint), 2 for wrong usage."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -38,32 +38,32 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pgoutput-source",
         description="PostgreSQL change data capture for Python.",
-        epilog="A dataflow is started with Bytewax: python -m bytewax.run your_flow",
+        epilog="Start a dataflow with Bytewax: python -m bytewax.run your_flow",
     )
     parser.add_argument("--version", action="version", version=f"pgoutput-source {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     show = commands.add_parser(
-        "demo", help="a PostgreSQL, a shop that takes orders, a dataflow and a check of its files"
+        "demo", help="run a PostgreSQL, a shop that takes orders and a dataflow, and check the dataflow's files"
     )
     show.add_argument("--seconds", type=_seconds, default=15.0, help="how long the shop takes orders (default: 15)")
-    show.add_argument("--folder", type=Path, default=Path("out/demo"), help="where the files go (default: out/demo)")
+    show.add_argument("--folder", type=Path, default=Path("out/demo"), help="the folder for files (default: out/demo)")
     show.set_defaults(run=lambda a: demo.run(a.seconds, a.folder))
 
     check = commands.add_parser(
         "check",
         help="compare server, slot and publication with what a flow needs",
-        description="Reads PGOUTPUT_DSN, PGOUTPUT_SLOT and PGOUTPUT_PUBLICATION like a flow; options win over them. "
+        description="Reads PGOUTPUT_DSN, PGOUTPUT_SLOT and PGOUTPUT_PUBLICATION like a flow; options override them. "
         "Changes nothing.",
     )
     check.set_defaults(run=_check)
 
     again = commands.add_parser(
         "resync",
-        help="say what a lost slot took with it, and go on behind the gap",
-        description="For a flow that refuses to start because its slot was dropped, invalidated, made anew or moved. "
-        "Says what is missing between the flow's state and the slot, and how to repair it. Changes nothing without "
-        "--yes. The exit code is 0 if nothing is missing or the flow can go on, 1 if there is a gap or an error.",
+        help="show what a flow missed when its slot was lost, and make it resume after the gap",
+        description="For a flow that refuses to start because its slot was dropped, invalidated, recreated or moved. "
+        "Shows what is missing between the flow's state and the slot, and how to repair it. Changes nothing without "
+        "--yes. The exit code is 0 if nothing is missing or the flow can resume, 1 if there is a gap or an error.",
     )
     again.add_argument(
         "--recovery",
@@ -71,16 +71,16 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         action="append",
         default=[],
-        help="the flow's recovery folder (-r); several times if the processes of a cluster have one each",
+        help="the flow's recovery folder (-r); repeat it if each process of a cluster has its own",
     )
-    again.add_argument("--yes", action="store_true", help="make the slot anew if need be, and move the flow's state")
+    again.add_argument("--yes", action="store_true", help="recreate the slot if necessary, and move the flow's state")
     again.set_defaults(run=lambda a: resync.run(_settings(a), a.recovery, yes=a.yes))
 
     for command in (check, again):
         command.add_argument("--dsn", help="libpq connection string or URL")
         command.add_argument("--slot", help="the replication slot's name")
         command.add_argument(
-            "--publication", help="one name, or several with commas between; a name with a comma in it in double quotes"
+            "--publication", help="one name, or several separated by commas; a name with a comma goes in double quotes"
         )
     return parser
 

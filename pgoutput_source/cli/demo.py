@@ -1,9 +1,9 @@
-"""The demonstration: a PostgreSQL, a shop that takes orders, a dataflow that captures them, and a check of its files.
+"""The demo: a PostgreSQL, a shop that takes orders, a dataflow that captures them, and a check of its files.
 
 Everything is real and runs in its own process: an embedded server that is deleted at the end, the shop's workload, and
-`demo_flow` under ``python -m bytewax.run``, as anybody would start a dataflow. After some seconds the shop closes. Once
-the flow has acknowledged the last change it is asked to stop, and SQL on both sides says whether the Parquet files
-agree with the tables.
+`demo_flow` under ``python -m bytewax.run``, the usual way to start a dataflow. After some seconds the shop closes. Once
+the flow has acknowledged the last change, it is asked to stop, and SQL on both sides compares the Parquet files with
+the tables.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from pgoutput_source.errors import ConfigurationError, PgOutputError
 SLOT = "demo"
 
 FLOW = "pgoutput_source.cli.demo_flow"
-"""What ``python -m bytewax.run`` is asked to run."""
+"""The dataflow that ``python -m bytewax.run`` runs."""
 
 RATE = 4000
 """Changed rows per second that the shop aims at."""
 
 PATIENCE = 40.0
-"""Seconds that the flow may take to catch up, and again to stop."""
+"""How many seconds the flow may take to catch up, and again to stop."""
 
 
 def run(seconds: float, folder: Path) -> int:
-    """Run the demonstration and print what happens.
+    """Run the demo and print what happens.
 
     Args:
         seconds: How long the shop takes orders.
-        folder: Where to make a folder for the files of this run.
+        folder: Where to create a folder for the files of this run.
 
     Returns:
         0 when files and tables agree, 1 when they don't.
@@ -76,7 +76,7 @@ def run(seconds: float, folder: Path) -> int:
 
 
 class Verdict(NamedTuple):
-    """The orders as the tables and as the Parquet files have them.
+    """The orders according to the tables and according to the Parquet files.
 
     `tables` and `files` are rows of status, number of orders and sum of their amounts. `changes` is the number of rows
     in the files. `differences` says what differs, and is empty if everything agrees.
@@ -88,8 +88,8 @@ class Verdict(NamedTuple):
     differences: list[str]
 
 
-# The table as its changes leave it: the last change of each key, without deletes. PostgreSQL does not send a large note
-# that did not change, so it comes from the last change that has it.
+# The current table: the last change of each key, without deletes. PostgreSQL does not send a large note that did not
+# change, so the note comes from the last change that has it.
 _ORDERS_NOW = """
 CREATE OR REPLACE TEMP VIEW orders_now AS
 WITH ordered AS (SELECT *, row_number() OVER (PARTITION BY id ORDER BY _commit_lsn, _seq) AS n FROM changes),
@@ -122,7 +122,7 @@ def verify(connection: psycopg.Connection[Any], duck: Any, orders: Path) -> Verd
     if changes != different:
         differences.append(f"{changes - different} changes are in the files more than once")
 
-    # Microseconds on both sides: both keep timestamps in them.
+    # Both sides store timestamps in microseconds.
     here = {name: f"(extract(epoch FROM {name}) * 1000000)::bigint" for name in _TIMES}
     there = {name: f"epoch_us({name})" for name in _TIMES}
     tables = connection.execute(_BY_STATUS.format(table="orders").encode()).fetchall()
@@ -142,7 +142,7 @@ def _differing(tables: list[tuple[Any, ...]], files: list[tuple[Any, ...]]) -> l
     table, file = {row[0]: row for row in tables}, {row[0]: row for row in files}
     found = (
         (table.keys() - file.keys(), "are missing in the files"),
-        (file.keys() - table.keys(), "stand in the files and not in the table"),
+        (file.keys() - table.keys(), "are in the files but not in the table"),
         ({key for key in table.keys() & file.keys() if table[key] != file[key]}, "have other values in the files"),
     )
     return [f"{len(keys)} orders {what}, such as id {min(keys)}" for keys, what in found if keys]
@@ -153,7 +153,7 @@ def _differing(tables: list[tuple[Any, ...]], files: list[tuple[Any, ...]]) -> l
 
 @contextlib.contextmanager
 def _flow(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    # No configuration from outside may lead the flow elsewhere.
+    # No outside configuration may redirect the flow.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "BYTEWAX_"))}
     env |= {
         "PGOUTPUT_DSN": dsn,
@@ -163,7 +163,7 @@ def _flow(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
     }
     command = [sys.executable, "-m", "bytewax.run", FLOW, "-s", "2"]
     with (out / "flow.log").open("wb") as log:
-        # Its own session: Ctrl-C ends the demonstration, which then ends the flow.
+        # Its own session: Ctrl-C ends the demo, which then ends the flow.
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -217,7 +217,7 @@ def _watch(
 
 
 def _catch_up(connection: psycopg.Connection[Any], flow: subprocess.Popen[bytes], out: Path) -> None:
-    """Wait until the flow has acknowledged the last change: until its epoch is durable."""
+    """Wait until the flow has acknowledged the last change, so its epoch is durable."""
     began = time.monotonic()
     target = _one(connection, "SELECT pg_current_wal_flush_lsn()")
     reached = f"SELECT confirmed_flush_lsn >= '{target}' FROM pg_replication_slots WHERE slot_name = '{SLOT}'"
@@ -351,7 +351,7 @@ def _fresh(folder: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigurationError(f"{out} can't be made: {error}", hint="name another with --folder") from error
+            raise ConfigurationError(f"{out} can't be created: {error}", hint="name another with --folder") from error
         return out
     raise ConfigurationError(f"{folder} has no room for another run", hint="name another with --folder")
 
@@ -361,7 +361,7 @@ def _duckdb() -> Any:
         import duckdb
     except ImportError as error:
         raise ConfigurationError(
-            "the demonstration checks the files with DuckDB, which is not installed",
+            "the demo checks the files with DuckDB, which is not installed",
             hint="pip install 'pgoutput-source[demo]'",
         ) from error
     return duckdb.connect()

@@ -1,4 +1,4 @@
-"""The demonstration's dataflow: every change of the shop's orders, and revenue per customer per minute, as Parquet.
+"""The demo's dataflow: every change of the shop's orders, and revenue per customer and minute, as Parquet.
 
 ``python -m pgoutput_source demo`` runs it in a process of its own. `flows/orders_cdc.py` explains the same flow.
 """

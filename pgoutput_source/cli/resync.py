@@ -1,12 +1,12 @@
-"""`python -m pgoutput_source resync`: what a lost slot took with it, and how a flow resumes after the gap.
+"""`python -m pgoutput_source resync`: what a flow missed when its slot was lost, and how it resumes after the gap.
 
-A slot that was dropped, invalidated, recreated or moved by somebody else leaves a gap: what was committed between the
-flow's state and the slot's position is gone from the slot, and no restart brings it back. The flow refuses to resume.
-This command describes the gap. Only with ``--yes`` does it change anything: it recreates the slot if need be, and moves
+A slot that was dropped, invalidated, recreated or moved by another client leaves a gap: the changes between the flow's
+state and the slot's position are gone from the slot, and no restart brings them back. The flow refuses to resume. This
+command describes the gap. Only with ``--yes`` does it change anything: it recreates the slot if necessary, and moves
 the flow's state in the recovery folder to the slot's position. Files, windows and aggregates stay as they are, and the
-flow resumes from there. It is safe to repeat, and after an interruption it does what is left to do.
+flow resumes from there. The command is safe to repeat. After an interruption it does the remaining steps.
 
-What happened in the gap has to be repaired by comparing the tables with what the flow wrote.
+To repair the gap, compare the tables with what the flow wrote.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from pgoutput_source.stream.start import State
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """What a flow has missed, or will have.
+    """What a flow has missed, or will have missed once its slot is recreated.
 
     Attributes:
         reason: Why there is a gap.
-        anew: Whether the slot must be recreated; otherwise the slot is as it should be.
-        start: The last position that the flow, or the slot, is known to have seen; None if nothing is known.
-        end: From here on the slot holds everything.
-        last_commit: When the last change was committed that the flow has seen.
-        saved: When the flow's state was written last.
-        commit_times: Whether the server knows when each row was written last (track_commit_timestamp).
-        tables: What the publications hold now.
+        recreate: Whether the slot must be recreated.
+        start: The last position that the flow, or the slot, is known to have reached; None if unknown.
+        end: The slot holds everything from here on.
+        last_commit: When the last change that the flow saw was committed.
+        saved: When the flow's state was last written.
+        commit_times: Whether the server records when each row was last written (track_commit_timestamp).
+        tables: The tables of the publications now.
     """
 
     reason: str
-    anew: bool
+    recreate: bool
     start: Lsn | None
     end: Lsn
     last_commit: datetime | None
@@ -60,20 +60,21 @@ class Gap:
 
 
 def run(settings: SourceSettings, folders: Sequence[Path], *, yes: bool) -> int:
-    """Say what is missing on standard output, and with `yes` resume after it; the exit status.
+    """Print what is missing and, with `yes`, make the flow resume after the gap.
 
     Args:
         settings: Which slot, and where.
-        folders: The flow's recovery folder; several if the processes of a cluster have one each.
+        folders: The flow's recovery folder; several if each process of a cluster has its own.
         yes: Whether to change anything.
 
     Returns:
-        0 if nothing is missing, or the flow can resume now; 1 if there is a gap and nothing was changed.
+        The exit status: 0 if nothing is missing, or the flow can resume now; 1 if there is a gap and nothing was
+        changed.
 
     Raises:
-        StateError: A recovery folder that can't be used, or a server that never had what the flow has seen.
+        StateError: The recovery folder can't be used, or the server never had what the flow has seen.
         PublicationError: A publication is missing: it must be older than the slot.
-        SlotMismatch, SlotInUse: The slot is somebody else's, or a flow reads from it.
+        SlotMismatch, SlotInUse: The slot can't be used, or a flow reads from it.
     """
     store = RecoveryFolder(folders, settings.slot) if folders else None
     dsn = connection_string(settings.dsn)
@@ -82,19 +83,19 @@ def run(settings: SourceSettings, folders: Sequence[Path], *, yes: bool) -> int:
         if gap is None:
             print(f"slot {settings.slot}: nothing is missing")
             if store is None:
-                print("with --recovery the flow's state is compared with it, too")
+                print("with --recovery … it is also compared with the flow's state")
             return 0
         print("\n".join(described(settings, gap)))
         if not yes:
             print(f"\nNothing was changed. With --yes {' and '.join(_steps(settings, gap, store))}")
             return 1
         end = reanchor(conn, settings, gap, store)
-    print(f"\nslot {settings.slot}: the flow goes on from {end}; the gap ends there")
+    print(f"\nslot {settings.slot}: the flow resumes from {end}, where the gap ends")
     return 0
 
 
 def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFolder | None) -> Gap | None:
-    """The gap between state and slot, None if there is none. Changes nothing.
+    """The gap between state and slot; None if there is none. Changes nothing.
 
     Raises:
         StateError, PublicationError, SlotMismatch, SlotInUse: See `run`.
@@ -105,7 +106,7 @@ def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFo
     seen = None if store is None else _seen(dsn, store.state, system)
     slot = slot_state(conn, settings.slot)
     if slot is None:
-        reason, known, end = "is not there", None, None
+        reason, known, end = "does not exist", None, None
     else:
         if slot.active:
             raise SlotInUse(
@@ -114,7 +115,7 @@ def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFo
         known, end = slot.confirmed_flush_lsn, slot.confirmed_flush_lsn
         try:
             checks.check_slot(conn, slot)
-            reason = "was moved past the flow's state, or made anew"
+            reason = "was moved past the flow's state, or recreated"
             if seen is None or known is None or known <= seen:
                 return None
         except SlotLost:
@@ -122,7 +123,7 @@ def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFo
     state = {} if store is None else store.state
     return Gap(
         reason=reason,
-        anew=end is None,
+        recreate=end is None,
         start=known if seen is None else seen,
         end=current_lsn(conn) if end is None else end,
         last_commit=pg_datetime(state["commit_ts"] - PG_EPOCH_US) if state.get("commit_ts") is not None else None,
@@ -133,12 +134,12 @@ def find(conn: Connection, dsn: str, settings: SourceSettings, store: RecoveryFo
 
 
 def _seen(dsn: str, state: State, system: System) -> Lsn:
-    """Up to where the flow has seen everything, on this server's timeline."""
+    """The position up to which the flow has seen everything, on this server's timeline."""
     position, lsn = start.positions(state, system)
     lsn = start.on_timeline(dsn, state["timeline"], system.timeline, position, lsn)
     if lsn > system.lsn:
         raise StateError(
-            f"the recovery folder ends at {lsn}, and the server's WAL at {system.lsn}: it lost some, or was restored "
+            f"the recovery folder ends at {lsn}, but the server's WAL at {system.lsn}: it lost some, or was restored "
             "from a backup",
             hint=start.START_AFRESH,
         )
@@ -150,37 +151,37 @@ def described(settings: SourceSettings, gap: Gap) -> Iterator[str]:
     start = "an unknown position" if gap.start is None else str(gap.start)
     size = "" if gap.start is None else f": {max(0, gap.end - gap.start):,d} bytes of WAL"
     yield f"slot {settings.slot} on {settings.server} {gap.reason}"
-    growing = ", and growing" if gap.anew else ""
+    growing = ", and growing" if gap.recreate else ""
     yield f"  missing      what was committed from {start} to {gap.end}{growing}{size}"
     if gap.last_commit is not None:
-        yield f"  since        {gap.last_commit:%Y-%m-%d %H:%M:%S.%f} UTC, the commit of the last change seen"
+        yield f"  since        {gap.last_commit:%Y-%m-%d %H:%M:%S.%f} UTC, the commit of the last change that it saw"
     if gap.saved is not None:
-        yield f"  flow ran     until {gap.saved:%Y-%m-%d %H:%M:%S} UTC, when its state was written last"
+        yield f"  flow ran     until {gap.saved:%Y-%m-%d %H:%M:%S} UTC, when its state was last written"
     yield f"  tables       {', '.join(gap.tables) or 'none'}, of publication {', '.join(settings.publication)}"
-    yield "  to repair    compare each table, read when the slot is there, with what the flow wrote, as current() of"
-    yield "               pgoutput_source gives it: rows that differ or are only in the table changed in the gap, and"
+    yield "  to repair    once the slot exists, read each table and compare it with what the flow wrote, as returned by"
+    yield "               pgoutput_source.current(): rows that differ, or are only in the table, changed in the gap;"
     yield "               rows that are only in the files were deleted. An initial copy that does this is not built yet"
     if gap.last_commit is not None and gap.commit_times:
         yield f"               inserted or updated since: pg_xact_commit_timestamp(xmin) > '{gap.last_commit}'"
 
 
 def _steps(settings: SourceSettings, gap: Gap, store: RecoveryFolder | None) -> Iterator[str]:
-    if gap.anew:
-        yield f"slot {settings.slot} is made anew"
+    if gap.recreate:
+        yield f"slot {settings.slot} is recreated"
     if store is not None:
-        yield "the flow's state goes on from the slot's position; files, windows and aggregates are kept"
+        yield "the flow's state is moved to the slot's position; files, windows and aggregates are kept"
     else:
-        yield "a flow without recovery goes on from there. For one with it name its folder: --recovery …"
+        yield "a flow without recovery resumes from there. For a flow with recovery, name its folder: --recovery …"
 
 
 def reanchor(conn: Connection, settings: SourceSettings, gap: Gap, store: RecoveryFolder | None) -> Lsn:
-    """Recreate the slot if the gap asks for it, move the flow's state to its position, and return that position.
+    """Recreate the slot if necessary, move the flow's state to its position, and return that position.
 
     Raises:
-        SlotInUse, NotConfigured: The slot can't be dropped or made.
+        SlotInUse, NotConfigured: The slot can't be dropped or created.
         StateError: The recovery folder is in use, or can't be written.
     """
-    if gap.anew:
+    if gap.recreate:
         old = slot_state(conn, settings.slot)
         if old is not None:
             with explained(settings.slot):
@@ -188,7 +189,7 @@ def reanchor(conn: Connection, settings: SourceSettings, gap: Gap, store: Recove
         create_slot(conn, settings.slot, failover=bool(old and old.failover))
     slot = slot_state(conn, settings.slot)
     if slot is None or slot.confirmed_flush_lsn is None:
-        raise SlotLost(f"slot {settings.slot!r} is gone again", hint="somebody else dropped it: run resync again")
+        raise SlotLost(f"slot {settings.slot!r} is gone again", hint="another client dropped it: run resync again")
     if store is not None:
         timeline = identify(conn).timeline
         store.write(
@@ -198,21 +199,21 @@ def reanchor(conn: Connection, settings: SourceSettings, gap: Gap, store: Recove
 
 
 class RecoveryFolder:
-    """The state of a slot's source in the recovery store of a flow that does not run now.
+    """The state of a slot's source in the recovery store of a flow that is not running.
 
-    Bytewax keeps one SQLite file per recovery partition, and in each the snapshots of some keys by epoch. The source's
-    key is its slot's name. Nothing but builtins is unpickled.
+    Bytewax has one SQLite file per recovery partition, with the snapshots of some keys by epoch. The source's key is
+    its slot's name. Only builtins are unpickled.
 
     Args:
         folders: Where the files are.
         slot: The slot's name.
 
     Attributes:
-        state: What the next run would resume from.
+        state: The state from which the next run would resume.
         saved: When it was written.
 
     Raises:
-        StateError: There is no such state, or no store that is understood.
+        StateError: There is no such state, or the store can't be read.
     """
 
     def __init__(self, folders: Sequence[Path], slot: str) -> None:
@@ -221,12 +222,12 @@ class RecoveryFolder:
         if not self.files:
             raise StateError(
                 f"there is no recovery store in {', '.join(map(str, folders))}",
-                hint="name the folder that the flow is given with -r",
+                hint="name the folder that the flow gets with -r",
             )
         rows: list[tuple[str, int, str, State]] = []
         tables: Tables = {table: [] for table in TABLES}
         for file in self.files:
-            # Only reading, SQLite would still leave files of its own beside one that has no write-ahead log.
+            # Without immutable=1 SQLite would leave files beside the store, even if it only reads.
             log = file.with_name(f"{file.name}-wal")
             quiet = not log.exists() or not log.stat().st_size
             with part_file(file, "ro&immutable=1" if quiet else "ro") as part:
@@ -253,7 +254,7 @@ class RecoveryFolder:
         self.saved = datetime.fromisoformat(created).replace(tzinfo=UTC)
 
     def write(self, state: State) -> None:
-        """Have the next run resume from `state`.
+        """Make the next run resume from `state`.
 
         Raises:
             StateError: The store is in use, or can't be written.
@@ -271,11 +272,11 @@ class RecoveryFolder:
 
 class _Builtins(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module_name}.{global_name} is no builtin value")
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} is not a builtin value")
 
 
 def _unpickled(file: Path, data: bytes) -> object:
     try:
         return _Builtins(io.BytesIO(data)).load()
-    except Exception as e:  # bytes that are no pickle raise whatever they like
+    except Exception as e:  # invalid pickles raise errors of any kind
         raise StateError(f"{file} holds a state that can't be read: {e}", hint="is it the flow's folder?") from e

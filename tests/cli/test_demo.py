@@ -110,7 +110,7 @@ def test_files_that_hold_every_change_agree_with_the_tables(captured: Captured) 
     ("change", "finding"),
     [
         ("INSERT INTO orders (id, customer_id, status, amount) VALUES (-1, 1, 'new', 1)", "1 orders are missing"),
-        ("DELETE FROM orders WHERE id = (SELECT max(id) FROM orders)", "1 orders stand in the files and not"),
+        ("DELETE FROM orders WHERE id = (SELECT max(id) FROM orders)", "1 orders are in the files but not"),
         ("UPDATE orders SET note = 'other' WHERE id = (SELECT max(id) FROM orders)", "1 orders have other values"),
         ("UPDATE orders SET placed_at = placed_at + '1 us' WHERE id = (SELECT max(id) FROM orders)", "1 orders have"),
         ("UPDATE orders SET amount = amount + 0.01 WHERE id = (SELECT max(id) FROM orders)", "counts or sums differ"),

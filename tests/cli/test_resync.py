@@ -1,4 +1,4 @@
-"""What `resync` says of a lost slot, and what it does then, on real servers: the flow goes on; nothing is guessed."""
+"""What `resync` says of a lost slot, and what it does then, on real servers: the flow resumes; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def everything(db: Database, folder: Path) -> tuple[list[tuple[Any, ...]], dict[
 @pytest.mark.parametrize(
     ("spoil", "killed"),
     [(absent, True), (made_anew, True), (ahead, False), (lost, False)],
-    ids=["absent", "made anew", "moved", "lost"],
+    ids=["absent", "recreated", "moved", "lost"],
 )
-def test_a_flow_goes_on_behind_the_gap(
+def test_a_flow_resumes_after_the_gap(
     lone: Database, tmp_path: Path, spoil: Callable[[Database, Flow], None], killed: bool
 ) -> None:
     db, flow = lone, Flow(lone, tmp_path)
@@ -89,7 +89,7 @@ def test_a_flow_goes_on_behind_the_gap(
     code, said = run(flow, *folder, "--yes")
 
     assert code == 0, said
-    assert f"goes on from {Lsn(confirmed(db))}" in said
+    assert f"resumes from {Lsn(confirmed(db))}" in said
     with db.connect() as connection:
         rows = connection.execute("SELECT coalesce(max(id), 0) FROM t").fetchone()
     assert rows is not None
@@ -127,7 +127,7 @@ def test_an_interrupted_resync_is_finished_by_the_next(lone: Database, tmp_path:
     assert ids(flow) == [*range(1, 101), *range(201, 301)]
 
 
-def test_a_failover_slot_is_made_anew_as_one(lone: Database, tmp_path: Path) -> None:
+def test_a_failover_slot_is_recreated_as_one(lone: Database, tmp_path: Path) -> None:
     db, flow = lone, Flow(lone, tmp_path)
     with db.connect() as connection:
         connection.execute("CREATE TABLE t (id int PRIMARY KEY)")
@@ -188,7 +188,7 @@ def test_a_state_is_found_as_bytewax_finds_it_and_nothing_strange_is_unpickled(t
         resync.RecoveryFolder([tmp_path / "nowhere"], "cdc")
     with sqlite3.connect(one) as store:
         store.execute("UPDATE snaps SET ser_change = ?", [b"cos\nsystem\n(S'touch strange'\ntR."])
-    with pytest.raises(StateError, match="no builtin value"):
+    with pytest.raises(StateError, match="not a builtin value"):
         resync.RecoveryFolder([tmp_path], "cdc")
     with sqlite3.connect(one) as store:
         store.execute("PRAGMA user_version = 6")
