@@ -753,7 +753,7 @@ def _weak_role(source: Source) -> dict[str, Any]:
         (_dsn(password="wrong"), ConnectionFailed, "check user name and password"),
         (_dsn(dbname="nowhere"), ConnectionFailed, "name an existing database"),
         (_dsn(host="127.0.0.1", port="1"), ConnectionFailed, "is the server running"),
-        (_dsn(host="/nowhere"), ConnectionFailed, "unix socket"),
+        (_dsn(host="/nowhere"), ConnectionFailed, "Unix socket"),
         (_dsn(host="no-such-host.invalid"), ConnectionFailed, "check the host's name"),
         (lambda _: {"proto_version": 9}, ServerError, "protocol"),
     ],
