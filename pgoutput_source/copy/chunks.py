@@ -1,7 +1,7 @@
-"""Reading a chunk: one short transaction, one snapshot, one COPY.
+"""Reads a chunk: one short transaction, one snapshot, one COPY.
 
     BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY
-    LOCK TABLE … IN ACCESS SHARE MODE          before the snapshot: a TRUNCATE between the two would show an empty table
+    LOCK TABLE … IN ACCESS SHARE MODE          before the snapshot: a TRUNCATE in between would leave an empty table
     SELECT pg_current_snapshot(), …            what the rows will show
     COPY (SELECT … WHERE key >= … AND key < …) TO STDOUT (FORMAT binary)
     COMMIT
@@ -46,12 +46,12 @@ _FLUSH_WAIT: Final = 30.0  # seconds
 
 
 class Busy(Exception):
-    """Not now: somebody holds, or waits for, a lock that keeps readers out."""
+    """Try again later: another session holds, or waits for, a lock that blocks readers."""
 
 
 @dataclass(slots=True)
 class Chunk:
-    """A transaction in which a table can be read, and what it sees.
+    """A transaction that reads a table, and its snapshot.
 
     `table` is None if the table is gone.
     """
@@ -62,11 +62,11 @@ class Chunk:
 
 
 class ChunkReader:
-    """Reads chunks on a connection of its own, one at a time.
+    """Reads chunks on its own connection, one at a time.
 
     Args:
         dsn: A libpq connection string.
-        relations: Gives columns their types.
+        relations: Looks up the types of columns.
     """
 
     def __init__(self, dsn: str, relations: Relations) -> None:
@@ -90,7 +90,7 @@ class ChunkReader:
             if row[1]:
                 self.close()
                 raise NotConfigured(
-                    "the initial copy can't read from a standby: its snapshots don't tell which transactions run",
+                    "the initial copy can't read from a standby: its snapshots don't show which transactions run",
                     hint="use snapshot='initial' on the primary, or leave it out",
                 )
         return self._connection
@@ -102,14 +102,14 @@ class ChunkReader:
             self._connection = None
 
     def snapshot(self) -> Snapshot:
-        """What a transaction that begins now would see."""
+        """The snapshot of a transaction that begins now."""
         return self._taken()[0]
 
     def open(self, wanted: Published) -> Chunk:
-        """Begin a transaction in which a table can be read.
+        """Begin a transaction that can read a table.
 
         Raises:
-            Busy: Its lock can't be had at once.
+            Busy: The table's lock is not available at once.
             ServerError: The server refuses.
         """
         conn = self.connection
@@ -128,13 +128,13 @@ class ChunkReader:
         except BaseException as e:
             self.abandon()
             if isinstance(e, ServerError) and e.sqlstate in _BUSY:
-                # Who waits here for a lock would wait behind a TRUNCATE that waits for others: try again later.
+                # A wait here could queue behind a TRUNCATE that waits for other sessions, so try again later.
                 raise Busy from e
             raise
 
     def _taken(self) -> tuple[Snapshot, datetime]:
         with explained():
-            # The snapshot is taken before the first expression is computed, so the position is one after it.
+            # The snapshot is taken before the first expression is evaluated, so the position is from after it.
             row = self.connection.execute(
                 "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, transaction_timestamp()"
             ).fetchone()
@@ -142,14 +142,14 @@ class ChunkReader:
         return Snapshot.of(row[0], self._start_of_record(Lsn(row[1]))), row[2]
 
     def _start_of_record(self, position: int) -> int:
-        """No record begins in a page's header, where the position stands while nothing is written on the page."""
+        """Skip a page's header: the insert position is there while the page is empty, but no record begins there."""
         offset = position % self._page
         return position - offset if offset in (24, 40) else position
 
     def upper_bound(self, table: SourceTable, lower: Key | None, rows: int) -> Key | None:
-        """The key that stands `rows` keys after `lower`; None if there are not so many."""
+        """The key that is `rows` keys after `lower`; None if there are fewer."""
         names = sql.SQL(", ").join(sql.Identifier(c.name) for c in table.key)
-        # The text of the one key: without the subquery the server would make that of all keys before it, too.
+        # The subquery makes the server convert only this key to text. Otherwise it would convert all keys before it.
         query = sql.SQL("SELECT {} FROM (SELECT {} FROM {} WHERE {} ORDER BY {} OFFSET {} LIMIT 1) AS k").format(
             sql.SQL(", ").join(sql.SQL("{}::text").format(sql.Identifier(c.name)) for c in table.key),
             names,
@@ -159,13 +159,13 @@ class ChunkReader:
             sql.Literal(rows),
         )
         with explained():
-            # By the index, whatever the planner knows of the table: without statistics it would read all of it.
+            # Use the index in any case: without statistics the planner might read the whole table.
             self.connection.execute("SET LOCAL enable_seqscan = off")
             row = self.connection.execute(query).fetchone()
         return None if row is None else tuple(row)
 
     def read(self, table: SourceTable, where: sql.Composable) -> Iterator[Copied]:
-        """The rows of a table for which a condition holds, in pieces of some megabytes."""
+        """The rows of a table that fulfil a condition, in pieces of a few megabytes."""
         condition = sql.SQL(" AND ").join(
             [where, *([sql.SQL("({})").format(sql.SQL(table.row_filter))] if table.row_filter else [])]
         )
@@ -176,10 +176,10 @@ class ChunkReader:
         return _copied(self.connection, query.as_string(self.connection))
 
     def flushed(self, snapshot: Snapshot) -> None:
-        """Wait until all that the snapshot shows is on the server's disk.
+        """Wait until everything that the snapshot shows is flushed to the server's disk.
 
-        A transaction with synchronous_commit=off is visible before it is flushed, and a crash of the server takes it
-        back: rows that show it must not be delivered before.
+        A transaction with synchronous_commit=off is visible before it is flushed, and a crash of the server can undo
+        it. Rows that show it must not be delivered earlier.
         """
         deadline = time.monotonic() + _FLUSH_WAIT
         with explained():
@@ -193,24 +193,24 @@ class ChunkReader:
                 time.sleep(0.002)
 
     def commit(self) -> None:
-        """End the transaction: all was read."""
+        """End the transaction after everything was read."""
         with explained():
             self.connection.execute("COMMIT")
 
     def abandon(self) -> None:
-        """End the transaction: nothing was read."""
+        """End the transaction. What was read doesn't count."""
         connection = self._connection
         if connection is None or connection.closed:
             return
         if connection.pgconn.transaction_status not in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
-            self.close()  # a COPY is under way, or the connection is lost
+            self.close()  # a COPY is still running, or the connection is lost
             return
         with explained():
             connection.execute("ROLLBACK")
 
 
 def between(table: SourceTable, lower: Key | None, upper: Key | None) -> sql.Composable:
-    """The condition for the keys from `lower` on, and before `upper`."""
+    """The condition for keys from `lower` up to, but not including, `upper`."""
     return _range(table, lower, upper)
 
 
@@ -240,7 +240,7 @@ def _values(table: SourceTable, key: Key) -> sql.Composable:
 
 
 def _copied(connection: Connection, query: str) -> Iterator[Copied]:
-    """The tuples of a COPY in binary, straight from libpq, which hands out one a call."""
+    """The tuples of a binary COPY, straight from libpq, which returns one per call."""
     pg = connection.pgconn
     pg.send_query(query.encode())
     while True:
@@ -263,7 +263,7 @@ def _copied(connection: Connection, query: str) -> Iterator[Copied]:
         try:
             some.extend(islice(iter(get, _NOTHING), _GETS))
         except psycopg.OperationalError:
-            # After the end of the COPY: what came before it is in `some`.
+            # The COPY has ended. The last tuples are in `some`.
             if not some or some[-1][0] >= 0:
                 raise
         full = len(some) == _GETS
@@ -272,7 +272,7 @@ def _copied(connection: Connection, query: str) -> Iterator[Copied]:
             some = [item for item in some if item[0] >= 0]
         if some:
             sizes, payloads = zip(*some, strict=True)
-            part = b"".join(payloads)  # at once: what is freed at once costs least
+            part = b"".join(payloads)  # at once: freeing all payloads together is cheapest
             parts.append(part)
             lengths.extend(sizes)
             held += len(part)

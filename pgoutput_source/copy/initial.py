@@ -1,11 +1,11 @@
-"""`InitialCopy`: the rows that are there already, between the changes of the stream.
+"""`InitialCopy`: delivers the rows that exist already, interleaved with the changes of the stream.
 
-The slot exists first, and streams all the while, so no WAL piles up. A session alternates: some changes of the stream,
-judged (`judge`), then a chunk (`step`). While a chunk is read the stream stands still, for a fraction of a second: so
-no change ever waits for a chunk that is under way. A table without a key is read as a whole, and the stream waits for
-the end of it.
+The slot is created first and streams all the time, so no WAL piles up. A session alternates: some changes of the stream
+(`judge`), then a chunk (`step`). The stream pauses while a chunk is read, for a fraction of a second. So a change never
+has to be held back until a chunk is complete. A table without a key is read as a whole, and the stream waits until that
+is done.
 
-What is known is the ledger; it is part of the resume state. A crash costs the chunk that was under way.
+The ledger records the progress and is part of the resume state. A crash costs only the chunk that was being read.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from pgoutput_source.types import types_of
 logger = logging.getLogger(__name__)
 
 REQUEST: Final = "pgoutput_source.copy"
-"""The prefix of a logical message that asks for a table to be copied again; its content is schema and table."""
+"""The prefix of a logical message that requests another copy of a table. Its content is schema and table."""
 
 CHUNK_ROWS = 100_000
 """The most rows of a chunk."""
 
 _CHUNK_BYTES: Final = 32 << 20
-_MOST_BYTES: Final = 128 << 20  # of one chunk, which is delivered as one
-_FIRST_ROWS: Final = 10_000  # of a table of which nothing is known
-_PATIENCE: Final = 0.01  # seconds for a snapshot that shows what was streamed, while the stream stands still
-_PAUSE: Final = 0.02  # seconds until it is tried again
+_MOST_BYTES: Final = 128 << 20  # of one chunk, which is delivered as a unit
+_FIRST_ROWS: Final = 10_000  # of a table of unknown size
+_PATIENCE: Final = 0.01  # seconds to wait, while the stream pauses, for a snapshot that shows what was streamed
+_PAUSE: Final = 0.02  # seconds until the next attempt
 _RECONNECT: Final = 0.5  # seconds
-_LIST_EVERY: Final = 10.0  # seconds; tables that are added to a publication, and nobody writes to
+_LIST_EVERY: Final = 10.0  # seconds; to find tables that were added to a publication and don't change
 _SAY_EVERY: Final = 10.0
 _MOST_UNPROVEN: Final = 1000
 
@@ -58,19 +58,19 @@ _MOST_UNPROVEN: Final = 1000
 class InitialCopy:
     """The copy of the tables of one slot, and the judge of the changes that the slot streams meanwhile.
 
-    It is used by one thread at a time, in turns with the stream.
+    Only one thread may use it at a time, taking turns with the stream.
 
     Args:
         dsn: A libpq connection string.
         settings: Which slot and publications.
-        origin: Written into the metadata of each batch, as the stream's.
+        origin: Written into the metadata of each batch, as for the stream.
         look_up: Describes types that the database defines.
         state: What `state` returned before; None for none.
         everything: Copy every published table from its start, unless `state` says that all were copied; otherwise go
             on as `state` says, and copy what is asked for.
 
     Raises:
-        NotConfigured: The role may not read a table; the hint allows it.
+        NotConfigured: The role may not read a table. The hint has the SQL to allow it.
         StateError: `state` is of another version.
     """
 
@@ -108,12 +108,12 @@ class InitialCopy:
             self._list()
 
     def close(self) -> None:
-        """Let go of the connection. What is under way counts as unread."""
+        """Close the connection. A chunk that is being read counts as unread."""
         self._whole = None
         self._reader.close()
 
     def state(self) -> dict[str, Any] | None:
-        """For the resume state; None if nothing was ever copied."""
+        """The part of the resume state; None if nothing was ever copied."""
         if not self.ledger:
             return None
         if any(copy.unproven for copy in self.ledger.copying.values()):
@@ -122,7 +122,7 @@ class InitialCopy:
 
     @property
     def pending(self) -> bool:
-        """Whether there is a table of which not every change is delivered yet."""
+        """Whether some table is incomplete, so that not every change of it is delivered yet."""
         return bool(self.ledger.copying)
 
     @property
@@ -136,13 +136,13 @@ class InitialCopy:
 
     @property
     def reading(self) -> bool:
-        """Whether a table that is read as a whole is under way: the stream has to wait."""
+        """Whether a table is being read as a whole, so that the stream must wait."""
         return self._whole is not None
 
     # -- the stream -------------------------------------------------------------------------------------------------
 
     def judge(self, changes: ChangeSet) -> ChangeSet:
-        """What is to be delivered of these changes; they come in the order of the stream, and none is left out.
+        """The part of these changes to deliver. Pass every change, in the order of the stream.
 
         Raises:
             ServerError: The server can't be asked for the order of keys.
@@ -150,7 +150,7 @@ class InitialCopy:
         requests = [m for m in changes.messages if m.prefix == REQUEST]
         if not self.ledger and not requests:
             return changes
-        # What a request stands between does not matter: what is dropped after it is in what is read later.
+        # The order of requests and changes within the set does not matter: dropped changes are in what is read later.
         batches: list[ChangeBatch] = []
         for batch in changes.batches:
             relation = batch.schema.relation_id
@@ -184,7 +184,7 @@ class InitialCopy:
         try:
             found = judge(batch, copy, self._keys_of(copy) if copy.key else None)
         except KeyError:
-            # The key has other columns now: what was read by it can't be told from what was not.
+            # The key has other columns now, so it no longer separates what was read from what was not.
             copy.restart(partial=copy.delivered)
             found = judge(batch, copy, None)
         if len(copy.unproven) > _MOST_UNPROVEN:
@@ -194,7 +194,7 @@ class InitialCopy:
         return found
 
     def passed(self, safe: int) -> None:
-        """Every transaction that committed before `safe` was judged, and what is left of it delivered."""
+        """Note that every transaction that committed before `safe` was judged, and the result delivered."""
         for copy in self.ledger.settle(safe):
             logger.info("slot %s: %s is copied, %d rows", self._settings.slot, copy.name, copy.rows)
             self._let_go(copy.relation_id)
@@ -210,13 +210,13 @@ class InitialCopy:
             known.pop(relation_id, None)
 
     def _prove(self) -> None:
-        """Forget the transactions that every later snapshot shows."""
+        """Forget unproven transactions that every later snapshot shows."""
         try:
             now = self._reader.snapshot()
         except ConnectionFailed as e:
             logger.debug("slot %s: %s", self._settings.slot, e.message)
             self._reader.close()
-            return  # to forget them is never needed
+            return  # forgetting is only an optimization
         for copy in self.ledger.copying.values():
             if copy.unproven:
                 xids = np.array(sorted(copy.unproven), np.uint32)
@@ -229,7 +229,7 @@ class InitialCopy:
         return keys
 
     def _ask(self, query: sql.Composed, parameters: list[list[str]]) -> list[int]:
-        """Numbers from the server; a server that restarts is waited for."""
+        """Query numbers from the server, and wait while it restarts."""
         deadline = time.monotonic() + self._settings.reconnect_seconds
         while True:
             try:
@@ -265,7 +265,7 @@ class InitialCopy:
         return self.ledger.register(relation_id, name, self._reader.snapshot().xmax)
 
     def _list(self) -> None:
-        """The tables that are published now; those that are new enter the copy."""
+        """List the tables that are published now. New ones enter the copy."""
         conn = self._reader.connection
         self._published = published(conn, self._settings.publication)
         self._listed_at = time.monotonic()
@@ -281,7 +281,7 @@ class InitialCopy:
         refused = unreadable(conn, new)
         if refused:
             raise NotConfigured(
-                f"the initial copy can't read {', '.join(name for name, _ in refused)}, or not all rows of it",
+                f"the initial copy can't read all rows of {', '.join(name for name, _ in refused)}",
                 hint="as owner or superuser: " + " ".join(dict.fromkeys(allow for _, allow in refused)),
             )
         absent = [r for r in self.ledger.done if r not in self._names and r not in self._leaving]
@@ -300,12 +300,12 @@ class InitialCopy:
         """Rows of the next chunk, if one can be read now.
 
         Args:
-            safe: Every transaction that committed before it was judged, and nothing of those after it has come.
+            safe: Every transaction that committed before it was judged, and no later one has come.
 
         Raises:
             NotConfigured: The role may not read a table.
             ServerError: The connection was lost, or the server refuses.
-            DecodeError: A value that was read is not one of its column's type.
+            DecodeError: A value is invalid for its column's type.
         """
         now = time.monotonic()
         if now < self._not_before or self.ledger.behind(safe):
@@ -317,7 +317,7 @@ class InitialCopy:
                 raise
             if not self._lost_at:
                 self._lost_at = now
-                logger.warning("slot %s: the copy's connection was lost, and is tried again", self._settings.slot)
+                logger.warning("slot %s: the copy lost its connection, and connects again", self._settings.slot)
             if now - self._lost_at > self._settings.reconnect_seconds:
                 raise
             self._whole = None
@@ -379,7 +379,7 @@ class InitialCopy:
         self.ledger.forget([copy.relation_id])
 
     def _opened(self, copy: TableCopy) -> Chunk | None:
-        """A transaction under whose snapshot the table's next chunk may be read."""
+        """A transaction whose snapshot may be used to read the table's next chunk."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -459,7 +459,7 @@ class InitialCopy:
     def _batches(
         self, copy: TableCopy, chunk: Chunk, table: SourceTable, where: sql.Composable, safe: int
     ) -> list[ChangeBatch]:
-        """All rows of a chunk, which is delivered as one."""
+        """All rows of a chunk, which is delivered as a unit."""
         pieces = []
         size = 0
         for copied in self._reader.read(table, where):
@@ -482,7 +482,7 @@ class InitialCopy:
         ]
 
     def _as_a_whole(self, copy: TableCopy, chunk: Chunk, table: SourceTable, safe: int) -> Iterator[ChangeBatch]:
-        """A table without a key, piece by piece: what is delivered of it can only be emptied, not gone on with."""
+        """A table without a key, piece by piece. An interrupted read can't be continued: it begins with a truncate."""
         for copied in self._reader.read(table, sql.SQL("true")):
             arrays, raw = columns_of(copied, table, self._relations, on_misfit=self._settings.on_misfit)
             if len(raw):
@@ -545,13 +545,13 @@ def copy_of(
         if ledger.copying:
             raise ConfigurationError(
                 f"snapshot='never': the initial copy of {len(ledger.copying)} tables is not complete, and changes that "
-                "it was to show were left out",
+                "it would have shown were left out",
                 hint="use snapshot='initial' until the copy is complete, or start afresh with a new recovery folder",
             )
         ledger.all = False
     if settings.snapshot != "never" and resumed and not ledger.all:
         logger.warning(
-            "slot %s: this run resumes one that began without an initial copy, and goes on without it; to copy a "
+            "slot %s: this run resumes one that began without an initial copy, and continues without it; to copy a "
             "table: SELECT pg_logical_emit_message(true, '%s', 'schema.table')",
             settings.slot,
             REQUEST,
@@ -560,12 +560,12 @@ def copy_of(
 
 
 class _TooLarge(Exception):
-    """A chunk has more bytes than may be held."""
+    """A chunk has more bytes than allowed in memory."""
 
 
 @dataclass(slots=True)
 class _Progress:
-    """Says now and then how far the copy is."""
+    """Logs the progress of the copy now and then."""
 
     slot: str
     said_at: float = 0.0

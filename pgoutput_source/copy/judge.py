@@ -1,16 +1,16 @@
-"""Which streamed changes of a table that is being copied are delivered, and as what.
+"""Decides which streamed changes of a table that is being copied to deliver, and in which form.
 
-One question decides: does the copy already show this change? It is asked of the range in which the change's key lies:
+The question is whether the copy already shows the change. The answer depends on the range that has the change's key:
 
     unread                     drop: what is read later shows it
-    read under a snapshot      deliver if the snapshot does not show its transaction, else drop
+    read under a snapshot      deliver if the snapshot does not show its transaction, otherwise drop
     settled                    deliver
 
-An update that moves a key is asked for both of its keys, so it may become a delete, an insert, both or nothing. A row
-that enters where nothing was delivered can be completed only if all of its values were sent: otherwise its key is a
-*hole*, and is read once more. A TRUNCATE makes the copy begin again.
+An update that moves a key is judged for both keys, so it may become a delete, an insert, both or nothing. If its row
+moves to where nothing was delivered, it can only be delivered when all its values were sent. Otherwise its key is a
+*hole* and is read once more. A TRUNCATE makes the copy begin again.
 
-Here is no server and no thread: a batch and a ledger go in, batches come out, and the ledger has taken note. All rows
+There is no server and no thread here: a batch and a ledger go in, batches come out, and the ledger is updated. All rows
 of a batch are judged at once.
 """
 
@@ -41,15 +41,15 @@ _UNREAD, _SHOWN, _DELIVER = range(3)
 
 
 def judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> list[ChangeBatch]:
-    """The changes of a batch that are to be delivered.
+    """The changes of a batch to deliver.
 
     Args:
         batch: Changes of one version of the table, in the order of the stream.
-        copy: The table's ledger, which takes note.
+        copy: The table's ledger; it is updated.
         keys: Compares the table's keys; None for a table that is read as a whole.
 
     Returns:
-        Batches in the order of their positions; they may have fewer rows, and updates may be deletes or inserts.
+        Batches in the order of their positions. They may have fewer rows, and updates may become deletes or inserts.
 
     Raises:
         KeyError: The batch lacks a column of the key.
@@ -81,7 +81,7 @@ def _unjudged(batch: UndecodedBatch, copy: TableCopy) -> list[ChangeBatch]:
 
 
 def _truncated(batch: ChangeBatch, copy: TableCopy) -> list[ChangeBatch]:
-    """A TRUNCATE while the table is being copied: it is delivered if there is anything to empty, and all is unread."""
+    """A TRUNCATE during the copy: it is delivered if any row was delivered before, and the whole table is unread."""
     copy.unproven.update(batch.data.column("_xid").to_pylist())
     copy.restart()
     if not copy.delivered:
@@ -92,7 +92,7 @@ def _truncated(batch: ChangeBatch, copy: TableCopy) -> list[ChangeBatch]:
 
 @dataclass(slots=True)
 class _Rows:
-    """The rows of a batch as arrays: what they are, and of which transactions."""
+    """The rows of a batch as arrays: their operations, and their transactions."""
 
     batch: ChangeBatch
     code: NDArray[np.int8]
@@ -101,11 +101,11 @@ class _Rows:
 
 
 def _judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> tuple[ChangeBatch | None, ChangeBatch | None]:
-    """What is delivered of the rows up to the first that makes a hole, and the rows after it."""
+    """What to deliver of the rows before the first that makes a hole, and the rows after it."""
     data = batch.data
     rows = _Rows(batch, _codes(batch), data.column("_xid").to_numpy(), data.column("_commit_lsn").to_numpy())
     if not copy.begun and not copy.holes:
-        # Nothing was read: every change is dropped, whatever its key.
+        # Nothing was read, so every change is dropped, whatever its key.
         copy.unproven.update(np.unique(rows.xid).tolist())
         return None, None
     old, new = _verdicts(rows, copy, keys)
@@ -135,18 +135,18 @@ def _judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> tuple[Chan
 
 
 def _dig(batch: ChangeBatch, row: int, rows: _Rows, copy: TableCopy, keys: Keys) -> None:
-    """The row can't be completed: its key is read again, under a snapshot that shows this transaction."""
+    """The row can't be completed: read its key again, under a snapshot that shows this transaction."""
     key = _new_keys(batch.replace(batch.data.slice(row, 1)), keys)[0]
     copy.unproven.add(int(rows.xid[row]))
     found = int(keys.matches([key], list(copy.holes))[0]) if copy.holes else -1
     copy.holes[key if found < 0 else list(copy.holes)[found]] = None
     if len(copy.holes) > MOST_HOLES:
-        # Read all of it again rather than key by key. What was delivered is emptied before.
+        # Read the whole table again rather than key by key. A truncate is delivered before.
         copy.restart(partial=copy.delivered)
 
 
 def _verdicts(rows: _Rows, copy: TableCopy, keys: Keys | None) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """For each row what is true of its old key and of its new key: the copy will show it, shows it, or does not."""
+    """The verdicts on each row's old key and new key: the copy will show the change, shows it, or does not."""
     if keys is None:
         found = _of_places(rows, np.zeros(len(rows.code), np.int64), copy)
         return found, found
@@ -181,7 +181,7 @@ def _verdicts(rows: _Rows, copy: TableCopy, keys: Keys | None) -> tuple[NDArray[
 
 
 def _of_places(rows: _Rows, places: Ints, copy: TableCopy) -> NDArray[np.int8]:
-    """The verdicts by the ranges in which the keys lie: `places` counts the bounds at or below each."""
+    """The verdicts by the range of each key: `places` counts the bounds at or below it."""
     found = np.full(len(places), _UNREAD, np.int8)
     for i, part in enumerate(copy.ranges):
         inside = np.flatnonzero(places == i)
@@ -194,7 +194,7 @@ def _of_places(rows: _Rows, places: Ints, copy: TableCopy) -> NDArray[np.int8]:
 
 
 def _new_keys(batch: ChangeBatch, keys: Keys) -> list[Key]:
-    """The key of each row; a delete's is that of the row that was."""
+    """The key of each row; for a delete, that of the old row."""
     return keys.of(batch.data, batch.schema.columns, _raws(batch.data.column("_raw"), ""))
 
 
@@ -207,7 +207,7 @@ def _old_keys(batch: ChangeBatch, rows: Ints, keys: Keys) -> list[Key]:
 
 
 def _raws(raw: pa.MapArray, prefix: str) -> list[dict[str, str]]:
-    """The texts of misfits by column, a dictionary for each row; none at all if there are none."""
+    """The texts of misfits by column, one dictionary per row; an empty list if there are no misfits."""
     if raw.null_count == len(raw):
         return []
     return [
@@ -225,7 +225,7 @@ def _codes(batch: ChangeBatch) -> NDArray[np.int8]:
 
 
 def _cut_at_truncates(batch: ChangeBatch) -> Iterator[tuple[ChangeBatch, bool]]:
-    """Pieces of a batch that are all truncates, or have none."""
+    """Pieces of a batch, each with only truncates or without any."""
     is_truncate = _codes(batch) == _T
     if not is_truncate.any():
         yield batch, False
@@ -236,7 +236,7 @@ def _cut_at_truncates(batch: ChangeBatch) -> Iterator[tuple[ChangeBatch, bool]]:
 
 
 def _changed(batch: ChangeBatch, at: Ints, deletes: Bools, inserts: Bools) -> ChangeBatch:
-    """The rows `at`, of which some updates are deletes of their old row, or inserts of their new row."""
+    """The rows `at`, with some updates turned into deletes of their old row or inserts of their new row."""
     data = batch.data.take(pa.array(at))
     if not deletes.any() and not inserts.any():
         return batch.replace(data)

@@ -1,8 +1,8 @@
-"""Where keys lie among the bounds of chunks, in the order that the *server* gives them.
+"""Locates keys among the bounds of chunks, in the order of the *server*.
 
-A key is its values' PostgreSQL text, one `str` a column: what SQL can be told whatever the type. Integers are compared
-here. Everything else (collations, numeric's NaN, infinite timestamps, enums in their own order) is compared by the
-server, with the operators of the key's own index: one query for all keys of a poll.
+A key is the PostgreSQL text of its values, one `str` per column, which SQL accepts whatever the type. Integers are
+compared here. Everything else (collations, numeric's NaN, infinite timestamps, enums in their own order) is compared by
+the server, with the operators of the key's own index, in one query for all keys of a poll.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Key: TypeAlias = tuple[str, ...]
 """One key: the text of each column's value."""
 
 Ask: TypeAlias = Callable[[sql.Composed, list[list[str]]], list[int]]
-"""Runs a query on the server, with its parameters, for the numbers in its only column."""
+"""Runs a query with parameters on the server, and returns the numbers in its only column."""
 
 Ints = NDArray[np.int64]
 
@@ -41,7 +41,7 @@ class KeyColumn:
 
     @property
     def integer(self) -> bool:
-        """Whether its order is that of Python's integers."""
+        """Whether it sorts like Python's integers."""
         return self.type_name in _INTEGERS
 
 
@@ -49,12 +49,12 @@ _INTEGERS: Final = {"smallint", "integer", "bigint"}
 
 
 class Keys:
-    """Compares keys of one table.
+    """Compares the keys of one table.
 
     Args:
         columns: The key's columns, in the key's order.
-        ask: Runs a query on the server, with its parameters, for the numbers in its only column. None will do for a
-            key of one integer.
+        ask: Runs a query with parameters on the server, and returns the numbers in its only column. A key of one
+            integer needs none.
 
     Example:
         >>> keys = Keys((KeyColumn("id", "bigint"),))
@@ -104,7 +104,7 @@ class Keys:
         unnested = sql.SQL("unnest({}) WITH ORDINALITY AS u({}, n)").format(
             sql.SQL(", ").join([sql.SQL("%s::text[]")] * len(names)), sql.SQL(", ").join(map(sql.Identifier, names))
         )
-        # Computed once: a subquery that depends on nothing outside.
+        # The subquery depends on nothing outside, so it is computed once.
         array = sql.SQL("SELECT pg_catalog.array_agg({} ORDER BY n) FROM {}").format(row, unnested)
         query = sql.SQL("SELECT {} FROM {} ORDER BY n").format(sql.SQL(question).format(row=row, array=array), unnested)
         parameters = [[key[i] for key in some] for some in (others, keys) for i in range(len(names))]
@@ -116,9 +116,9 @@ class Keys:
         """The keys of rows.
 
         Args:
-            data: The rows; all key columns are among its columns.
-            columns: Those of the table's version.
-            raw: For each row, the text of the values that their Arrow type can't hold, by column.
+            data: The rows, with all key columns.
+            columns: The columns of the table's version.
+            raw: For each row, the texts of its misfits by column.
 
         Raises:
             KeyError: A column of the key is missing.
@@ -177,4 +177,4 @@ def _text(value: Any) -> str:
             return "\\x" + value.hex()
         case datetime() | date() | time():
             return value.isoformat()
-    raise TypeError(f"{type(value).__name__} is not of a key's type")
+    raise TypeError(f"{type(value).__name__} is not a type of keys")

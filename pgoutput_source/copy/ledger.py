@@ -1,12 +1,12 @@
-"""What was copied: per table the ranges of its key, and under which snapshot each was read.
+"""Records what was copied: for each table the ranges of its key, and the snapshot under which each was read.
 
 A table is read in ascending order of its key, so its ledger is short, however large the table is:
 
     settled | read under S₁ | read under S₂ | … | unread
 
-The bound between two ranges belongs to the upper one. A range is *settled* once the stream has passed all that its
-snapshot may show: then every change of it is delivered. Neighbours that are settled are one range, and a table of which
-all is settled is one word, "done".
+The bound between two ranges belongs to the upper one. A range is *settled* once the stream has passed everything that
+its snapshot may show. From then on every change of it is delivered. Adjacent settled ranges merge into one, and a table
+that is completely settled is just "done".
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pgoutput_source.errors import StateError
 STATE_VERSION: Final = 1
 
 MOST_UNSETTLED: Final = 64
-"""Chunks of a table that may wait for the stream to pass them: with more, the copy waits instead."""
+"""How many chunks of a table may wait for the stream to pass them. Beyond that the copy waits."""
 
 MOST_HOLES: Final = 1000
-"""Keys of a table that may wait to be read once more: with more, the table is copied again from the start."""
+"""How many keys of a table may wait to be read again. Beyond that the table is copied again from the start."""
 
 Signature: TypeAlias = tuple[tuple[int, str, int, int], ...]
 """The columns of a version of a table: attribute number, name, type OID and typmod of each."""
@@ -33,7 +33,7 @@ Signature: TypeAlias = tuple[tuple[int, str, int, int], ...]
 
 @dataclass(slots=True)
 class Range:
-    """All keys from the end of the range before it to `end`, which is exclusive; None is the end of all keys.
+    """All keys from the end of the previous range up to `end`, exclusive; None is the end of all keys.
 
     `snapshot` is None once it is settled.
     """
@@ -52,11 +52,11 @@ class TableCopy:
         registered: No transaction before it may be running when the first chunk is read: those that were running when
             the table entered the copy are streamed in part only.
         ranges: What was read, ascending.
-        holes: Single keys to be read again, and the snapshot under which each was; None stands for unread.
-        unproven: 32-bit numbers of transactions of which something was dropped because it was unread: the next snapshot
-            must show them.
+        holes: Single keys to read again, and the snapshot under which each was read; None if still unread.
+        unproven: 32-bit xids of transactions with changes that were dropped because they were unread. The next snapshot
+            must show these transactions.
         delivered: Whether anything was delivered since the table was last empty downstream.
-        partial: Whether a read was begun, and delivered in part: it can only be done again, from an empty table.
+        partial: Whether part of an unfinished read was delivered. It can only be repeated, after a truncate.
         key: The columns of the key by which it is read; empty if it is read as a whole, or not begun.
         columns: Those of the version that was last read.
         wait: No chunk is read before the stream has passed this position.
@@ -92,17 +92,17 @@ class TableCopy:
 
     @property
     def done(self) -> bool:
-        """Whether all of it is settled, so that every change is delivered."""
+        """Whether everything is settled, so that every change is delivered."""
         return self.read and not self.holes and self.ranges[0].end is None and self.ranges[0].snapshot is None
 
     @property
     def next_key(self) -> Key | None:
-        """Where the next chunk begins; None is the beginning of all keys."""
+        """The first key of the next chunk; None is the beginning of all keys."""
         return self.ranges[-1].end if self.ranges else None
 
     @property
     def unsettled(self) -> int:
-        """How many ranges and holes wait for the stream."""
+        """How many ranges and holes wait for the stream to pass them."""
         return sum(r.snapshot is not None for r in self.ranges) + sum(s is not None for s in self.holes.values())
 
     @property
@@ -111,29 +111,29 @@ class TableCopy:
         return [r.end for r in self.ranges if r.end is not None]
 
     def snapshots(self) -> Iterator[Snapshot]:
-        """Those that are not settled."""
+        """The snapshots of everything that is not settled."""
         for snapshot in (*(r.snapshot for r in self.ranges), *self.holes.values()):
             if snapshot is not None:
                 yield snapshot
 
     def refuses(self, snapshot: Snapshot) -> str | None:
-        """Why nothing may be read under this snapshot; None if it may be.
+        """Why this snapshot can't be used for reading; None if it can.
 
-        A change that was dropped because it was unread must be in what is read. Seeing a transaction lags behind its
-        record in the WAL, so a new snapshot may not show yet what was streamed already.
+        What is read must contain the changes that were dropped because they were unread. A transaction becomes visible
+        a moment after its WAL record, so a new snapshot may not yet show what was already streamed.
         """
         if snapshot.xmin < self.registered:
-            return "a transaction is running that was running when the table entered the copy"
+            return "a transaction from before the table entered the copy is still running"
         if self.unproven and not snapshot.shows(list(self.unproven)).all():
-            return "a transaction was streamed already, and can't be seen yet"
+            return "a transaction was already streamed, but is not visible yet"
         return None
 
     def add(self, end: Key | None, snapshot: Snapshot) -> None:
-        """The chunk that begins at `next_key` was read up to `end`."""
+        """Note that the chunk from `next_key` to `end` was read."""
         self.ranges.append(Range(end, snapshot))
 
     def settle(self, passed: int) -> None:
-        """The stream has delivered every transaction that committed before `passed`."""
+        """Settle what the stream has passed: it has delivered every transaction that committed before `passed`."""
         for part in self.ranges:
             if part.snapshot is not None and part.snapshot.high <= passed:
                 part.snapshot = None
@@ -143,13 +143,13 @@ class TableCopy:
             del self.holes[key]
 
     def restart(self, *, partial: bool = False) -> None:
-        """Nothing of it counts as read any more; with `partial` what was delivered has to be emptied first."""
+        """Count the whole table as unread. With `partial`, a truncate must be delivered first."""
         self.ranges, self.holes, self.partial = [], {}, partial
         self.key, self.rows = (), 0
         self.restarts += 1
 
     def state(self) -> dict[str, Any]:
-        """Builtins from which `from_state` makes an equal one."""
+        """The copy as builtins, for `from_state`."""
         return {
             "name": self.name,
             "registered": self.registered,
@@ -188,7 +188,7 @@ class TableCopy:
 
 
 class Ledger:
-    """The copies of all tables of a slot, and where the last row stands that they delivered.
+    """The copies of all tables of a slot, and the position of the last row that they delivered.
 
     Attributes:
         all: Whether every table that is published enters the copy, or only those that are named.
@@ -238,7 +238,10 @@ class Ledger:
         self.filled.add(copy.name)
 
     def settle(self, passed: int) -> list[TableCopy]:
-        """The stream has delivered all that committed before `passed`; the tables that are done by it."""
+        """Settle what the stream has passed, and return the tables that are done by it.
+
+        The stream has delivered everything that committed before `passed`.
+        """
         for copy in self.copying.values():
             copy.settle(passed)
         finished = [copy for copy in self.copying.values() if copy.done]
@@ -249,37 +252,37 @@ class Ledger:
         return finished
 
     def forget(self, relation_ids: Iterable[int]) -> None:
-        """These tables are gone, or not published any more."""
+        """Remove tables that are gone or no longer published."""
         for relation_id in relation_ids:
             self.copying.pop(relation_id, None)
             self.done.discard(relation_id)
 
     @property
     def reach(self) -> int:
-        """Up to where in the WAL the rows that were delivered may show the server, as far as the stream has not."""
+        """The WAL position up to which delivered rows may show changes that the stream has not delivered."""
         return max([self.last[0], *(s.high - 1 for copy in self.copying.values() for s in copy.snapshots())])
 
     def behind(self, safe: int) -> bool:
-        """Whether the stream, after a reconnect, has not yet come to where the last row stands."""
+        """Whether the stream, after a reconnect, has not yet reached the position of the last row."""
         return -(-safe // 8) * 8 - 1 < self.last[0]
 
     def position(self, safe: int, rows: int) -> tuple[int, int]:
-        """The position of the first of `rows` new rows, which stand between what was delivered and what comes.
+        """The position of the first of `rows` new rows, between the delivered changes and the next ones.
 
         Args:
             safe: Everything that committed before it was delivered, and nothing else.
-            rows: How many there are: their positions count up from the first.
+            rows: How many rows there are. Their positions count up from the first.
         """
-        # WAL records begin at multiples of 8: nothing that is streamed stands at the byte before one.
+        # WAL records begin at multiples of 8, so no streamed change has the position one byte before.
         lsn = -(-safe // 8) * 8 - 1
-        assert lsn >= self.last[0], "rows that come later stand later"
+        assert lsn >= self.last[0], "later rows have later positions"
         first = (lsn, self.last[1] + 1 if lsn == self.last[0] else 0)
         if rows:
             self.last = (lsn, first[1] + rows - 1)
         return first
 
     def state(self) -> dict[str, Any]:
-        """Builtins, for the resume state; bounded for each table, however large it is."""
+        """The ledger as builtins, for the resume state. Its size per table is bounded, however large the table is."""
         tables: dict[str, Any] = {str(r): "done" for r in sorted(self.done)}
         tables |= {str(r): copy.state() for r, copy in sorted(self.copying.items())}
         return {
@@ -299,7 +302,7 @@ class Ledger:
         """
         if state.get("v") != STATE_VERSION:
             raise StateError(
-                f"the ledger of the initial copy has version {state.get('v')!r}, and this is version {STATE_VERSION}",
+                f"the ledger of the initial copy has version {state.get('v')!r}; this release reads {STATE_VERSION}",
                 hint="run the release that wrote it, or start afresh with a new recovery folder",
             )
         ledger = cls()

@@ -1,4 +1,4 @@
-"""Tuples of COPY in binary → a batch of rows with `_op` R."""
+"""Turns tuples of a binary COPY into batches of rows with `_op` R."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = pa.array(OPS, pa.utf8())
 
 @dataclass(slots=True)
 class Copied:
-    """Tuples of a COPY, one for each of `lengths`; the first piece begins with the header, the last may end with the
+    """Tuples of a COPY, one for each of `lengths`. The first piece begins with the header, the last may end with the
     trailer.
     """
 
@@ -62,15 +62,15 @@ def batch_of(
     taken: datetime,
     op: str = "R",
 ) -> ChangeBatch:
-    """A batch of rows that were read.
+    """A batch of copied rows.
 
     Args:
         schema: The version of the table.
         arrays: Its columns, or why they can't be had: then it is an `UndecodedBatch`.
         raw: The column `_raw`.
-        position: Of the first row; the others count up.
-        lsn: The position in the WAL that was read after the snapshot: `_lsn`.
-        taken: When the snapshot was taken: `_commit_ts`.
+        position: The position of the first row. The others count up.
+        lsn: The WAL position that was read after the snapshot, for `_lsn`.
+        taken: When the snapshot was taken, for `_commit_ts`.
         op: `_op` of all rows.
     """
     size = len(raw)
@@ -95,7 +95,7 @@ def batch_of(
 
 
 def truncate_of(schema: TableSchema, *, position: tuple[int, int], lsn: int, taken: datetime) -> ChangeBatch:
-    """A truncate of ours, which empties the table downstream before it is copied again."""
+    """A truncate made by the copy: it empties the table downstream before the table is copied again."""
     arrays = [pa.nulls(1, column.arrow) for column in schema.columns]
     raw = pa.nulls(1, pa.map_(pa.utf8(), pa.utf8()))
     return batch_of(schema, arrays, raw, position=position, lsn=lsn, taken=taken, op="T")

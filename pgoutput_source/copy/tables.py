@@ -1,4 +1,4 @@
-"""What is to be copied: the tables of the publications, with the rows and columns that the stream has of them.
+"""Finds what to copy: the tables of the publications, with the rows and columns that the stream has of them.
 
 https://www.postgresql.org/docs/current/view-pg-publication-tables.html
 """
@@ -18,8 +18,8 @@ from pgoutput_source.postgres.refusals import explained
 from pgoutput_source.postgres.remedies import quote_name
 from pgoutput_source.protocol import messages
 
-# Column lists and row filters exist from PostgreSQL 15 on: as keys of the row's JSON they may be absent. A publication
-# that publishes no inserts brings no rows. A partition whose root is published in its place is left out.
+# Column lists and row filters exist from PostgreSQL 15 on. As keys of the row's JSON they may be absent. A publication
+# without inserts has no rows to copy. A partition is left out if its root is published instead.
 _PUBLISHED = """
 WITH published AS (
     SELECT c.oid, to_jsonb(p) AS p
@@ -45,7 +45,7 @@ SELECT n.nspname::text, c.relname::text, c.relkind = 'p', c.relreplident::text, 
  WHERE c.oid = %s
 """
 
-# The key is what the stream sends of an old row: the index of the replica identity, or the primary key.
+# The key is what the stream sends for an old row: the index of the replica identity, or the primary key.
 _COLUMNS = """
 SELECT a.attnum, a.attname::text, a.atttypid::bigint, a.atttypmod, a.attgenerated <> '', t.typsend <> 0,
        pg_catalog.format_type(a.atttypid, -1),
@@ -64,7 +64,7 @@ SELECT a.attnum, a.attname::text, a.atttypid::bigint, a.atttypmod, a.attgenerate
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What the publications say of a table: its columns (None for all that are not generated), and which rows."""
+    """What the publications publish of a table: its columns (None for all that are not generated), and which rows."""
 
     relation_id: int
     columns: tuple[str, ...] | None
@@ -73,7 +73,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class SourceColumn:
-    """A column to be read: `as_text` if its values come as PostgreSQL's text, else as its send function writes them."""
+    """A column to read: with `as_text` its values come as PostgreSQL's text, otherwise from its send function."""
 
     number: int
     name: str
@@ -88,12 +88,12 @@ class SourceTable:
 
     Attributes:
         schema: As the stream would announce it.
-        sql_name: As SQL writes it; with ONLY, unless it stands for its partitions.
-        columns: Those that are published.
-        key: The columns of the key in the key's order; empty if the table can be read only as a whole.
-        row_filter: The rows that are published, as SQL; None for all.
-        rows: How many there are, by the server's estimate.
-        row_bytes: About the size of one on the server's disk.
+        sql_name: Its name in SQL; with ONLY, unless it stands for its partitions.
+        columns: The published columns.
+        key: The columns of the key in the key's order; empty if the table can only be read as a whole.
+        row_filter: An SQL condition for the published rows; None for all.
+        rows: The server's estimate of the number of rows.
+        row_bytes: The approximate size of a row on the server's disk.
     """
 
     schema: TableSchema
@@ -111,12 +111,12 @@ class SourceTable:
 
     @property
     def signature(self) -> Signature:
-        """What tells this version from others."""
+        """What distinguishes this version from others."""
         return tuple((c.number, c.name, c.type_oid, c.typmod) for c in self.columns)
 
 
 def published(conn: Connection, publications: Iterable[str]) -> dict[int, Published]:
-    """The tables of these publications now, by their OID."""
+    """The current tables of these publications, by OID."""
     with explained():
         rows = conn.execute(_PUBLISHED, [list(publications)]).fetchall()
     return {
@@ -130,12 +130,12 @@ def published(conn: Connection, publications: Iterable[str]) -> dict[int, Publis
 
 
 def describe(conn: Connection, wanted: Published, relations: Relations) -> SourceTable | None:
-    """A table as it is now, None if it is gone.
+    """A table as it is now; None if it is gone.
 
     Args:
-        conn: An ordinary connection; within a transaction the table is as this transaction sees it.
+        conn: An ordinary connection. Within a transaction, the table is as the transaction sees it.
         wanted: What is published of it.
-        relations: Gives columns their types. Not the stream's: what that was told must stay as it is.
+        relations: Looks up the types of columns. Don't pass the stream's, which must only learn from the stream.
 
     Raises:
         NotConfigured: The role may not read it, or not all of its rows.
@@ -158,7 +158,7 @@ def describe(conn: Connection, wanted: Published, relations: Relations) -> Sourc
     in_identity = {"f": {c[1] for c in live}, "n": set[str]()}.get(identity, set(place))
     announced = tuple(messages.RelationColumn(c[1] in in_identity, c[1], c[2], c[3]) for c in live)
     relations.expect([wanted.relation_id])
-    # All that this transaction sees in the catalogue was written before the next transaction number.
+    # Everything that this transaction sees in the catalogue was written before the next xid.
     relations.announce(messages.Relation(wanted.relation_id, namespace, name, identity, announced), next_xid)
     schema = relations.current(wanted.relation_id).schema
     arrow = {column.name: column.arrow for column in schema.columns}
@@ -195,14 +195,14 @@ def _check_readable(conn: Connection, table: str, sql_name: str, *, readable: bo
         )
     if secured:
         raise NotConfigured(
-            "the initial copy can't read all of it: row security hides rows from this role, and the stream has them",
+            "the initial copy can't read all of it: row security hides rows from this role that the stream has",
             table=table,
             hint=f"as a superuser: ALTER ROLE {role} BYPASSRLS; or leave the table out of the publication",
         )
 
 
 def unreadable(conn: Connection, tables: Sequence[int]) -> list[tuple[str, str]]:
-    """Those of these tables that the role may not read, or not all of: names, and SQL that allows it."""
+    """The tables of which the role may not read all rows: their names, and SQL that allows it."""
     with explained():
         rows = conn.execute(
             "SELECT format('%%I.%%I', n.nspname, c.relname), has_table_privilege(c.oid, 'SELECT')"

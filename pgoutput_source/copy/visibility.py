@@ -1,7 +1,7 @@
-"""Which transactions a snapshot shows.
+"""Tells which transactions a snapshot shows.
 
-A commit is in the WAL before other sessions see it, and with synchronous standbys long before: a position in the WAL
-can't say whether a row that was read shows a transaction. `pg_current_snapshot()` can, exactly.
+A commit is in the WAL before other sessions see it, with synchronous standbys long before. So a WAL position can't tell
+whether the rows that were read show a transaction. `pg_current_snapshot()` tells exactly.
 
 https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-PG-SNAPSHOT
 """
@@ -22,14 +22,14 @@ _WHOLE = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What one REPEATABLE READ transaction sees. Transaction numbers are 64-bit, as ``xid8``.
+    """What one REPEATABLE READ transaction sees. Xids are 64-bit, like ``xid8``.
 
     Attributes:
         xmin: All transactions before it have ended.
         xmax: No transaction from it on is visible.
-        running: The transactions between the two that had not ended, ascending. Top-level transactions only.
-        high: A position in the WAL that was read after the snapshot was taken: every commit that the snapshot shows
-            is recorded before it. A transaction that commits at or after it is invisible without a look at its number.
+        running: The transactions in between that had not ended, ascending; only top-level ones.
+        high: A WAL position that was read after the snapshot was taken. Every commit that the snapshot shows is
+            recorded before it. A transaction that commits at or after it is invisible, whatever its xid.
 
     Example:
         >>> seen = Snapshot.of("10:14:10,12", 5000)
@@ -44,14 +44,14 @@ class Snapshot:
 
     @classmethod
     def of(cls, text: str, high: int) -> Snapshot:
-        """From the text of `pg_current_snapshot()` and the position that was read after it."""
+        """From the text of `pg_current_snapshot()` and a position that was read after it."""
         xmin, xmax, running = text.split(":")
         return cls(int(xmin), int(xmax), tuple(sorted(map(int, filter(None, running.split(","))))), high)
 
     def full(self, xids: Any) -> NDArray[np.int64]:
-        """The 64-bit numbers of 32-bit ones, as the wire has them: those nearest to `xmax`.
+        """The 64-bit xids for 32-bit ones, as they are on the wire: the nearest to `xmax`.
 
-        No two transactions that are known at the same time are 2^31 apart, so the nearest is the right one.
+        Transactions that are known at the same time are never 2^31 apart, so the nearest is the right one.
         """
         away = (np.asarray(xids).astype(np.int64) - self.xmax + _HALF) % _WHOLE - _HALF
         found: NDArray[np.int64] = self.xmax + away
@@ -61,8 +61,8 @@ class Snapshot:
         """Whether rows that were read under this snapshot show what these transactions did.
 
         Args:
-            xids: 32-bit numbers of top-level transactions that have committed.
-            commit_lsns: Where each committed; 0 asks by the number alone.
+            xids: 32-bit xids of committed top-level transactions.
+            commit_lsns: Where each committed; 0 decides by the xid alone.
         """
         full = self.full(xids)
         visible = (full < self.xmax) & (np.asarray(commit_lsns).astype(np.uint64) < np.uint64(self.high))
@@ -71,7 +71,7 @@ class Snapshot:
         return visible
 
     def state(self) -> list[Any]:
-        """Builtins from which `from_state` makes an equal one."""
+        """The snapshot as builtins, for `from_state`."""
         return [self.xmin, self.xmax, list(self.running), self.high]
 
     @classmethod
