@@ -1,1 +1,1 @@
-"""A slot as a Bytewax source: the gate, the recovery store, and how a run begins and ends."""
+"""A slot as a Bytewax source: the gate, the recovery store, and the beginning and end of a run."""

@@ -1,9 +1,10 @@
-"""The gate: the moment at which an epoch is known to be durable, and what this process does at that moment.
+"""The gate: the moment at which an epoch is known to be durable, and what this process does then.
 
-Bytewax calls a source's ``next_batch()``, or its next ``snapshot()``, after a ``snapshot()`` only when that epoch is
+After a ``snapshot()`` Bytewax calls the source's ``next_batch()``, or its next ``snapshot()``, only once that epoch is
 durable in the whole cluster. The source then calls `Gate.opened`, *before* it acknowledges to PostgreSQL, and every
-sink part of the process publishes what it staged in that epoch. What a publisher raises reaches the source, which fails
-without acknowledging. Sources and sinks live in different worker threads: everything here runs under `Gate.lock`.
+sink part of the process publishes what it staged in that epoch. If a publisher raises, the error reaches the source,
+which fails without acknowledging. Sources and sinks live in different worker threads, so everything here runs under
+`Gate.lock`.
 
     source                                       sink part
     ------                                       ---------
@@ -13,20 +14,19 @@ without acknowledging. Sources and sinks live in different worker threads: every
     StopIteration  source_finished("orders")     close        ended(self) or unregister(self)
     close        source_closed("orders")
 
-**Several sources in one flow.** A gate proves all epochs that its source has closed, yet a sink behind another source
-may already have staged the next epoch. Each source counts its openings. The count is an epoch number, because all
-sources start in the same epoch and take one snapshot in each. A publisher's files wait for an opening whose number
+**Several sources in one flow.** A gate proves all epochs that its source has closed, but a sink downstream of another
+source may already have staged the next epoch. Each source counts its openings. The count is an epoch number, because
+all sources start in the same epoch and take one snapshot in each. A publisher's files wait for an opening whose number
 proves them. This needs all sources of the flow in one process, or all of them upstream of the sink.
 
-**The end of a bounded run.** After a source's StopIteration windows still emit, sinks stage once more and close, and no
-gate opens any more. These last files are durable only when Bytewax has returned. `Gate.finish` publishes them then:
-`pgoutput_source.run` calls it, and otherwise the interpreter's exit does. What is not published here is published by
-the next start.
+**The end of a bounded run.** After a source's StopIteration, windows still emit, and sinks stage once more and close,
+but no gate opens again. These last files are durable only after Bytewax has returned. Then `Gate.finish` publishes
+them: `pgoutput_source.run` calls it, or else the interpreter does at exit. The next start publishes whatever is left.
 
-**What an earlier run left staged.** A sink part's own resume state says what of it is durable. A part without a state,
-because its step is new or was renamed, must not conclude that the source has none: the source may be past these items,
-and then nobody sends them again. So each epoch has a name, a run and a number, which sinks store with what they stage.
-The state of each source lists how many epochs of each run were durable, and `Gate.durable` compares.
+**What an earlier run left staged.** A sink part's own resume state tells which of it is durable. A part without a
+state, because its step is new or was renamed, must not conclude that the source has none: the source may be past these
+items, and then nobody sends them again. So each epoch has a name, made of a run and a number, which sinks store with
+what they stage. The state of each source lists how many epochs of each run were durable, and `Gate.durable` compares.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 MAX_RUNS: Final = 100
-"""Runs that a source's state remembers; `_CUT` among them says that there were more."""
+"""How many runs a source's state remembers. `_CUT` among them means that there were more."""
 
 _CUT: Final = ""
 
@@ -53,39 +53,39 @@ class Publisher(Protocol):
 
 
 class Gate:
-    """The gate of the dataflow that this process runs."""
+    """The gate of the dataflow in this process."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        """Held while the gate opens. A sink part holds it while it changes what `Publisher.committed` looks at."""
+        """Held while the gate opens. A sink part holds it while it changes what `Publisher.committed` reads."""
         self.abandon()
 
     # -- sinks --------------------------------------------------------------------------------------------------
 
     def expect(self, sink: object, settle: Callable[[], None]) -> None:
-        """`sink` is part of the dataflow that starts: `settle` is called once, when the gate first opens.
+        """Call `settle` once, when the gate first opens: `sink` is part of the dataflow that starts.
 
-        Bytewax builds a sink's part without a resume state only when its first item comes. A sink that must look after
-        what an earlier run left, or wants to fail before any data comes, does it then.
+        Without a resume state Bytewax builds a sink's part only when its first item comes. In `settle` a sink can deal
+        with what an earlier run left, or fail, before any data comes.
         """
         with self.lock:
             self._expected[sink] = settle
 
     def register(self, publisher: Publisher) -> None:
-        """A sink part begins: it hears of each opening from now on."""
+        """A sink part begins. It is told of each opening from now on."""
         with self.lock:
             self._needs[publisher] = 0
 
     def unregister(self, publisher: Publisher) -> None:
-        """A sink part is gone, and has nothing left to publish in this run."""
+        """A sink part is gone and has nothing left to publish in this run."""
         with self.lock:
             self._needs.pop(publisher, None)
             self._ended.pop(publisher, None)
 
     def staged(self, publisher: Publisher) -> None:
-        """A sink part has staged its epoch: `Publisher.committed` is next called when an opening proves this epoch."""
+        """A sink part has staged its epoch. `Publisher.committed` is next called when an opening proves that epoch."""
         with self.lock:
-            # Whoever sends to this part has closed the epoch but can't have opened the gate after it.
+            # The source upstream of this part has closed the epoch, but can't have opened the gate after it.
             self._needs[publisher] = self._highest + 1
 
     def ended(self, publisher: Publisher) -> None:
@@ -94,7 +94,7 @@ class Gate:
             self._ended[publisher] = self._needs.pop(publisher, 0)
 
     def epoch(self) -> str:
-        """The name of the epoch that a sink part of this process closes: of letters, digits and a dash, in order."""
+        """The name of the epoch that sink parts are closing: letters, digits and a dash. Names sort in order."""
         with self.lock:
             return f"{self._name}-{self._highest + 1:08d}"
 
@@ -105,18 +105,18 @@ class Gate:
 
         Args:
             epoch: Its name; None if it has none, because version 0.1.0 staged it.
-            first: The position of the first change in it, and
-            source: the source that they come from, where they are known. They tell of an epoch without a name.
+            first: The position of its first change, if known. An epoch without a name needs it.
+            source: The source of its changes, if known. An epoch without a name needs it.
 
         Returns:
-            True: no source sends its items again. False: its items come again. None: nothing here knows.
+            True: no source will send its items again. False: its items will come again. None: unknown here.
         """
         with self.lock:
             if not self.hosted():
                 return None
             states = [state for state in self._resumed.values() if state is not None]
             if not states:
-                return False  # the slot is the only memory, and it is moved only after publishing
+                return False  # only the slot knows the position, and it moves only after publishing
             if epoch is None:
                 state = self._resumed.get(source or "")
                 if state is None or first is None:
@@ -134,7 +134,7 @@ class Gate:
             return bool(self._openings or self._finished)
 
     def finishing(self) -> bool:
-        """Whether a source has come to its end and none was aborted: a part that is closed now saw its last item."""
+        """Whether a source has ended and none was aborted, so that a part that closes now has seen its last item."""
         with self.lock:
             return bool(self._finished) and not self._aborted
 
@@ -145,8 +145,8 @@ class Gate:
 
         Args:
             source: Its name, unique in the process: the slot's.
-            state: What it resumes from: "commit_lsn" and "seq", the last position that comes not again, and what
-                `epochs` gave, as "epochs". None if nothing but the slot knows what was acknowledged.
+            state: Its resume state, with "commit_lsn" and "seq", the last position that will not come again, and
+                "epochs", which `epochs` returned. None if only the slot knows what was acknowledged.
         """
         with self.lock:
             if not self._openings or source in self._openings:
@@ -165,7 +165,7 @@ class Gate:
                 self._name = _run_name(int(newest[1:], 16))
 
     def epochs(self, source: str = "") -> dict[str, int]:
-        """For each run how many of its epochs are durable once the present snapshot of `source` is."""
+        """How many epochs of each run are durable once the current snapshot of `source` is."""
         with self.lock:
             runs = dict((self._resumed.get(source) or {}).get("epochs", {}))
             runs[self._name] = self._openings.get(source, 0) + 1
@@ -173,10 +173,10 @@ class Gate:
             return {**({} if len(kept) == len(runs) else {_CUT: 0}), **{run: runs[run] for run in kept}}
 
     def opened(self, source: str = "") -> None:
-        """The last snapshot of `source` is durable. Call it once for each, before acknowledging.
+        """The last snapshot of `source` is durable. Call this once per snapshot, before acknowledging.
 
         Raises:
-            SinkError: Files could not be published: don't acknowledge. What else a publisher raises comes through, too.
+            SinkError: Files could not be published: don't acknowledge. Other errors of publishers pass through too.
         """
         with self.lock:
             while self._expected:
@@ -194,18 +194,18 @@ class Gate:
                     del self._ended[publisher]
 
     def drain(self) -> None:
-        """Publish everything that was committed, due or not. A source that stops calls it after its last `opened`."""
+        """Publish everything committed, due or not. A source that stops calls this after its last `opened`."""
         with self.lock:
             for publisher in list(self._needs):
                 publisher.drain()
 
     def source_finished(self, source: str = "") -> None:
-        """`source` has come to its end and is about to raise StopIteration."""
+        """`source` has ended and is about to raise StopIteration."""
         with self.lock:
             self._finished.add(source)
 
     def source_closed(self, source: str = "") -> None:
-        """`source` was closed: at its end if it called `source_finished` as well, otherwise because the run aborted."""
+        """`source` was closed. If it did not call `source_finished` before, the run was aborted."""
         with self.lock:
             if self._openings.pop(source, None) is not None and source not in self._finished:
                 self._aborted.add(source)
@@ -224,9 +224,9 @@ class Gate:
                 self.abandon()
 
     def abandon(self) -> None:
-        """Forget the current run: nothing more is published in it, the next start does."""
+        """Forget the current run. It publishes nothing more; the next start does."""
         with self.lock:
-            self._openings: dict[str, int] = {}  # of each source that is open
+            self._openings: dict[str, int] = {}  # of each open source
             self._resumed: dict[str, Mapping[str, Any] | None] = {}  # the state of each source
             self._name = ""
             self._highest = 0
@@ -238,5 +238,5 @@ class Gate:
 
 
 def _run_name(after: int) -> str:
-    # The letter comes after all digits: these names sort after those of runs that had a number alone.
+    # The letter sorts after digits, so these names sort after those of runs that only had a number.
     return f"r{max(time.time_ns(), after + 1):016x}"

@@ -1,4 +1,4 @@
-"""Importing this raises one clear error where Bytewax is missing. Whatever builds on Bytewax imports it first.
+"""Raises one clear error on import if Bytewax is missing. Every module that uses Bytewax imports this first.
 
 Bytewax has wheels up to Python 3.12, so it is not installed with this package on later versions.
 """

@@ -1,13 +1,13 @@
-"""Bytewax's recovery store, before Bytewax opens it: where the next run begins, and which states it must not find.
+"""Bytewax's recovery store, before Bytewax opens it: where the next run begins, and which states it must not load.
 
-A store is a folder of SQLite files, the *parts*. A part keeps the states of some keys, each under the epoch at whose
-end it was taken, and how far each worker of each run had come. A run begins with the first epoch that some worker has
-not ended. For each key it loads the last state before that epoch.
+A store is a folder of SQLite files, the *parts*. A part has the states of some keys, each with the epoch at whose end
+it was taken, and how far each worker of each run came. A run begins with the first epoch that some worker has not
+ended. For each key it loads the last state before that epoch.
 
-A process can die after it has written an epoch's states and before it has written that the epoch is over. The next run
-does that epoch again with other items. A key that gets none of them leaves its old state where it is. If this run also
-ends before the key has a later state, the third run would load a state that was never committed, and the key would get
-items twice. `drop_void` removes such *void* states while they can be told from others.
+A process can die after it has written an epoch's states but before it has written that the epoch is over. The next run
+repeats that epoch with other items. If a key gets none of them, its old state stays in the store. If this run also ends
+before the key has a later state, the third run would load a state that was never committed, and the key would get items
+twice. `drop_void` removes such *void* states while they can still be recognized.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pgoutput_source.errors import StateError
 logger = logging.getLogger(__name__)
 
 VERSION: Final = 5
-"""The version of the stores that are understood, in SQLite's user_version."""
+"""The version of the stores that this module reads, in SQLite's user_version."""
 
 TABLES: Final = ("parts", "exs", "fronts", "commits")
-"""The tables that say where the next run begins. The first column of each is created_at."""
+"""The tables that determine where the next run begins. The first column of each is created_at."""
 
 Tables = dict[str, list[tuple[Any, ...]]]
 
@@ -58,7 +58,7 @@ def part_file(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
             version = store.execute("PRAGMA user_version").fetchone()[0]
             if version != VERSION:
                 raise StateError(
-                    f"{file} is a recovery store of version {version}, and {VERSION} is understood",
+                    f"{file} is a recovery store of version {version}; this release reads version {VERSION}",
                     hint="start afresh with a new recovery folder",
                 )
             yield store
@@ -66,7 +66,7 @@ def part_file(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
             store.close()
     except sqlite3.Error as e:
         raise StateError(
-            f"{file} can't be used: {e}", hint="end the flow that uses it; check that it is whole and may be written"
+            f"{file} can't be used: {e}", hint="end the flow that uses it; check that it is intact and writable"
         ) from e
 
 
@@ -79,12 +79,12 @@ def progress(stores: Sequence[sqlite3.Connection]) -> Tables:
 
 
 def complete(tables: Tables) -> bool:
-    """Whether these are the tables of all parts: each part has only some of the runs and workers."""
+    """Whether these tables come from all parts. Each part has only some of the runs and workers."""
     return 0 < max((count for _, _, count in tables["parts"]), default=0) <= len(tables["parts"])
 
 
 def resume_epoch(tables: Tables) -> int:
-    """The epoch with which the next run begins; from an incomplete set of parts, a lower bound of it."""
+    """The epoch with which the next run begins; with an incomplete set of parts, a lower bound."""
     if not complete(tables) or not tables["exs"]:
         return int(max((epoch for _, _, epoch in tables["commits"]), default=0) + 1)
     _, execution, workers, begun = max(tables["exs"], key=lambda row: row[1])
@@ -96,7 +96,7 @@ def resume_epoch(tables: Tables) -> int:
 
 
 def in_use(file: Path) -> bool:
-    """Whether another process has a part open. Don't ask in a process that has it open: it would lose its locks."""
+    """Whether another process has a part open. A process that has it open must not ask: it would lose its locks."""
     try:
         index = os.open(file.with_name(f"{file.name}-shm"), os.O_RDWR)
     except FileNotFoundError:
@@ -116,13 +116,13 @@ def in_use(file: Path) -> bool:
 
 
 def drop_void(folder: Path) -> int:
-    """Remove the states of epochs that never became durable; their number.
+    """Remove the states of epochs that never became durable, and return their number.
 
-    It does nothing while another process has the store open, because its epoch may be about to become durable, and
-    nothing if the folder lacks a part of the store, because only all parts together say where a run begins.
+    It does nothing while another process has the store open, because an epoch may be about to become durable. It also
+    does nothing if the folder lacks a part of the store, because only all parts together tell where a run begins.
 
-    `pgoutput_source.run` and ``python -m bytewax.run`` do it by themselves. A program that calls
-    ``run_main`` or ``cluster_main`` with a recovery folder calls it first.
+    `pgoutput_source.run` and ``python -m bytewax.run`` do this themselves. A program that calls ``run_main`` or
+    ``cluster_main`` with a recovery folder must call it first.
 
     Raises:
         StateError: The store can't be used.
@@ -150,7 +150,7 @@ def drop_void(folder: Path) -> int:
 
 
 def steps(folder: Path) -> set[str]:
-    """The ids of the steps of which the store keeps a state.
+    """The ids of the steps that have a state in the store.
 
     Raises:
         StateError: The store can't be used.

@@ -1,6 +1,6 @@
-"""One owner of a run: what this process knows of the dataflow that it runs, and `run`, which starts one and ends it.
+"""The owner of a run: what this process knows about the dataflow that it runs, and `run`, which runs one.
 
-Bytewax builds sources and sinks in worker threads and tells them nothing of each other. They meet here: a process runs
+Bytewax builds sources and sinks in worker threads without telling them about each other. They meet here: a process runs
 one dataflow at a time, so there is one `gate` and one `shutdown`.
 """
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """The dataflow that this process runs, if it runs one."""
+    """The dataflow that this process runs, if any."""
 
     def __init__(self) -> None:
         self.gate = Gate()
@@ -43,7 +43,7 @@ class Run:
         os.register_at_fork(after_in_child=self._forked)
 
     def open_store(self) -> None:
-        """Drop the void states of the store that ``python -m bytewax.run`` was given, once in this process."""
+        """Drop the void states of the store that ``python -m bytewax.run`` got, once in this process."""
         if self._store_opened or not by_bytewax():
             return
         self._store_opened = True
@@ -54,18 +54,18 @@ class Run:
             drop_void(Path(folder))
 
     def abandon(self) -> None:
-        """Forget the dataflow: nothing more is published of it here, the next start does."""
+        """Forget the dataflow. Nothing more is published here; the next start does."""
         self.gate.abandon()
         self.shutdown.reset()
 
     def _at_exit(self) -> None:
-        # The interpreter keeps the exception that ended the program, KeyboardInterrupt included, in sys.last_value.
-        # sys.exit() leaves no trace there, and is how a program ends that went well as much as one that did not.
+        # sys.last_value is the exception that ended the program, KeyboardInterrupt included. sys.exit() leaves no trace
+        # there, and a program may call it after success as well as after failure.
         if getattr(sys, "last_value", None) is None:
             self.gate.finish()
 
     def _forked(self) -> None:
-        # A child has none of the threads of the run, which may have held the locks, and the run is not its own.
+        # The child has none of the run's threads, which may have held the locks, and the run does not belong to it.
         self.gate.__init__()  # type: ignore[misc]
         self.shutdown.reset()
 
@@ -86,22 +86,22 @@ def run(
 ) -> None:
     """Run a dataflow in this process until it ends or a signal stops it, as ``python -m bytewax.run`` does.
 
-    When it returns, all that its `PgOutputSource` delivered is published. SIGTERM and Ctrl-C drain if the main thread
-    calls it: what was read is published and acknowledged, and `run` returns normally. After an exception nothing is
-    left that disturbs the next run, which continues where this one was durable.
+    When it returns, everything that its `PgOutputSource` delivered is published. If the main thread calls it, SIGTERM
+    and Ctrl-C drain: what was read is published and acknowledged, and `run` returns normally. After an exception
+    another run can follow, which continues where this one was durable.
 
     Args:
         flow: The dataflow.
-        recovery: The folder of the recovery store, which is created if it does not exist or is empty. None keeps no
-            state: a run starts from the slot.
+        recovery: The folder of the recovery store. It is created if it does not exist or is empty. Without one no state
+            is kept, and a run starts from the slot.
         epoch: The time after which an epoch closes; zero closes one with each batch of the source.
-        backup: How long states are kept that are no longer needed, for backups of the recovery store.
-        workers: Threads.
+        backup: How long to keep states that are no longer needed, for backups of the recovery store.
+        workers: How many worker threads.
 
     Raises:
         PgOutputError: What a source, a step or a sink of this package raised.
-        ConfigurationError: An argument has no meaning, or another dataflow runs in this process.
-        BytewaxRuntimeError: Whatever else ended the run; its cause is what was raised.
+        ConfigurationError: An argument is invalid, or another dataflow runs in this process.
+        BytewaxRuntimeError: Any other error that ended the run, as its cause.
 
     Example:
         >>> import bytewax.operators as op
@@ -113,12 +113,12 @@ def run(
         {"hello": "world"}
     """
     if workers < 1:
-        raise ConfigurationError(f"workers is {workers}", hint="at least one thread works")
+        raise ConfigurationError(f"workers is {workers}", hint="use at least one thread")
     if epoch < timedelta(0) or backup < timedelta(0):
-        raise ConfigurationError("epoch and backup are times, and not negative")
+        raise ConfigurationError("epoch and backup must be times that are not negative")
     if not _running.acquire(blocking=False):
         raise ConfigurationError(
-            "a dataflow runs in this process already", hint="put both pipelines into one Dataflow, or use processes"
+            "a dataflow runs in this process already", hint="put both pipelines into one Dataflow, or use two processes"
         )
     failure: BaseException | None = None
     try:
@@ -134,7 +134,7 @@ def run(
                 )
         except BaseException as error:
             if not shutdown.drained:
-                # Bytewax wraps what was raised, an interrupt included.
+                # Bytewax wraps whatever was raised, even an interrupt.
                 failure = cause_of(error, PgOutputError) or cause_of(error, KeyboardInterrupt) or error
         if failure is not None:
             raise failure
@@ -156,7 +156,7 @@ def _store(flow: Dataflow, folder: Path, backup: timedelta) -> RecoveryConfig:
         drop_void(folder)
         if unknown := steps(folder) - _steps(flow):
             logger.warning(
-                "%s has states of steps that the flow has not: %s. A step that was renamed begins without its state",
+                "%s has states of steps that the flow does not have: %s. A renamed step begins without its state",
                 folder,
                 ", ".join(sorted(unknown)),
             )

@@ -1,12 +1,12 @@
-"""How a run ends: signals that drain, the exit code, and errors shown as themselves.
+"""The end of a run: signals that drain, the exit code, and errors printed without a traceback.
 
-    SIGTERM, Ctrl-C       `stopping()` is true: sources deliver nothing more, and leave once all is durable
-    before it has begun   whatever the source waits for is interrupted: nothing was delivered, nothing is lost
-    the second time       what the signal did before
-    a drained run         exit code 0, whatever Bytewax makes of it: in a cluster only an error ends its workers
+    SIGTERM, Ctrl-C       `stopping()` is true: sources deliver nothing more, and leave once everything is durable
+    before it has begun   interrupts whatever the source waits for: nothing was delivered, nothing is lost
+    the second time       does what the signal did before
+    a drained run         exit code 0, although in a cluster only an error ends Bytewax's workers
 
-A member of a cluster that reads no slot can't know when the others have drained. It goes on working until the one that
-reads the slot has gone.
+A member of a cluster that reads no slot can't know when the others have drained. It keeps working until the process
+that reads the slot is gone.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class Drained(KeyboardInterrupt):
-    """Ends a cluster's workers after a drain, or a start that a signal interrupts: only an interrupt reaches all."""
+    """Ends a cluster's workers after a drain, or interrupts a start. Only an interrupt reaches all workers."""
 
 
 class Shutdown:
-    """Signals, and what the sources of this process do, each by the name of its slot."""
+    """The signals, and what the sources of this process do, by the names of their slots."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -43,28 +43,28 @@ class Shutdown:
         self.reset()
 
     def reset(self) -> None:
-        """No run, no signal."""
+        """Forget runs and signals."""
         self._stop.clear()
         self._building: set[int] = set()  # threads
         self._running: set[str] = set()
         self._left: set[str] = set()
-        self._member = False  # of a cluster, and no source has run in this process
+        self._member = False  # whether it is a member of a cluster without a source
         self.drained = False
-        """Whether the run was ended by a signal and nothing that it had to do is left."""
+        """Whether a signal ended the run and it has completed everything."""
 
-    # -- sources say what they do -------------------------------------------------------------------------------
+    # -- sources call these -------------------------------------------------------------------------------------
 
     def joined(self) -> None:
         """A worker of this process is about to start a dataflow, with a source in this process or in another."""
         if sys.excepthook != self._excepthook:
             self._previous_hook, sys.excepthook = sys.excepthook, self._excepthook
-        # The main thread works by itself if there is no cluster.
+        # Without a cluster the main thread is the worker.
         if threading.current_thread() is not threading.main_thread() and not self._running and not self._building:
             self._member = True
 
     @contextlib.contextmanager
     def building(self, source: str) -> Iterator[None]:
-        """A source connects, and may wait for a server or a slot; after that it runs in this process.
+        """Wrap the building of a source, which may wait for a server or a slot. After that it runs in this process.
 
         Raises:
             Drained: A signal came, now or before.
@@ -89,13 +89,13 @@ class Shutdown:
                 self._stop.clear()
 
     def left(self, source: str) -> bool:
-        """All of a source is durable and acknowledged; whether that is true of all sources of this process."""
+        """Note that everything of a source is durable and acknowledged. Returns whether that holds for all sources."""
         self._left.add(source)
         self.drained = self._running <= self._left
         return self.drained
 
     def closed(self, source: str) -> None:
-        """A source was closed, for whatever reason."""
+        """Note that a source was closed, for whatever reason."""
         self._running.discard(source)
         self._left.discard(source)
         if not self._running:
@@ -108,9 +108,9 @@ class Shutdown:
     # -- signals ------------------------------------------------------------------------------------------------
 
     def catch_signals(self) -> None:
-        """SIGTERM and Ctrl-C drain while a dataflow runs; without one, and the second time, they do what they did.
+        """Make SIGTERM and Ctrl-C drain while a dataflow runs. Otherwise, and the second time, they act as before.
 
-        Only the main thread can install handlers, and with several workers it only ever constructs the source.
+        Only the main thread can install handlers, and with several workers all it does is construct the source.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -121,7 +121,7 @@ class Shutdown:
                 signal.signal(number, self._on_signal)
 
     def release_signals(self) -> None:
-        """Give the signals back to whoever had them before."""
+        """Restore the previous signal handlers."""
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._previous.items():
                 if signal.getsignal(number) == self._on_signal:
@@ -141,13 +141,13 @@ class Shutdown:
             if self._running:
                 logger.info("%s: draining; what is staged will be published when the epoch closes", name)
             else:
-                logger.info("%s: waiting until the process that reads the slot has drained; once more ends this", name)
+                logger.info("%s: waiting until the process that reads the slot has drained; again to end at once", name)
             return
         if self._running or self._member:
             logger.info("%s again: ending at once; the next start continues where this run was durable", name)
         previous = self._previous.get(number, signal.SIG_DFL)
         if previous is signal.default_int_handler and by_bytewax():
-            previous = signal.SIG_DFL  # nobody catches a KeyboardInterrupt there: it would only be two tracebacks
+            previous = signal.SIG_DFL  # nobody catches a KeyboardInterrupt there: it would only print two tracebacks
         if callable(previous):
             previous(number, frame)
         elif previous == signal.SIG_DFL:
@@ -155,7 +155,7 @@ class Shutdown:
             signal.raise_signal(number)
 
     def _interrupt(self) -> None:
-        """Raise `Drained` where sources are being built. It reaches every wait that is a loop in Python."""
+        """Raise `Drained` in threads that are building sources. It interrupts every wait that is a loop in Python."""
         main = threading.main_thread().ident
         for thread in self._building - {main}:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Drained))
@@ -166,8 +166,8 @@ class Shutdown:
 
     def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if self.drained or (self._member and self.stopping() and kind.__name__ == "PanicException"):
-            # Bytewax's error for a drain that went well, or for the others that have left. There is no other way to
-            # change the exit code here; what runs at an exit must run all the same.
+            # This is Bytewax's error for a successful drain, or because the other workers left. Nothing else can change
+            # the exit code here, and exit handlers must still run.
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
@@ -176,7 +176,7 @@ class Shutdown:
         if cause is None or logger.isEnabledFor(logging.DEBUG) or self._previous_hook is not sys.__excepthook__:
             self._previous_hook(kind, error, trace)
         else:
-            # Not thirty lines of traceback: the error says what to do.
+            # The error says what to do, so thirty lines of traceback are left out.
             print(f"{type(cause).__name__}: {cause}", file=sys.stderr)
 
 
@@ -187,7 +187,7 @@ def by_bytewax() -> bool:
 
 
 def cause_of(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    """The first of this kind among an error, its cause, the cause of that …"""
+    """The first error of this kind in the chain of an error and its causes."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, kind):
         cause = cause.__cause__ or cause.__context__
@@ -195,7 +195,7 @@ def cause_of(error: BaseException, kind: type[BaseException]) -> BaseException |
 
 
 def show_log() -> None:
-    """Log lines go to standard error if nobody configured logging: they are few, and each is meant to be read."""
+    """Send log lines to standard error if logging is not configured. They are few, and each is meant to be read."""
     package = logging.getLogger("pgoutput_source")
     if not logging.getLogger().handlers and not package.handlers:
         handler = logging.StreamHandler()

@@ -1,14 +1,14 @@
 """`PgOutputSource`: a replication slot as a Bytewax source of `ChangeSet`s, one partition per slot.
 
-This file is about one thing: *when PostgreSQL may forget*. Bytewax calls `next_batch()`, or the next
-`snapshot()`, only once the epoch that the last `snapshot()` closed is durable on every worker: its state is in the
-recovery store and its output is staged. This moment is the gate. So
+This module is about one thing: *when PostgreSQL may forget*. Bytewax calls `next_batch()`, or the next `snapshot()`,
+only once the epoch that the last `snapshot()` closed is durable on every worker: its state is in the recovery store and
+its output is staged. This moment is the gate. So
 
     snapshot()     stages the position up to which everything was delivered, and returns the resume state;
     the gate       lets the sinks of this process publish, and only then acknowledges the staged position.
 
-Nothing is acknowledged in `snapshot()` itself (the epoch may never become durable) and nothing in `close()` (which
-Bytewax also calls on errors, and at the end of a run before the last commit).
+`snapshot()` itself acknowledges nothing, because the epoch may never become durable. Nor does `close()`, which Bytewax
+also calls after errors, and at the end of a run before the last commit.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ from pgoutput_source.stream.start import State
 
 logger = logging.getLogger(__name__)
 
-_IDLE = timedelta(milliseconds=10)  # far less would cost a core, far more would keep epochs from closing
+_IDLE = timedelta(milliseconds=10)  # much less would cost a core, much more would keep epochs from closing
 _EPOCH_BYTES = 256 << 20  # with several workers queues are unbounded within an epoch; a single one has no queues
 
 
 class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
     """The committed changes of a publication, from a replication slot, as `ChangeSet`s in commit order.
 
-    Partitions are replication slots: there is one, named like the slot. With recovery (`-r`) the run resumes at the
-    exact change, also in the middle of a transaction. Without it the slot is the only memory and delivery is at least
-    once. PostgreSQL may forget what an epoch brought once this epoch is durable, and not before.
+    A partition is a replication slot. There is one, named like the slot. With recovery (`-r`) the run resumes at the
+    exact change, even in the middle of a transaction. Without it only the slot knows the position, and delivery is at
+    least once. PostgreSQL may forget the changes of an epoch once the epoch is durable, and not before.
 
-    Nothing is read and nothing is connected before Bytewax builds the partition. Only void states in the recovery
-    folder of ``python -m bytewax.run`` are dropped before, because Bytewax opens it first (`recovery.drop_void`).
+    The source does not read or connect before Bytewax builds the partition. Only the void states in the recovery folder
+    of ``python -m bytewax.run`` are dropped earlier, before Bytewax opens it (`recovery.drop_void`).
 
     Args:
-        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables.
+        dsn: A libpq connection string or URL; "" leaves everything to libpq's environment variables.
         slot: The replication slot's name.
         publication: One name or several.
-        create: Create the publication (for all tables) and then the slot where they are missing.
+        create: Whether to create the publication (for all tables) and then the slot if they are missing.
         until: None runs for ever; "current" stops once everything committed before the start is published; an LSN
             such as "0/16B3748" stops there.
         options: The other fields of `SourceSettings`.
 
     Raises:
-        ConfigurationError: An option has no meaning or a wrong value.
+        ConfigurationError: An option is unknown or invalid.
 
     Example:
         >>> PgOutputSource("postgresql://localhost/shop", slot="orders", publication="shop", until="current")
@@ -94,11 +94,11 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
     @classmethod
     def from_env(cls, **overrides: Any) -> PgOutputSource:
-        """A source that is configured by the environment when the dataflow starts, never at import.
+        """A source that reads its configuration from the environment when the dataflow starts, never at import.
 
-        `PGOUTPUT_DSN` (or libpq's own `PGHOST`, `PGSERVICE` …), `PGOUTPUT_SLOT`, `PGOUTPUT_PUBLICATION`,
-        `PGOUTPUT_CREATE`, `PGOUTPUT_UNTIL` and the rest of `SourceSettings`. `overrides` win over the environment.
-        With no connection configured at all the source runs on an embedded PostgreSQL with a small shop in it.
+        The variables are `PGOUTPUT_DSN` (or libpq's own `PGHOST`, `PGSERVICE` …), `PGOUTPUT_SLOT`,
+        `PGOUTPUT_PUBLICATION`, `PGOUTPUT_CREATE`, `PGOUTPUT_UNTIL` and the rest of `SourceSettings`. `overrides`
+        override the environment. Without any connection the source runs on an embedded PostgreSQL with a small shop.
         """
         source = cls.__new__(cls)
         resolved: list[SourceSettings] = []
@@ -126,7 +126,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         return taken_from(self)
 
     def list_parts(self) -> list[str]:
-        """The slot's name, which keys the resume state as well."""
+        """The slot's name, which is also the key of the resume state."""
         shutdown.joined()
         return [self._settings().slot]
 
@@ -134,7 +134,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         self, step_id: str, for_part: str, resume_state: State | None
     ) -> StatefulSourcePartition[ChangeSet, State]:
         """Connect, compare the slot with the resume state, and start to stream."""
-        shutdown.catch_signals()  # once more, because a notebook's kernel sets its own handlers for each cell
+        shutdown.catch_signals()  # again, because a notebook's kernel installs its own handlers for each cell
         settings = self._settings()
         try:
             with shutdown.building(settings.slot):
@@ -144,7 +144,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 
 
 class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
-    """A `SlotSession` as Bytewax drives it: when it delivers, when it is durable, and when it leaves."""
+    """A `SlotSession` driven by Bytewax: when it delivers, when it acknowledges, and when it leaves."""
 
     def __init__(self, settings: SourceSettings, state: State | None, tables: Iterable[tuple[str, str]] = ()) -> None:
         show_log()
@@ -153,8 +153,8 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         self.dsn = connection_string(settings.dsn, shop=True)
         self.session = SlotSession(self.dsn, settings, state, tables=tables)
         self.staged: Lsn | None = None
-        self.final = False  # the last snapshot covers all that this partition will deliver
-        self.done = False  # … and it is durable
+        self.final = False  # whether the last snapshot covers everything that this partition will deliver
+        self.done = False  # whether that snapshot is durable
         self.left = False
         self.bytes_in_epoch = 0
         self.in_main_thread = threading.current_thread() is threading.main_thread()
@@ -202,7 +202,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
     # -- the gate -----------------------------------------------------------------------------------------------
 
     def _gate(self) -> None:
-        """What the last snapshot staged is durable now: publish, then acknowledge, in this order."""
+        """Publish and then acknowledge, in this order: what the last snapshot staged is durable now."""
         if self.staged is None:
             return
         lsn, self.staged = self.staged, None
@@ -212,19 +212,19 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         self.session.acknowledge(lsn)
 
     def _ending(self) -> bool:
-        """Whether nothing more is to be delivered: a signal came, or the position to stop at was reached."""
+        """Whether to deliver nothing more: a signal came, or the position to stop at was reached."""
         return self.session.ended or shutdown.stopping()
 
     def _full(self) -> bool:
         return not self.in_main_thread and self.bytes_in_epoch > _EPOCH_BYTES
 
     def _leave(self) -> list[ChangeSet]:
-        """Everything is durable and acknowledged: end the stream, so that the server surely knows it, and the run."""
+        """Everything is durable and acknowledged: end the stream, with the server's confirmation, and the run."""
         if not self.left:
             self.left = True
             self.session.close(graceful=True)
             acknowledged = self.session.acknowledged
-            logger.info("slot %s: stopped, all up to %s is published and acknowledged", self.slot, acknowledged)
+            logger.info("slot %s: stopped, everything up to %s is published and acknowledged", self.slot, acknowledged)
         if self.session.ended:
             gate.drain()
             gate.source_finished(self.slot)
@@ -233,8 +233,8 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
             self._awake = datetime.now(UTC) + _IDLE
             return []
         gate.drain()
-        # StopIteration would close all windows and keep them closed in the recovery store. An abort leaves the state
-        # of the last epoch, which is all there is; in a cluster only an interrupt reaches the other workers.
+        # StopIteration would close all windows and keep them closed in the recovery store. An abort leaves the state of
+        # the last epoch, which is complete. In a cluster only an interrupt reaches the other workers.
         raise _abort()
 
     def _behind(self) -> bool:
@@ -243,7 +243,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
 
 
 class _Interrupted(StatefulSourcePartition[ChangeSet, State]):
-    """In place of a partition that was still being built when a signal came: it ends the run."""
+    """Ends the run in place of a partition that was still being built when a signal came."""
 
     def __init__(self, state: State | None) -> None:
         self.state = state
@@ -256,5 +256,5 @@ class _Interrupted(StatefulSourcePartition[ChangeSet, State]):
 
 
 def _abort() -> BaseException:
-    """What ends a run without a trace: in a cluster only an interrupt reaches the other workers."""
+    """The exception that ends a run quietly. In a cluster only an interrupt reaches the other workers."""
     return AbortExecution() if threading.current_thread() is threading.main_thread() else Drained()

@@ -58,7 +58,7 @@ def _leads(makers: dict[str, Any], stream: str, source: object) -> bool:
 
 
 def _core(steps: Iterable[Any]) -> Iterator[Any]:
-    """The operators that others are made of."""
+    """The core operators within steps, at any depth."""
     for step in steps:
         if getattr(step, "core", False):
             yield step
@@ -66,7 +66,7 @@ def _core(steps: Iterable[Any]) -> Iterator[Any]:
 
 
 def _streams(step: Any, names: Iterable[str]) -> list[str]:
-    """The IDs of the streams at some ports of an operator; a port has one or several."""
+    """The IDs of the streams at these ports of an operator; a port has one or several."""
     ports = [getattr(step, name) for name in names]
     return [each for port in ports for each in getattr(port, "stream_ids", {}).values()] + [
         port.stream_id for port in ports if hasattr(port, "stream_id")

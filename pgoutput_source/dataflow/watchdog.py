@@ -1,4 +1,4 @@
-"""A watchdog for runs that never end: Bytewax waits for ever for a member of a cluster that hangs."""
+"""A watchdog for stalled runs: Bytewax waits for ever for a member of a cluster that hangs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ _WARN_AFTER: Final = 60.0
 
 
 class Watchdog:
-    """Notices that a source is no longer called although the server has more, and ends the process if told to.
+    """Notices when a source is no longer called although the server has more, and ends the process if told to.
 
-    Bytewax calls a source many times a second, but not while an epoch does not become durable: because a step or a
-    sink hangs, or another process of the cluster was stopped or cut off. Nothing then ever ends, and the slot keeps the
-    server's WAL.
+    Bytewax calls a source many times a second, except while an epoch can't become durable: a step or a sink hangs, or
+    another process of the cluster was stopped or cut off. Such a run never ends, and the slot retains the server's WAL.
 
     Args:
         slot: The slot's name.
-        behind: Whether the server has more than is acknowledged. Called only in a stall, from another thread.
-        seconds: After this time the process ends, with exit code 70 and no cleanup, as in a crash: what is
-            not durable comes again. None only warns.
+        behind: Whether the server has more than is acknowledged. It is called only in a stall, from another thread.
+        seconds: After this time the process ends, with exit code 70 and no cleanup, as in a crash. Changes that are not
+            durable will come again. None only warns.
     """
 
     def __init__(self, slot: str, behind: Callable[[], bool], seconds: float | None) -> None:
@@ -69,7 +68,7 @@ class Watchdog:
                 if not self._behind():
                     continue
             except PgOutputError as e:
-                # Without its server a run may wait as long as it likes.
+                # A run without its server may wait as long as it likes.
                 logger.warning("slot %s: no progress for %.0f s, and: %s", self._slot, silent, e.message)
                 warned = called
                 continue
