@@ -1,8 +1,8 @@
 """Dataflow operators over whole batches: ``import pgoutput_source.operators as cdc``.
 
-Each works on `ChangeBatch`es, thousands of rows at a time, and composes with Bytewax's own operators, because a
-stream of batches is an ordinary Bytewax stream. Only `window`, `aggregate`, `latest`, `entered` and `left` keep
-state; the others cost what Arrow needs to copy the rows that stay, and every run gives the same.
+Each works on `ChangeBatch`es, thousands of rows at a time. They compose with Bytewax's own operators, because a stream
+of batches is an ordinary Bytewax stream. Only `window`, `aggregate`, `latest`, `entered` and `left` keep state. The
+others only cost what Arrow needs to copy the remaining rows, and are deterministic.
 """
 
 import pgoutput_source.dataflow.needs_bytewax  # noqa: F401

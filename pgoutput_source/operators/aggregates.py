@@ -1,6 +1,6 @@
-"""`cdc.aggregate`: a GROUP BY that stays right while rows are updated and deleted.
+"""`cdc.aggregate`: a GROUP BY that stays correct while rows are updated and deleted.
 
-What a change takes away comes from `_before` where the replica identity is FULL, and from kept rows where it is not.
+The old row of a change comes from `_before` if the replica identity is FULL, and otherwise from kept rows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from pgoutput_source.errors import StateError, check_version
 STATE_VERSION: Final = 1
 
 POSITION: Final = ("_op", "_commit_lsn", "_seq", "_commit_ts")
-"""Columns that stand behind an aggregate's own: what happened to the group, and as of which change."""
+"""The columns after an aggregate's own: what happened to the group, and as of which change."""
 
 _OPS: Final = pa.array(OPS, pa.utf8())
 
@@ -75,33 +75,33 @@ def aggregate(
     mean: Columns = (),
     where: pc.Expression | None = None,
 ) -> Stream[pa.RecordBatch]:
-    """The results of a GROUP BY over a table as it is now: each batch of changes gives the groups that it touched.
+    """The results of a GROUP BY over the current table. Each batch of changes gives the groups that it touched.
 
     After the last change of each transaction the results equal ``SELECT by, … FROM table WHERE … GROUP BY by`` on the
-    source at this moment, provided that the flow has seen the table from its beginning: empty, or with a snapshot
-    (`R` rows). A flow that begins in the middle knows nothing of rows before: with identity FULL it measures what has
-    changed since, and counts may be below zero; with others it measures the rows that it has seen.
+    source at that moment, if the flow has seen the table from its beginning: empty, or with a snapshot (`R` rows). A
+    flow that begins in the middle knows nothing of older rows. With identity FULL it measures what has changed since,
+    and counts may be negative. With other identities it measures the rows that it has seen.
 
-    Rows go to the columns of `by`, ``count`` and ``<column>_<function>``, then ``_op`` (`I` a new group, `U` new
-    values, `D` the group's last row is gone: its count is 0 and its measures are NULL), and ``_commit_lsn``, ``_seq``
-    and ``_commit_ts`` of the batch's last change, up to which everything is in these results. So the last row of each
-    group is its present state. Without `by` there is one group, of all rows.
+    The output has the columns of `by`, ``count`` and ``<column>_<function>``, then ``_op`` (`I` for a new group, `U`
+    for new values, `D` when the group's last row is gone: its count is 0 and its measures are NULL), and
+    ``_commit_lsn``, ``_seq`` and ``_commit_ts`` of the batch's last change. The results include everything up to that
+    change. So the last row of each group is its current state. Without `by` there is one group, of all rows.
 
-    Sums are exact, of floats as well (the true sum, rounded once; PostgreSQL's own depends on the order). Types, NULLs
-    and means are as with `cdc.window`.
+    Sums are exact, even of floats (the true sum, rounded once; PostgreSQL's own depends on the order). Types, NULLs and
+    means are as with `cdc.window`.
 
-    It must not stand behind `cdc.filter`: the update that makes a row fail a condition would be lost, and the row
-    stay for ever. Conditions belong into `where`.
+    Don't put it after `cdc.filter`: the update that makes a row fail the condition would be lost, and the row would
+    count for ever. Put conditions in `where`.
 
     Args:
         step_id: Unique name of the step; the state is kept under it.
         up: All changes of one table, none filtered out.
         by: Columns to group by.
         count: True counts rows, as ``count``; a column's name counts its values that are not NULL.
-        sum: Columns to sum up; NULLs are passed over here and below.
-        min: Columns whose least value is wanted. This and `max` keep how often each value of a group occurs.
-        max: Columns whose greatest value is wanted.
-        mean: Columns whose mean is wanted.
+        sum: Columns to sum. This and the following ignore NULLs.
+        min: Columns whose minimum to find. This and `max` keep how often each value of a group occurs.
+        max: Columns whose maximum to find.
+        mean: Columns whose mean to compute.
         where: Only rows for which this Arrow expression of the table's own columns is true count.
 
     Guarantees:
@@ -109,9 +109,9 @@ def aggregate(
 
     State:
         Per group its key and some numbers, about 500 bytes; per distinct value of a group under `min` and `max` about
-        150 bytes. If the identity is not FULL, also one row per key with the columns that are named here, about 200
-        bytes. All of it is in memory on one worker, and is written into the recovery store in each epoch in which
-        something changes: for more than some million rows set ``REPLICA IDENTITY FULL``.
+        150 bytes. If the identity is not FULL, also one row per key with the columns named here, about 200 bytes. The
+        state is in memory on one worker, and is written to the recovery store in each epoch in which something
+        changes. For more than a few million rows set ``REPLICA IDENTITY FULL``.
 
     Example:
         >>> from bytewax.dataflow import Dataflow
@@ -127,10 +127,10 @@ def aggregate(
         [('I', 'new', 2), ('D', 'new', 0), ('I', 'paid', 1)]
 
     Raises:
-        ConfigurationError: The arguments have no meaning together; once batches come: a column is missing or its type
-            can't be grouped, summed or compared, or batches are of several tables.
-        DecodeError: A sum is beyond its type, or a value that can't be computed with (see `_raw`).
-        StateError: An old row is needed that was never sent, or a column's type changed to one that can't be added.
+        ConfigurationError: The arguments are invalid. Once batches come: a column is missing, or its type can't be
+            grouped, summed or compared, or batches are of several tables.
+        DecodeError: A sum exceeds its type, or a value can't be computed with (see `_raw`).
+        StateError: An old row is needed that was never sent, or a column changed to a type that can't be added.
     """
     grouping = Grouping.of(by, count=count, sum=sum, min=min, max=max, mean=mean, reserved=POSITION)
 
@@ -142,7 +142,7 @@ def aggregate(
 
 
 class _Groups:
-    """The groups: a slot for each, and at each slot what is measured."""
+    """The groups: a slot for each, with its measures."""
 
     def __init__(self, grouping: Grouping) -> None:
         self.grouping = grouping
@@ -151,11 +151,11 @@ class _Groups:
         self.keys: list[Hashable] = []
         self.free: list[int] = []
         self.rows = np.zeros(0, np.int64)
-        self.shown = np.zeros(0, np.bool_)  # whether the group was given out and is there
+        self.shown = np.zeros(0, np.bool_)  # whether the group was delivered and still exists
         self.measured: dict[str, Accumulator] = {}
 
     def know(self, schema: pa.Schema) -> None:
-        """Take note of the columns' types, which may have changed."""
+        """Note the columns' types, which may have changed."""
         for name in self.grouping.columns:
             column_of(pa.RecordBatch.from_pylist([], schema), name)
             field = schema.field(name)
@@ -191,7 +191,7 @@ class _Groups:
                 yield f"sum {field.name}", FloatSum(field) if floating else Sum(field)
 
     def add(self, rows: pa.Table, sign: Ints) -> Ints:
-        """Add rows (1), or take them back (-1); the slots that this touches."""
+        """Add rows (1) or take them back (-1), and return the touched slots."""
         keys = [group_key(_array(rows, name), self.fields[name]) for name in self.grouping.by]
         if keys:
             group, some = encode(keys)
@@ -220,7 +220,7 @@ class _Groups:
         return slots
 
     def reset(self) -> Ints:
-        """Every group becomes empty; their slots."""
+        """Empty every group, and return their slots."""
         slots = np.fromiter(self.slots.values(), np.int64, len(self.slots))
         self.rows[slots] = 0
         for accumulator in self.measured.values():
@@ -228,7 +228,7 @@ class _Groups:
         return slots
 
     def forget_empty(self, touched: Sequence[Ints]) -> None:
-        """Give up the slots of those of these groups that are empty."""
+        """Free the slots of empty groups among these."""
         slots = np.unique(np.concatenate([np.zeros(0, np.int64), *touched]))
         slots = slots[self.rows[slots] == 0]
         for accumulator in self.measured.values():
@@ -282,7 +282,7 @@ class _Groups:
         self.shown = np.ones(len(self.rows), np.bool_)
         if set(state["measured"]) != set(self.measured):
             raise StateError(
-                "the state measures other things than the step does",
+                "the state has other measures than the step",
                 hint="give the step another name, or start afresh with a new recovery folder",
             )
         for name, kept in state["measured"].items():
@@ -294,7 +294,7 @@ def _array(rows: pa.Table, name: str) -> pa.Array:
 
 
 class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]):
-    """Keeps the groups, and the rows where the identity makes it necessary."""
+    """Keeps the groups and, if the identity requires it, the rows."""
 
     def __init__(
         self, step_id: str, grouping: Grouping, where: pc.Expression | None, state: dict[str, Any] | None
@@ -336,7 +336,7 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         return self._results(batch, touched)
 
     def _results(self, batch: ChangeBatch, touched: list[Ints]) -> pa.RecordBatch | None:
-        """What the groups are now that were touched; None if none of them is or was there."""
+        """The current results of the touched groups; None if none of them exists or existed."""
         groups = self.groups
         slots = np.unique(np.concatenate(touched)) if touched else np.zeros(0, np.int64)
         there, shown = groups.rows[slots] != 0, groups.shown[slots]
@@ -355,7 +355,7 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         return results
 
     def _know(self, batch: ChangeBatch) -> bool:
-        """Take note of a batch's columns and version; see `OldRows.know`."""
+        """Note a batch's columns and version; see `OldRows.know`."""
         if batch.data.schema is not self._schema:
             own = pa.schema([batch.data.schema.field(name) for name in own_columns(batch.data.schema)])
             self._columns = tuple(dict.fromkeys([*self.groups.grouping.columns, *referenced(self.where, own)]))
@@ -364,7 +364,7 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         return self.old.know(self.step_id, batch, self._columns)
 
     def _from_kept(self, data: pa.RecordBatch) -> list[pa.Table]:
-        """The rows of all keys that changed, as they are now and as they were."""
+        """The rows of all changed keys, as they are now and as they were."""
         assert self.old.kept is not None
         columns = tuple(dict.fromkeys([*self.old.kept.key, *self._columns]))
         changes = KeyedChanges(data, self.old.kept.key)
@@ -374,7 +374,7 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         return [new] if found.rows is None else [new, found.rows.select(new.column_names)]
 
     def _from_before(self, data: pa.RecordBatch) -> list[pa.Table]:
-        """The new row of each change, and its old one."""
+        """The new row and the old row of each change."""
         has_before, old = self.old.sent(data, self._columns)
         new = data.select(self._columns) if self._columns else data.select(["_op"])
         parts = [pa.Table.from_batches([new.filter(pa.array(operations(data) != DELETE))])]

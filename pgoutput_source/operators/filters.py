@@ -19,10 +19,10 @@ Predicate: TypeAlias = Callable[[pa.RecordBatch], pa.BooleanArray]
 
 @operator
 def filter(step_id: str, up: Stream[ChangeBatch], where: pc.Expression | Predicate) -> Stream[ChangeBatch]:
-    """The rows for which `where` is true. Rows for which it is null are dropped, and batches left empty as well.
+    """The rows for which `where` is true. Rows for which it is null are dropped, and so are empty batches.
 
-    A delete whose replica identity sends only the key has null in all other columns, so a condition on these drops
-    it, as it drops truncates: filter what you sum up, not what you mirror.
+    If the replica identity sends only the key, a delete has null in all other columns. So a condition on these drops
+    it, and it drops truncates too: filter what you sum, not what you mirror.
 
     Args:
         step_id: Unique name of the step.
@@ -59,7 +59,7 @@ def filter(step_id: str, up: Stream[ChangeBatch], where: pc.Expression | Predica
 
 @operator
 def inserts(step_id: str, up: Stream[ChangeBatch]) -> Stream[ChangeBatch]:
-    """Only rows that were inserted (`I`), not those that a snapshot read (`R`).
+    """Only inserts (`I`), without the rows that a snapshot read (`R`).
 
     Args:
         step_id: Unique name of the step.
@@ -83,7 +83,7 @@ def inserts(step_id: str, up: Stream[ChangeBatch]) -> Stream[ChangeBatch]:
 
 @operator
 def updates(step_id: str, up: Stream[ChangeBatch]) -> Stream[ChangeBatch]:
-    """Only updates (`U`): rows as they are now; what they were is in `_before`, as far as PostgreSQL sends it.
+    """Only updates (`U`): the new rows. The old ones are in `_before`, as far as PostgreSQL sends them.
 
     Args:
         step_id: Unique name of the step.
@@ -105,7 +105,7 @@ def updates(step_id: str, up: Stream[ChangeBatch]) -> Stream[ChangeBatch]:
 
 @operator
 def deletes(step_id: str, up: Stream[ChangeBatch]) -> Stream[ChangeBatch]:
-    """Only deletes (`D`): the old row, as far as the replica identity sends it. Truncates are not among them.
+    """Only deletes (`D`): the old rows, as far as the replica identity sends them. Truncates are not included.
 
     Args:
         step_id: Unique name of the step.

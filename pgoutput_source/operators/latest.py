@@ -1,4 +1,4 @@
-"""`cdc.latest`: changes thinned out to the last one of each key, each a whole row."""
+"""`cdc.latest`: only the last change of each key, as a whole row."""
 
 from __future__ import annotations
 
@@ -30,39 +30,40 @@ _FULL = "f"
 def latest(
     step_id: str, up: Stream[ChangeBatch], *, key: str | Sequence[str] | None = None, fill: bool = True
 ) -> Stream[ChangeBatch]:
-    """The last change of each key, for whoever mirrors a table: insert or update means put, delete means remove.
+    """The last change of each key, to mirror a table: insert or update means put, delete means remove.
 
-    Each batch gives at most one row per key, in position order: what the key's row is now (`I`, `U`, `R`), or that it
-    is gone (`D`). An update that changes the key also gives a `D` of the old key, at the same position. A truncate
-    gives its `T` first and nothing from before it; so does a table that was recreated, or that another one replaced
-    under its name. Put and remove these rows in order, and after the last change of each transaction you have the
-    source's table, also where keys moved onto each other (``SET id = id + 1``).
+    Each batch gives at most one row per key, in position order: the key's current row (`I`, `U`, `R`), or its deletion
+    (`D`). An update that changes the key also gives a `D` of the old key, at the same position. A truncate gives a `T`
+    first and nothing from before it. So does a table that was recreated, or that took over another's name. Put and
+    remove these rows in order, and after the last change of each transaction you have the source's table, even if keys
+    trade places (``SET id = id + 1``).
 
     One case is not covered. With identity FULL, rows of earlier transactions are not kept. If a row moves onto the key
-    of such a row and away again within one transaction, and the transaction is split between these two changes into
-    two batches, the mirror loses the row that had the key before. Only a deferrable key allows that, and such a
-    key can't be a replica identity itself. `current` sees the transaction whole and is right here as well.
+    of such a row and away again within one transaction, and the transaction is split into two batches between these two
+    changes, the mirror loses the row that had the key before. Only a deferrable key allows that, and such a key can't
+    be a replica identity itself. `current` sees the whole transaction and is right even then.
 
-    Rows are whole: a TOASTed value that an update left unchanged, and that PostgreSQL therefore did not send, comes
-    from an earlier change. A value that was never seen stays named in `_unchanged`: it is not known, so leave it
-    alone; its null is no NULL. What ALTER TABLE does to rows without sending them is told as far as it can be known:
-    a renamed column keeps its values, a column that was added has its default in older rows, and one that changed its
-    type is not known of rows that were not sent again.
+    Rows are whole. PostgreSQL does not send a TOASTed value that an update left unchanged, so the value comes from an
+    earlier change. A value that was never seen stays named in `_unchanged`: it is unknown, so leave it alone; its null
+    is not a NULL. ALTER TABLE changes rows without sending them, and what can be known of that is applied: a renamed
+    column keeps its values, an added column has its default in older rows, and after a change of type the values of
+    rows that were not sent again are unknown.
 
     It must see every change: put conditions after it, not before.
 
     Args:
         step_id: Unique name of the step; the state is kept under it.
-        up: All changes of one table or of several, none filtered out.
+        up: All changes of one or several tables, none filtered out.
         key: Columns that identify a row, by default those of the replica identity; needed with identity FULL.
-        fill: False keeps no rows: values are filled in from the same batch only, others stay named in `_unchanged`.
+        fill: False keeps no rows. Values are then filled in from the same batch only; others stay named in
+            `_unchanged`.
 
     State:
         With `fill`, and unless the identity is FULL: per key one row with the columns that can be TOASTed (text,
-        bytea, json, arrays, numeric …), as large as their values and about 200 bytes. It is in memory on one worker per
-        table, and written into the recovery store in each epoch in which the table changes. A table of only integers,
-        floats, times and booleans needs none. With identity FULL:
-        about 200 bytes for each row that the last transaction inserted or moved to another key.
+        bytea, json, arrays, numeric …): their values plus about 200 bytes. It is in memory on one worker per table, and
+        is written to the recovery store in each epoch in which the table changes. A table of only integers, floats,
+        times and booleans needs none. With identity FULL: about 200 bytes for each row that the last transaction
+        inserted or moved to another key.
 
     Example:
         >>> from bytewax.dataflow import Dataflow
@@ -80,7 +81,7 @@ def latest(
     Raises:
         ConfigurationError: Once batches come: the identity is FULL and there is no `key`, or PostgreSQL does not send
             the `key` of deleted rows.
-        StateError: The identity changed to columns that are not kept, or a column to a type that does not go with it.
+        StateError: The identity changed to columns that are not kept, or a column to an incompatible type.
     """
     keys = None if key is None else (key,) if isinstance(key, str) else tuple(key)
 
@@ -91,7 +92,7 @@ def latest(
 
 
 class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
-    """Keeps, of one table, what an update may leave out."""
+    """Keeps the values of one table that an update may leave out."""
 
     def __init__(self, step_id: str, key: tuple[str, ...] | None, fill: bool, state: dict[str, Any] | None) -> None:
         self.step_id, self.key, self.fill = step_id, key, fill
@@ -147,10 +148,10 @@ class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
         return batch.replace(pa.concat_batches([*head, _outcomes(changes, there)]))
 
     def _kept_columns(self, schema: TableSchema, key: tuple[str, ...], before: pa.Schema | None) -> list[str]:
-        """The columns to keep: a type of fixed width is never TOASTed. What is kept becomes rows of this version."""
+        """The columns to keep; a type of fixed width is never TOASTed. Kept rows become rows of this version."""
         wide = {c.name: c.arrow for c in schema.columns if not pa.types.is_primitive(c.arrow) and c.name not in key}
         if not self.fill or schema.replica_identity == _FULL or not wide:
-            # With FULL the old row brings what the new one leaves out. What was kept would be out of date later on.
+            # With FULL the old row has what the new one leaves out. Kept values would go out of date.
             self.kept = None
             return []
         columns = [*key, *wide]
@@ -162,13 +163,13 @@ class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
             self.kept.rekey(key)
         have = self.kept.types
         if any(have.get(name, kind) != kind for name, kind in wide.items()):
-            # ALTER COLUMN … TYPE may have made other values, which are not streamed.
+            # ALTER COLUMN … TYPE may have computed new values, which are not streamed.
             self.kept.clear()
         return columns
 
 
 def _truncate(first: pa.RecordBatch) -> pa.RecordBatch:
-    """A truncate at the position of a table's first change: nothing of the table before it is there any more."""
+    """A truncate at the position of a table's first change: no earlier row of the table exists any more."""
     arrays = []
     for field, column in zip(first.schema, first.columns, strict=True):
         if field.name == "_op":
@@ -182,14 +183,14 @@ def _key(step_id: str, asked: tuple[str, ...] | None, schema: TableSchema) -> tu
     """The columns that identify a row.
 
     Raises:
-        ConfigurationError: Nothing says it, or PostgreSQL does not send it of deleted rows.
+        ConfigurationError: The columns are unknown, or PostgreSQL does not send them for deletes.
     """
     full = schema.replica_identity == _FULL
     if asked is None and (full or not schema.key):
         raise ConfigurationError(
             f"step {step_id!r} does not know what identifies a row",
             table=schema.table,
-            hint='the replica identity does not say it: pass key="id"',
+            hint='the replica identity does not tell: pass key="id"',
         )
     key = schema.key if asked is None else asked
     own = {c.name for c in schema.columns}
@@ -198,13 +199,13 @@ def _key(step_id: str, asked: tuple[str, ...] | None, schema: TableSchema) -> tu
         raise ConfigurationError(
             f"step {step_id!r}: deletes come without {', '.join(sorted(set(key) - sent))}",
             table=schema.table,
-            hint=f"the replica identity sends {', '.join(schema.key)}: choose among these, or set it to FULL",
+            hint=f"the replica identity has {', '.join(schema.key)}: choose among these, or set it to FULL",
         )
     return key
 
 
 def _whole(changes: KeyedChanges, found: Found) -> tuple[pa.RecordBatch, dict[str, Any]]:
-    """The last change of each key that has a row, as a whole row; and by column where its value is not known."""
+    """The last change of each key that has a row, as a whole row; and by column the rows whose value is unknown."""
     data, rows = changes.data, changes.there[1]
     there = data.take(pa.array(rows))
     partly = [name for name in own_columns(data.schema) if name in unsent(data, data.schema.names)]
@@ -242,9 +243,9 @@ def _to_keep(there: pa.RecordBatch, columns: list[str], unknown: dict[str, Any])
 
 
 def _outcomes(changes: KeyedChanges, there: pa.RecordBatch) -> pa.RecordBatch:
-    """What became of each key, in order: a row, or a delete."""
+    """The outcome for each key, in order: a row or a delete."""
     deleted, left = changes.deleted[1], changes.left[1]
-    # The end of an old key comes before the change that brings its row to the new one.
+    # The delete of an old key comes before the change that moves its row to the new key.
     order = np.concatenate([changes.there[1] * 2 + 1, deleted * 2 + 1, left * 2])
     parts = [there, changes.data.take(pa.array(deleted))]
     if len(left):
@@ -266,6 +267,6 @@ def _deletes(updates: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _of_old_row(known: list[tuple[str, str]] | None) -> list[tuple[str, str]] | None:
-    """What `_raw` says of an old row, which is the row of a delete."""
+    """The entries of `_raw` for the old row, which is the row of a delete."""
     olds = [(name, text) for name, text in known or () if name.startswith(BEFORE)]
     return [*((name.removeprefix(BEFORE), text) for name, text in olds), *olds] or None

@@ -1,4 +1,4 @@
-"""`cdc.output`: batches into a sink, all changes of a table into one partition of it."""
+"""`cdc.output`: writes batches to a sink, with all changes of a table in one partition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Batch: TypeAlias = ChangeBatch | pa.RecordBatch
 def output(step_id: str, up: Stream[Batch], sink: FixedPartitionedSink[Any, Any]) -> None:
     """Write batches to a sink of this package, or to any sink with fixed partitions that takes batches.
 
-    Batches are keyed by their table, so that all changes of a table go to one partition of the sink, in order.
+    Batches are keyed by table, so that all changes of a table go to one partition of the sink, in order.
 
     Args:
         step_id: Unique name of the step; the sink's state is kept under it.

@@ -1,7 +1,8 @@
 """`cdc.select`, `cdc.rename` and `cdc.mask`: batches with other columns.
 
-A column stands in several places of a batch: as itself, in the old row (`_before`), by name in `_unchanged`, and by
-name with its text in `_raw`. All of them change together here, so that a column that was left out or masked is gone.
+A column occurs in several places of a batch: as itself, in the old row (`_before`), by name in `_unchanged`, and by
+name with its text in `_raw`. All of them change together here, so that no trace remains of a column that was left out
+or masked.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from pgoutput_source.compute.metadata import BEFORE, own_columns
 from pgoutput_source.errors import ConfigurationError
 
 Mask: TypeAlias = Callable[[pa.Array], pa.Array]
-"""Makes other values of a column's, one for each, in order."""
+"""Maps the values of a column to other values, one for each, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A column that stays: under which name, and through which mask. Without `raw` its exact texts are dropped."""
+    """A column that stays, with its name and its mask. Without `raw` its exact texts are dropped."""
 
     name: str
     mask: Mask | None = None
@@ -39,7 +40,7 @@ class Kept:
 def select(step_id: str, up: Stream[ChangeBatch], *columns: str) -> Stream[ChangeBatch]:
     """Only these columns of the table, in this order; the metadata columns stay.
 
-    Keep the key if the changes are to be applied somewhere. Costs next to nothing: no value is copied.
+    Keep the key if you apply the changes somewhere. It costs next to nothing, because no values are copied.
 
     Args:
         step_id: Unique name of the step.
@@ -66,7 +67,7 @@ def select(step_id: str, up: Stream[ChangeBatch], *columns: str) -> Stream[Chang
 
 @operator
 def rename(step_id: str, up: Stream[ChangeBatch], names: Mapping[str, str]) -> Stream[ChangeBatch]:
-    """Columns under other names. Costs next to nothing: no value is copied.
+    """Rename columns. It costs next to nothing, because no values are copied.
 
     Args:
         step_id: Unique name of the step.
@@ -85,24 +86,24 @@ def rename(step_id: str, up: Stream[ChangeBatch], names: Mapping[str, str]) -> S
         (['order_id', '_op'], ('order_id',))
 
     Raises:
-        ConfigurationError: Once batches come: there is no such column, or already one of the new name.
+        ConfigurationError: Once batches come: there is no such column, or the new name is taken.
     """
     return op.map("columns", up, _reshaper({old: Kept(new) for old, new in names.items()}, others=True))
 
 
 @operator
 def mask(step_id: str, up: Stream[ChangeBatch], *columns: str, using: Mask | None = None) -> Stream[ChangeBatch]:
-    """Columns whose values nobody behind this step may see: NULL, or what `using` makes of them.
+    """Hide the values of columns from all later steps: they become NULL, or what `using` makes of them.
 
-    The old row is masked as well, and the exact texts of odd values (`_raw`) are dropped. What is NULL, or was not
-    sent, stays NULL whatever `using` gives for it. Whether a value was changed can still be seen; with `using`, which
-    values are equal, too.
+    The old row is masked too, and the exact texts of misfits (`_raw`) are dropped. A value that is NULL, or was not
+    sent, stays NULL whatever `using` returns for it. One can still see whether a value was changed and, with `using`,
+    which values are equal.
 
     Args:
         step_id: Unique name of the step.
         up: Batches.
         columns: Names of the table's columns.
-        using: Gives an array of other values, of any type, for an array of values. It must give the same for the same.
+        using: Maps an array of values to an array of other values, of any type. Equal values must give equal results.
 
     Example:
         >>> import hashlib
@@ -121,7 +122,7 @@ def mask(step_id: str, up: Stream[ChangeBatch], *columns: str, using: Mask | Non
         {'id': 1, 'name': '49915e0d', 'email': None}
 
     Raises:
-        ConfigurationError: Once batches come: there is no such column, or `using` gives an array of another length.
+        ConfigurationError: Once batches come: there is no such column, or `using` returns an array of another length.
     """
     how = _nulls if using is None else using
     return op.map("columns", up, _reshaper({name: Kept(name, how, raw=False) for name in columns}, others=True))
@@ -132,7 +133,7 @@ def _nulls(values: pa.Array) -> pa.Array:
 
 
 def _reshaper(named: Mapping[str, Kept], *, others: bool) -> Callable[[ChangeBatch], ChangeBatch]:
-    """Gives each batch the columns `named`, and the others as they are if they stay."""
+    """A function that gives each batch the columns `named` and, with `others`, all other columns unchanged."""
     schemas: dict[TableSchema, TableSchema] = {}
 
     def reshape(batch: ChangeBatch) -> ChangeBatch:
@@ -144,9 +145,9 @@ def _reshaper(named: Mapping[str, Kept], *, others: bool) -> Callable[[ChangeBat
         names = [column.name for column in kept.values()]
         if len(set(names)) < len(names) or set(names) & set(METADATA_COLUMNS):
             raise ConfigurationError(
-                f"columns would be called {', '.join(names)}",
+                f"the columns would be {', '.join(names)}",
                 table=batch.table,
-                hint="each name once, and none of the metadata columns'",
+                hint="use each name once, and no name of a metadata column",
             )
         return _reshaped(batch, kept, schemas)
 
@@ -185,9 +186,9 @@ def _masked(values: pa.Array, column: Kept) -> pa.Array:
         made = made.combine_chunks()
     if len(made) != len(values):
         raise ConfigurationError(
-            f"using= made {len(made)} values of {len(values)}",
+            f"using= returned {len(made)} values for {len(values)}",
             column=column.name,
-            hint="give one value for each, in the same order",
+            hint="return one value for each, in the same order",
         )
     if values.null_count:
         made = pc.if_else(pc.is_valid(values), made, pa.scalar(None, made.type))
@@ -219,7 +220,7 @@ def _before(before: pa.StructArray, kept: dict[str, Kept], schema: TableSchema) 
 
 
 def _named(column: pa.Array, change: Callable[[Any], list[Any]]) -> pa.Array:
-    """`_unchanged` or `_raw`, which are null in most rows, with what they name changed."""
+    """`_unchanged` or `_raw`, which are null in most rows, with `change` applied to their entries."""
     if column.null_count == len(column):
         return column
     return pa.array([None if names is None else change(names) or None for names in column.to_pylist()], column.type)

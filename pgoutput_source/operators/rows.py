@@ -1,4 +1,4 @@
-"""`cdc.map_batches`, `cdc.key_by` and `cdc.events`: batches for functions of your own and Bytewax's own operators."""
+"""`cdc.map_batches`, `cdc.key_by` and `cdc.events`: batches for your own functions and Bytewax's own operators."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pgoutput_source.errors import ConfigurationError
 def map_batches(
     step_id: str, up: Stream[ChangeBatch], mapper: Callable[[pa.RecordBatch], pa.RecordBatch]
 ) -> Stream[ChangeBatch]:
-    """Batches through a function of your own: other rows, other values, columns more or less.
+    """Apply your own function to batches. It may change rows and values, and add or remove columns.
 
-    Leave the metadata columns as they are. A column that you add stands in the new rows only, not in `_before`.
+    Leave the metadata columns as they are. A column that you add exists only in the new rows, not in `_before`.
 
     Args:
         step_id: Unique name of the step.
         up: Batches.
-        mapper: Gives a record batch for a record batch; one without rows is dropped.
+        mapper: Maps a record batch to a record batch. Empty ones are dropped.
 
     Example:
         >>> from bytewax.dataflow import Dataflow
@@ -59,13 +59,13 @@ def map_batches(
 def key_by(step_id: str, up: Stream[ChangeBatch], *columns: str) -> KeyedStream[ChangeBatch]:
     """Split batches by the values of columns, for Bytewax's stateful operators and for the workers of a cluster.
 
-    The key of one column is its value as text; of several, and of NULL, a JSON array. Slices hold copies of their rows,
-    not views, so that they are small when they are sent to another process. Order is kept within a key.
+    With one column the key is its value as text; with several, or for NULL, it is a JSON array. Slices hold copies of
+    their rows, not views, so they are small when sent to another process. The order within a key is kept.
 
-    An update that changes these columns goes to its new key, and the old one does not hear of it. Truncates, which
-    have no values, go to the key of NULL.
+    An update that changes these columns goes to the new key only; the old key is not told. Truncates, which have no
+    values, go to the key of NULL.
 
-    A slice costs about 30 µs: for thousands of keys a batch, let Arrow group first, as `aggregate` and `window` do.
+    A slice costs about 30 µs. With thousands of keys per batch, let Arrow group first, as `aggregate` and `window` do.
 
     Args:
         step_id: Unique name of the step.
@@ -85,10 +85,10 @@ def key_by(step_id: str, up: Stream[ChangeBatch], *columns: str) -> KeyedStream[
         [('ann', [1, 3]), ('bob', [0, 2, 4])]
 
     Raises:
-        ConfigurationError: No column is named; once batches come: there is no such column.
+        ConfigurationError: No column is named. Once batches come: there is no such column.
     """
     if not columns:
-        raise ConfigurationError("no column to key by", hint="name one or several")
+        raise ConfigurationError("there is no column to key by", hint="name one or several")
 
     def split(batches: list[ChangeBatch]) -> list[tuple[str, ChangeBatch]]:
         return [slice_ for batch in batches if len(batch) for slice_ in _split(batch, columns)]
@@ -109,13 +109,13 @@ def _split(batch: ChangeBatch, names: tuple[str, ...]) -> Iterator[tuple[str, Ch
 
 @operator
 def events(step_id: str, up: Stream[ChangeSet] | Stream[ChangeBatch]) -> Stream[ChangeEvent]:
-    """Each change as a `ChangeEvent`, for Bytewax's own operators: of all tables, in the order of their positions.
+    """Each change of all tables as a `ChangeEvent`, in the order of positions, for Bytewax's own operators.
 
-    A row costs some microseconds as an object, where a column's value costs nanoseconds: filter batches first.
+    A row costs a few microseconds as an object, while a value in a column costs nanoseconds: filter batches first.
 
     Args:
         step_id: Unique name of the step.
-        up: What `PgOutputSource` gives, or batches of it.
+        up: The output of `PgOutputSource`, or batches of it.
 
     Example:
         >>> from bytewax.testing import TestingSink, TestingSource, run_main

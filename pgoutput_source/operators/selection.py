@@ -12,12 +12,12 @@ from pgoutput_source.dataflow.taken import take
 
 @operator
 def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]:
-    """The changes of one table, as batches in position order; a change of its schema starts a new batch.
+    """The changes of one table, as batches in position order. A change of its schema starts a new batch.
 
     Args:
         step_id: Unique name of the step.
-        up: What `PgOutputSource` gives.
-        name: Schema and table: ``public.orders``, or ``a."b.c"`` where a dot would be ambiguous.
+        up: The output of `PgOutputSource`.
+        name: Schema and table: ``public.orders``, or ``a."b.c"`` when a dot would be ambiguous.
 
     Raises:
         ConfigurationError: `name` has no schema, or dots that can be read in several ways.
@@ -48,13 +48,13 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
 def messages(step_id: str, up: Stream[ChangeSet], *, prefix: str = "") -> Stream[Message]:
     """Logical decoding messages: what ``pg_logical_emit_message(transactional, prefix, content)`` wrote.
 
-    A transactional one comes with its transaction, and only if this commits; the others come at once. Within a set
-    they stand in the order of the WAL. With `streaming`, a transactional message that was written behind a savepoint
-    which was rolled back comes nevertheless: PostgreSQL does not say of which subtransaction a message is.
+    A transactional message comes with its transaction, and only if that commits. Others come at once. Within a set they
+    are in WAL order. With `streaming`, a transactional message that was written after a savepoint comes even if the
+    savepoint was rolled back: PostgreSQL does not tell which subtransaction a message belongs to.
 
     Args:
         step_id: Unique name of the step.
-        up: What `PgOutputSource` gives.
+        up: The output of `PgOutputSource`.
         prefix: Only messages whose prefix begins with this; "" for all.
 
     Example:

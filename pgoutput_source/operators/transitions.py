@@ -1,7 +1,6 @@
-"""`cdc.entered` and `cdc.left`: the changes with which a row begins to satisfy a condition, or ceases to.
+"""`cdc.entered` and `cdc.left`: the changes that make a row start or stop satisfying a condition.
 
-What a row was before a change comes from `_before` where the replica identity is FULL, and from kept rows where it is
-not.
+The row before a change comes from `_before` if the replica identity is FULL, and otherwise from kept rows.
 """
 
 from __future__ import annotations
@@ -28,14 +27,15 @@ STATE_VERSION: Final = 1
 
 @operator
 def entered(step_id: str, up: Stream[ChangeBatch], where: pc.Expression) -> Stream[ChangeBatch]:
-    """The changes with which a row begins to satisfy a condition: ``where`` is true of the new row, and was not before.
+    """The changes that make a row satisfy a condition: ``where`` is true of the new row, and was not true before.
 
-    Each row counts once for each time that it enters: an order that is updated while it is paid is not paid again. An
-    insert enters if it satisfies the condition, and so does a row that a snapshot reads (`R`). A row that a flow sees
-    for the first time in an update is taken for one that did not satisfy it, unless the identity is FULL, which tells.
+    A row comes once for each time that it enters: an order that is updated while it is paid does not come again. An
+    insert enters if it satisfies the condition, and so does a row that a snapshot reads (`R`). If a flow first sees a
+    row in an update, the row counts as not satisfying the condition before, unless the identity is FULL and the old row
+    tells.
 
-    Changes come as they are, in position order. Together with `left` they say which rows satisfy the condition now:
-    those that entered last.
+    Changes come unmodified, in position order. Together with `left` they tell which rows satisfy the condition now: the
+    ones whose last such change is an entry.
 
     It must see every change of one table: put other conditions after it, not before.
 
@@ -46,11 +46,11 @@ def entered(step_id: str, up: Stream[ChangeBatch], where: pc.Expression) -> Stre
             numeric with a ``Decimal``. Null counts as false.
 
     Guarantees:
-        With recovery a row enters once, also over restarts.
+        With recovery a row enters once, even across restarts.
 
     State:
-        None while the identity is FULL. Else one row per key with the columns that the condition is about, about 200
-        bytes, in memory on one worker, and written into the recovery store in each epoch in which something changes.
+        None while the identity is FULL. Otherwise one row per key with the columns of the condition, about 200 bytes,
+        in memory on one worker, and written to the recovery store in each epoch in which something changes.
 
     Example:
         >>> from bytewax.dataflow import Dataflow
@@ -67,7 +67,7 @@ def entered(step_id: str, up: Stream[ChangeBatch], where: pc.Expression) -> Stre
 
     Raises:
         ConfigurationError: Once batches come: the condition does not fit the table, or batches are of several tables.
-        DecodeError: A value that the condition can't be computed with (see `_raw`).
+        DecodeError: The condition can't be computed with a value (see `_raw`).
         StateError: An old row or value is needed that was never sent.
     """
     return _transitions(up, lambda state: _Transitions(step_id, where, True, state))
@@ -75,10 +75,10 @@ def entered(step_id: str, up: Stream[ChangeBatch], where: pc.Expression) -> Stre
 
 @operator
 def left(step_id: str, up: Stream[ChangeBatch], where: pc.Expression) -> Stream[ChangeBatch]:
-    """The changes with which a row ceases to satisfy a condition: it was true of the row before, and is not any more.
+    """The changes after which a row no longer satisfies a condition: it was true of the old row, and is not any more.
 
     An update gives its new row; the old one is in `_before` as far as PostgreSQL sends it. A delete leaves if the row
-    satisfied the condition. A truncate comes as it is: all rows leave, and PostgreSQL does not name them.
+    satisfied the condition. A truncate comes unmodified: all rows leave, and PostgreSQL does not name them.
 
     See `entered` for arguments, guarantees, state and errors.
 
@@ -108,7 +108,7 @@ def _transitions(up: Stream[ChangeBatch], build: Callable[[Any | None], _Transit
 
 
 class _Transitions(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
-    """Finds the changes, and keeps what the rows were where PostgreSQL does not send it."""
+    """Finds the changes, and keeps old rows if PostgreSQL does not send them."""
 
     def __init__(self, step_id: str, where: pc.Expression, into: bool, state: dict[str, Any] | None) -> None:
         self.step_id, self.where, self.into = step_id, where, into
@@ -145,7 +145,7 @@ class _Transitions(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]])
         return data.filter(pa.array(wanted))
 
     def _from_before(self, data: pa.RecordBatch) -> tuple[Bools, Bools]:
-        """Of each change, whether the condition is true of the new row, and whether it was of the old one."""
+        """For each change, whether the condition is true of the new row, and whether it was true of the old one."""
         has_before, old = self.old.sent(data, self._columns)
         is_ = matching(pa.Table.from_batches([data]), self.where) & (operations(data) != DELETE)
         was = np.zeros(len(data), np.bool_)
@@ -169,7 +169,7 @@ class _Transitions(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]])
 
 
 def _before_each(changes: KeyedChanges, is_: Bools, kept: Bools) -> Bools:
-    """Whether the condition was true before each change; `kept` says it of each key before all of them."""
+    """Whether the condition was true before each change; `kept` tells it for each key before the first change."""
     lives = changes.lives
     if not len(lives.code):
         return np.zeros(0, np.bool_)

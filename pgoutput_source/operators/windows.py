@@ -1,7 +1,7 @@
 """`cdc.window`: sums, counts and extremes of changes per span of commit time, over whole batches.
 
-A batch becomes one small table of partial results, grouped by window, in Arrow; only these partial results go to the
-state, and over the wire in a cluster. So the cost is per batch, not per change.
+Arrow turns a batch into a small table of partial results, grouped by window. Only these partial results go into the
+state and, in a cluster, over the wire. So the cost is per batch, not per change.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 STATE_VERSION: Final = 1
 
 _ORIGIN: Final = (
-    946_857_600_000_000  # Monday 2000-01-03 00:00 UTC, in µs since 1970: windows of a week begin on Mondays
+    946_857_600_000_000  # Monday 2000-01-03 00:00 UTC in µs since 1970, so that windows of a week begin on Mondays
 )
-_TICKS: Final = 5  # an idle span is waited for in this many steps; this process must live through each
-_AFTER_START: Final = timedelta(minutes=1)  # a server may need as long to find its way to a slot's first change
+_TICKS: Final = 5  # an idle span is waited for in this many steps, and the process must be alive in each
+_AFTER_START: Final = timedelta(minutes=1)  # a server may need this long to reach a slot's first change
 _NOTICE: Final = timedelta(seconds=1)
 _COMPACT_ROWS: Final = 131_072
 _TIMESTAMP: Final = pa.timestamp("us", "UTC")
@@ -45,7 +45,7 @@ _TIMESTAMP: Final = pa.timestamp("us", "UTC")
 
 @dataclass(frozen=True)
 class WindowStream(Stream[pa.RecordBatch]):
-    """The results of `window`: a stream like any other, and beside it what came too late, as `late`.
+    """The results of `window`: an ordinary stream, with another stream `late` for what came too late.
 
     Example:
         >>> from bytewax import operators as op
@@ -63,7 +63,7 @@ class WindowStream(Stream[pa.RecordBatch]):
 
 @dataclass(frozen=True)
 class WindowOut:
-    """What the operator gives: results of closed windows, and of changes that came after their window was closed."""
+    """The operator's outputs: results of closed windows, and of changes that came after their window was closed."""
 
     down: Stream[pa.RecordBatch]
     late: Stream[pa.RecordBatch]
@@ -87,51 +87,53 @@ def window(
     idle: timedelta | None = timedelta(seconds=5),
     shards: int = 1,
 ) -> WindowStream:
-    """Measure the *changes* of each span of commit time, once, when the span is over.
+    """Measure the *changes* in each span of commit time, once, when the span is over.
 
-    A change counts in the windows that hold its transaction's commit time. Inserts and the new rows of updates count,
-    each as a change: an order that is inserted and updated twice counts three times, unless `where` or `ops` say
-    otherwise. Deletes and truncates take nothing back: for what a table holds *now* use `cdc.aggregate`.
+    A change counts in the windows that contain its transaction's commit time. Inserts and the new rows of updates
+    count, each as a change: an order that is inserted and updated twice counts three times, unless `where` or `ops` say
+    otherwise. Deletes and truncates take nothing back. To measure what a table holds *now* use `cdc.aggregate`.
 
-    Results come in record batches with `window_start` and `window_end` (timestamp[us, UTC], the end is not part of
-    the window), the columns of `by`, ``count`` and ``<column>_<function>``, sorted in this order. Windows and groups
-    without changes give no row. Sums of integers are int64, of decimals decimal128(38, s), and exact: beyond that
-    they raise an error and never wrap around; a `numeric` without declared precision counts as decimal128(38, 18).
+    Results come in record batches with `window_start` and `window_end` (timestamp[us, UTC]; the end is exclusive), the
+    columns of `by`, ``count`` and ``<column>_<function>``, sorted in this order. Windows and groups without changes
+    give no row. Sums of integers are int64, sums of decimals decimal128(38, s). They are exact, and on overflow they
+    raise an error instead of wrapping around. A `numeric` without declared precision counts as decimal128(38, 18).
     Means are float64. NULL is a group; a sum of only NULLs is NULL.
 
-    **When a window closes.** Time is told by the commits: once a commit at or after the window's end plus `wait` was
-    seen in `up`. PostgreSQL sends transactions in commit order, so that clocks that are set back, or several slots in
-    one stream, are the only reasons to wait. When nothing comes for `idle`, the wall clock takes over: windows whose
-    end plus `wait` lies before it close. This is counted in moments that this process was alive and idle, and for
-    a minute at first, so that a backlog after an outage is never late. At the end of the input all windows close.
+    **When a window closes.** Commits drive the time: a window closes once `up` has a commit at or after the window's
+    end plus `wait`. PostgreSQL sends transactions in commit order, so the only reasons to wait are clocks that are set
+    back, or several slots in one stream. When nothing comes for `idle`, the wall clock takes over, and windows whose
+    end plus `wait` lies before it close. Only time in which this process was alive and idle counts, and at first it
+    waits for a minute, so that a backlog after an outage is never late. At the end of the input all windows close.
 
-    **What comes too late** (its window is closed already) never opens a window again: it is measured by itself, in
-    rows of the same columns on `.late`, and logged as a warning. Counts and sums of both add up.
+    **What comes too late**, after its window has closed, never reopens a window. It is measured separately, in rows
+    with the same columns on `.late`, and logged as a warning. Counts and sums of both add up.
 
     Args:
         step_id: Unique name of the step; the state is kept under it.
         up: Batches.
-        every: Length of a window. They are aligned to Monday 2000-01-03 00:00 UTC: minutes, hours, days and weeks
-            start where one expects it.
-        hop: Time from the start of a window to the next one's; by default windows don't overlap. At most `every`.
+        every: Length of a window. Windows are aligned to Monday 2000-01-03 00:00 UTC, so that minutes, hours, days and
+            weeks start where one expects.
+        hop: Time from the start of one window to the start of the next, at most `every`. By default windows don't
+            overlap.
         by: Columns to group by.
         count: True counts changes, as ``count``; a column's name counts its values that are not NULL.
-        sum: Columns to sum up; NULLs are passed over here and below.
-        min: Columns whose least value is wanted.
-        max: Columns whose greatest value is wanted.
-        mean: Columns whose mean is wanted.
+        sum: Columns to sum. This and the following ignore NULLs.
+        min: Columns whose minimum to find.
+        max: Columns whose maximum to find.
+        mean: Columns whose mean to compute.
         where: Only changes for which this Arrow expression is true count.
-        ops: The operations that count, of `I`, `U`, `D` and `R`. A delete's row is what the replica identity sends.
+        ops: The operations that count: some of `I`, `U`, `D` and `R`. A delete's row is what the replica identity
+            sends.
         wait: How much older than the newest commit a change may be.
-        idle: Time without any batch after which the wall clock closes windows; None: only commits do.
-        shards: Parts of the state, by `by`, which the workers of a cluster share.
+        idle: Time without any batch after which the wall clock closes windows. With None only commits do.
+        shards: How many parts the state has, split by `by`. The workers of a cluster share them.
 
     Guarantees:
-        With recovery every change counts exactly once. The result does not depend on how batches are cut, but that
-        changes which came in one batch are never late to each other.
+        With recovery every change counts exactly once. The result does not depend on how changes are split into
+        batches, except that changes in one batch are never late relative to each other.
 
     State:
-        One row per group of each open window, about 30 bytes and its values.
+        One row per group of each open window: its values plus about 30 bytes.
 
     Example:
         >>> from bytewax.dataflow import Dataflow
@@ -152,33 +154,33 @@ def window(
         12:01 ann 1 12
 
     Raises:
-        ConfigurationError: The arguments have no meaning together; once batches come: a column is missing or its type
-            can't be grouped, summed or compared.
-        DecodeError: A sum is beyond its type, or a value that can't be computed with (see `_raw`).
+        ConfigurationError: The arguments are invalid. Once batches come: a column is missing, or its type can't be
+            grouped, summed or compared.
+        DecodeError: A sum exceeds its type, or a value can't be computed with (see `_raw`).
     """
     spans = Spans.of(every, every if hop is None else hop)
     grouping = Grouping.of(
         by, count=count, sum=sum, min=min, max=max, mean=mean, reserved=("window_start", "window_end")
     )
     if not set(ops) <= set("IUDR") or not ops:
-        raise ConfigurationError(f"ops={tuple(ops)!r}: not of 'I', 'U', 'D' and 'R'", hint="leave it out for I and U")
+        raise ConfigurationError(f"ops={tuple(ops)!r}: use 'I', 'U', 'D' or 'R'", hint="leave it out for I and U")
     if wait < timedelta(0) or (idle is not None and idle <= timedelta(0)):
-        raise ConfigurationError("wait is negative, or idle is not positive", hint="idle=None: only commits close")
+        raise ConfigurationError("wait is negative, or idle is not positive", hint="idle=None lets only commits close")
     if shards < 1:
-        raise ConfigurationError(f"shards={shards}", hint="1 or more")
+        raise ConfigurationError(f"shards={shards}", hint="use 1 or more")
     out = windows(step_id, up, spans, grouping, where, frozenset(ops), wait, idle, shards)
     return WindowStream(out.down.stream_id, out.down._scope, out.late)
 
 
 class CommitClock(Clock[Any, datetime]):
-    """Event time for Bytewax's own windows, told by commits alone: an outage makes nothing late.
+    """Event time for Bytewax's own windows, driven by commits alone, so that an outage makes nothing late.
 
-    Bytewax's `EventClock` lets time pass by the system's clock, also while the flow is down, and takes what then comes
-    for late. Here a key's watermark is the newest commit time that came for it, less `wait`; once a second it catches
-    up with the newest that came for any key in this process, so that keys that fall silent close their windows, too.
+    Bytewax's `EventClock` advances with the system's clock, even while the flow is down, and then considers the backlog
+    late. Here a key's watermark is the newest commit time of that key, minus `wait`. Once a second it catches up with
+    the newest commit time of any key in this process, so that silent keys close their windows too.
 
     Args:
-        of: Gives the commit time of an item; by default that of a `ChangeEvent`.
+        of: Returns the commit time of an item; by default that of a `ChangeEvent`.
         wait: How much older than the newest commit of its key an item may be.
 
     Example:
@@ -241,32 +243,32 @@ class _CommitTime(ClockLogic[Any, datetime]):
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Which windows there are: their length and the time from one's start to the next one's, in µs."""
+    """The layout of windows: their length, and the time from the start of one to the start of the next, in µs."""
 
     every: int
     hop: int
 
     @classmethod
     def of(cls, every: timedelta, hop: timedelta) -> Spans:
-        """Checked.
+        """Check the arguments.
 
         Raises:
-            ConfigurationError: A window of no length, or gaps between windows.
+            ConfigurationError: A window has no length, or there are gaps between windows.
         """
         if not timedelta(0) < hop <= every:
             raise ConfigurationError(
-                f"every={every}, hop={hop}: not 0 < hop <= every", hint="leave hop out for windows without overlap"
+                f"every={every}, hop={hop}: not 0 < hop <= every", hint="leave hop out for windows that don't overlap"
             )
         return cls(every // timedelta(microseconds=1), hop // timedelta(microseconds=1))
 
     def panes(self, times: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Start of each time's pane, the largest span that every window holds wholly or not at all."""
+        """The start of each time's pane. A pane is the largest span that each window contains wholly or not at all."""
         pane = math.gcd(self.every, self.hop)
         starts: np.ndarray[Any, Any] = (times - _ORIGIN) // pane * pane + _ORIGIN
         return starts
 
     def spread(self, panes: pa.Table) -> pa.Table:
-        """Rows by pane (`window`) as rows by window: each pane's once for each window that holds it."""
+        """Turn rows per pane (`window`) into rows per window: each pane's rows once for each window that contains it."""
         if self.hop == self.every:
             return panes
         starts = panes.column("window").to_numpy()
@@ -281,7 +283,7 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a step of batches comes to: the newest commit time in it (µs since 1970), and its partial results."""
+    """The result of some batches: the newest commit time in them (µs since 1970), and their partial results."""
 
     newest: int
     partial: pa.Table
@@ -299,7 +301,7 @@ def windows(
     idle: timedelta | None,
     shards: int,
 ) -> WindowOut:
-    """The steps behind `window`: partial results of each batch, kept by window, delivered when it closes."""
+    """The steps of `window`: partial results of each batch, kept per window, delivered when it closes."""
 
     def parts(batches: list[ChangeBatch]) -> list[tuple[str, Part]]:
         return [keyed for batch in batches if len(batch) for keyed in _split(part(batch.data), grouping, shards)]
@@ -325,12 +327,12 @@ def windows(
 
 
 def _split(part: Part, grouping: Grouping, shards: int) -> list[tuple[str, Part]]:
-    """By the shard that keeps them; every shard hears the time."""
+    """Split partial results by shard. Every shard gets the time."""
     if shards == 1:
         return [("0", part)]
     names = [f"by{i}" for i in range(len(grouping.by))]
     groups = zip(*(part.partial.column(name).to_pylist() for name in names), strict=True) if names else ()
-    # Workers must agree, in every process and version: Python's own hash() does not.
+    # All workers must agree, in every process and version. Python's own hash() would not.
     shard = np.array([zlib.crc32(repr(group).encode()) % shards for group in groups], np.int64)
     if not names:
         shard = np.zeros(part.partial.num_rows, np.int64)
@@ -352,8 +354,8 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         self.step_id, self.spans, self.grouping = step_id, spans, grouping
         self.wait = wait // timedelta(microseconds=1)
         self.idle = idle
-        self.newest: int | None = None  # commit time that was seen
-        self.closed: int | None = None  # windows that end here or earlier are closed for ever
+        self.newest: int | None = None  # the newest commit time seen
+        self.closed: int | None = None  # windows that end here or earlier are closed for good
         self.open: list[pa.Table] = []
         if state is not None:
             check_version(state, STATE_VERSION, f"step {step_id!r}")
@@ -361,7 +363,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
             kept = unpack(state["open"])
             self.open = [] if kept is None else [kept]
         self._compacted = sum(t.num_rows for t in self.open)
-        self._first = _first(self.open)  # start of the first open window
+        self._first = _first(self.open)  # the start of the first open window
         self._quiet = 0
         self._tick = timedelta(0)
         self._next: datetime | None = None
@@ -382,7 +384,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         return out, self.RETAIN
 
     def on_notify(self) -> tuple[Iterable[tuple[bool, pa.RecordBatch]], bool]:
-        # A worker that was held up for long must not take that for silence: only time in which it came here counts.
+        # A worker that was held up must not mistake that for silence, so only time in which it came here counts.
         self._quiet += 1
         self._next = datetime.now(UTC) + self._tick
         if self._quiet < _TICKS:
@@ -407,7 +409,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         self._next = datetime.now(UTC) + self._tick
 
     def _take(self, part: Part) -> list[tuple[bool, pa.RecordBatch]]:
-        """Keep what belongs to open windows; the results of what comes too late."""
+        """Keep what belongs to open windows, and return the results of what comes too late."""
         partial = part.partial
         if not partial.num_rows:
             return []
@@ -423,7 +425,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         if partial.num_rows:
             self.open.append(partial)
             self._first = min(self._first, _first([partial]))
-            # Merging costs as much as there is, so it waits for as much again: each row is merged a few times.
+            # Merging costs as much as there is, so wait until that has doubled: each row is merged only a few times.
             if sum(t.num_rows for t in self.open) > max(2 * self._compacted, _COMPACT_ROWS) or len(self.open) > 256:
                 self._compact()
         return late
@@ -434,7 +436,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         self._compacted = self.open[0].num_rows if self.open else 0
 
     def _close(self, watermark: int | None) -> list[tuple[bool, pa.RecordBatch]]:
-        """The results of windows that end at or before the watermark; of all, if there is none."""
+        """The results of windows that end at or before the watermark; of all windows if it is None."""
         if not self.open:
             return []
         if watermark is not None and self._first + self.spans.every > watermark:
@@ -461,5 +463,5 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
 
 
 def _first(tables: Sequence[pa.Table]) -> float:
-    """The first window's start in these partial results; infinity if there is none."""
+    """The start of the first window in these partial results; infinity if there is none."""
     return min((int(t.column("window").to_numpy().min()) for t in tables if t.num_rows), default=math.inf)
