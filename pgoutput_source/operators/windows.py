@@ -268,7 +268,7 @@ class Spans:
         return starts
 
     def spread(self, panes: pa.Table) -> pa.Table:
-        """Turn rows per pane (`window`) into rows per window: each pane's rows once for each window that contains it."""
+        """Turn rows per pane (`window`) into rows per window: a row once for each window that contains its pane."""
         if self.hop == self.every:
             return panes
         starts = panes.column("window").to_numpy()

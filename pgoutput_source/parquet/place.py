@@ -60,8 +60,8 @@ def explained(what: str, path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         hint = (
-            "nothing of it was published or acknowledged: free some space, or repair the folder's permissions or the "
-            "disk, and start again"
+            "nothing of it was published or acknowledged: make room, or repair the folder's permissions or the disk, "
+            "and start again"
         )
         if e.errno in (errno.EMFILE, errno.ENFILE):
             hint = (
