@@ -1,1 +1,1 @@
-"""Groups, rows by key and accumulators: what operators and readers of folders compute with. No Bytewax here."""
+"""Groups, rows by key and accumulators, for operators and for readers of folders. Works without Bytewax."""

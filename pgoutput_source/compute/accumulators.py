@@ -1,8 +1,8 @@
-"""Accumulators that can take back: counts, exact sums and extremes of many groups, each group at a slot.
+"""Accumulators that can take values back: counts, exact sums and extremes of many groups, each group at a slot.
 
-Rows come in by the thousand, each with a group and a sign: +1 for a row that is there now, -1 for one that no longer
-is. Sums are exact, floats too, so that what was added and taken back leaves nothing behind: integers and decimals are
-added limb by limb, floats as integers times powers of two. Python's integers hold the totals and can't overflow.
+Rows come in by the thousand, each with a group and a sign: +1 for a new row, -1 for one that no longer exists. Sums are
+exact, even of floats, so that adding and taking back leaves no trace: integers and decimals are added limb by limb,
+floats as integers times powers of two. Python's integers hold the totals and can't overflow.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ from pgoutput_source.compute.state import AFRESH
 from pgoutput_source.errors import DecodeError, StateError
 
 MOST_ROWS: Final = 1 << 20
-"""So many rows may be added at once: bincount adds float64s, in which the sum of as many 32-bit limbs is exact."""
+"""How many rows may be added at once: bincount adds float64s, which hold the sum of this many 32-bit limbs exactly."""
 
-_FEW: Final = 16  # values of a group that are counted one by one, because lists of them would cost more
-_POWER: Final = 1200  # floats are summed up as multiples of 2**-1200; the smallest is 2**-1074
+_FEW: Final = 16  # up to this many values of a group are counted one by one, which is cheaper than making lists
+_POWER: Final = 1200  # floats are summed as multiples of 2**-1200; the smallest float is 2**-1074
 
 
 class Accumulator(ABC):
-    """What one function keeps of one column, for every slot."""
+    """What one function of one column keeps for every slot."""
 
     def __init__(self, field: pa.Field) -> None:
         self.field = field
 
     @abstractmethod
     def grow(self, slots: int) -> None:
-        """Make room up to `slots`, empty."""
+        """Add empty slots, up to `slots`."""
 
     @abstractmethod
     def add(self, slots: Ints, group: Ints, values: pa.Array, sign: Ints) -> None:
-        """Add rows, or take them back: `slots[group[i]]` is where row i belongs."""
+        """Add rows, or take them back. Row i belongs to the slot `slots[group[i]]`."""
 
     @abstractmethod
     def clear(self, slots: Ints) -> None:
-        """Make these slots empty."""
+        """Empty these slots."""
 
     @abstractmethod
     def state(self, slots: Ints) -> Any:
-        """What is kept of these slots, as fresh builtins."""
+        """The content of these slots, as new builtins."""
 
     @abstractmethod
     def restore(self, state: Any) -> None:
-        """What `state` gave, at the slots 0, 1, 2 …"""
+        """Restore what `state` returned, at the slots 0, 1, 2 …"""
 
     def changed(self, field: pa.Field) -> None:
-        """The column has another type from now on.
+        """Change the column's type.
 
         Raises:
-            StateError: Values of both types don't go together.
+            StateError: Values of the two types can't be added or compared.
         """
         if not goes_with(self.field.type, field.type):
             raise StateError(
@@ -149,10 +149,10 @@ class Sum(Accumulator):
         self.totals = np.array([*state["totals"], None], object)[:-1]
 
     def of(self, slots: Ints, counts: Ints) -> pa.Array:
-        """The sums, NULL where nothing was counted.
+        """The sums; NULL where nothing was counted.
 
         Raises:
-            DecodeError: One is beyond int64 or 38 digits.
+            DecodeError: A sum exceeds int64 or 38 digits.
         """
         kind = self.field.type
         if pa.types.is_integer(kind):
@@ -178,7 +178,7 @@ class Sum(Accumulator):
 
 
 class FloatSum(Accumulator):
-    """The exact sum of floats, as a multiple of 2**-1200; NaN and the infinities are counted beside it."""
+    """The exact sum of floats, as a multiple of 2**-1200. NaN and the infinities are counted separately."""
 
     def __init__(self, field: pa.Field) -> None:
         super().__init__(field)
@@ -202,7 +202,7 @@ class FloatSum(Accumulator):
             return
         fraction, exponent = np.frexp(floats)
         mantissa = (fraction * 2.0**53).astype(np.int64) * sign
-        # Mantissas of equal exponents are added as integers, in two halves that can't overflow.
+        # Mantissas with equal exponents are added as integers, in two halves that can't overflow.
         pair, index = np.unique(group * 4096 + (exponent + 2048), return_inverse=True)
         low = np.bincount(index, mantissa & 0xFFFFFFFF).astype(np.int64).tolist()
         high = np.bincount(index, mantissa >> 32).astype(np.int64).tolist()
@@ -220,10 +220,10 @@ class FloatSum(Accumulator):
         self.special = np.frombuffer(state["special"], np.int64).reshape(-1, 3).copy()
 
     def of(self, slots: Ints, counts: Ints) -> pa.Array:
-        """The sums, correctly rounded, NULL where nothing was counted.
+        """The sums, correctly rounded; NULL where nothing was counted.
 
         Raises:
-            DecodeError: One is beyond float64.
+            DecodeError: A sum exceeds float64.
         """
         return self._rounded(slots, counts, np.ones(len(slots), np.int64))
 
@@ -255,16 +255,17 @@ class FloatSum(Accumulator):
 
 
 class Values(Accumulator):
-    """How often each value occurs: what a minimum or maximum that can be taken back needs.
+    """How often each value occurs. A minimum or maximum needs this to take values back.
 
-    An entry per distinct value of a group. Only when the extreme itself goes away all of them are looked at. Values are
-    Python objects in the order of PostgreSQL: decimals are multiples of 10**-scale, floats are integers in their order.
+    There is an entry per distinct value of a group. Only when the extreme itself goes away are all entries searched.
+    Values are Python objects in PostgreSQL's order: decimals are multiples of 10**-scale, floats are integers that sort
+    like them.
     """
 
     def __init__(self, field: pa.Field) -> None:
         super().__init__(field)
         self.counts: list[dict[Any, int]] = []
-        self.edges: list[tuple[Any, Any] | None] = []  # least and greatest, None while they are not known
+        self.edges: list[tuple[Any, Any] | None] = []  # least and greatest value, None while unknown
         self.scale = 0
 
     def grow(self, slots: int) -> None:
@@ -280,7 +281,7 @@ class Values(Accumulator):
         if not len(values):
             return
         if pa.types.is_floating(values.type):
-            # Values that are equal must have one code, and there are two zeros and many NaNs.
+            # Equal values must have the same code, and there are two zeros and many NaNs.
             values = pa.array(_in_order(values.to_numpy(zero_copy_only=False).astype(np.float64)))
         code, some = encode([values])
         objects = self._objects(values.take(pa.array(some)))
@@ -300,7 +301,7 @@ class Values(Accumulator):
             low = high
 
     def _count(self, slot: int, value: Any, more: int) -> None:
-        """Let a value occur so many times more."""
+        """Count a value `more` times."""
         counts, edges = self.counts[slot], self.edges[slot]
         was = counts.get(value, 0)
         now = was + more
@@ -315,7 +316,7 @@ class Values(Accumulator):
                 self.edges[slot] = None
 
     def _count_all(self, slot: int, values: list[Any], more: list[int]) -> None:
-        """Let each of these values, all different, occur so many times more."""
+        """Count each of these distinct values `more` times."""
         counts, edges = self.counts[slot], self.edges[slot]
         was = list(map(counts.get, values, itertools.repeat(0)))
         now = list(map(operator.add, was, more))
@@ -355,11 +356,11 @@ class Values(Accumulator):
         self.edges = [None] * len(self.counts)
 
     def least(self, slots: Ints) -> pa.Array:
-        """The least values; NaN is greater than all."""
+        """The minimums; NaN is greater than every number."""
         return self._extremes(slots, 0)
 
     def greatest(self, slots: Ints) -> pa.Array:
-        """The greatest values; NaN is greater than all."""
+        """The maximums; NaN is greater than every number."""
         return self._extremes(slots, 1)
 
     def _extremes(self, slots: Ints, which: int) -> pa.Array:
@@ -367,7 +368,7 @@ class Values(Accumulator):
         for slot in slots.tolist():
             edges = self.edges[slot]
             if edges is None:
-                # Below zero are values that were taken back and never seen: the stream began in the middle.
+                # If the stream began in the middle, values that were never seen are taken back, and count below zero.
                 counts = self.counts[slot]
                 there = counts if min(counts.values(), default=0) > 0 else [v for v, n in counts.items() if n > 0]
                 if not there:
@@ -388,7 +389,7 @@ class Values(Accumulator):
 
 
 def _in_order(floats: NDArray[np.float64]) -> Ints:
-    """Integers in the order of these floats, NaN last."""
+    """Integers that sort like these floats, NaN last."""
     floats = floats + 0.0  # -0.0 becomes 0.0
     floats[np.isnan(floats)] = np.nan
     bits = floats.view(np.int64)
@@ -402,7 +403,7 @@ def _from_order(integers: Ints) -> NDArray[np.float64]:
 
 
 def _integers(values: pa.Array) -> list[int]:
-    """Integers or decimals without nulls, as Python's integers; no scale counts."""
+    """Integers or decimals without nulls, as Python integers; the scale is ignored."""
     if not pa.types.is_decimal(values.type):
         return list(values.to_pylist())
     if values.type.precision <= 18:
@@ -412,10 +413,10 @@ def _integers(values: pa.Array) -> list[int]:
 
 
 def added_up(values: pa.Array, group: Ints, sign: Ints, size: int) -> NDArray[np.object_]:
-    """The exact sums of int64s or decimals by group, as Python's integers; no value is null, and no scale counts."""
+    """The exact sums of int64s or decimals by group, as Python integers. No value is null; the scale is ignored."""
     width = values.type.bit_width // 32
     limbs = np.frombuffer(values.buffers()[1], "<u4").reshape(-1, width)[values.offset :][: len(values)]
-    # What lies above 18 digits only repeats the sign.
+    # Limbs above 18 digits only repeat the sign.
     used = 2 if pa.types.is_decimal(values.type) and values.type.precision <= 18 else width
     # The uppermost limb carries the sign.
     parts = [limbs[:, i].view("<i4") if i == used - 1 else limbs[:, i] for i in range(used)]
@@ -429,7 +430,7 @@ def added_up(values: pa.Array, group: Ints, sign: Ints, size: int) -> NDArray[np
 
 
 def exact_array(integers: NDArray[np.object_], kind: pa.DataType, valid: NDArray[np.bool_]) -> pa.Array | None:
-    """Python's integers as int64s, or as decimals that are multiples of 10**-scale; None if one is beyond them."""
+    """Python integers as int64s, or as decimals that are multiples of 10**-scale; None if one doesn't fit."""
     n, bits = len(integers), kind.bit_width
     low, high = (min(integers), max(integers)) if n else (0, 0)
     limit = 2**63 - 1 if bits == 64 else 10**kind.precision - 1
@@ -451,7 +452,7 @@ def counted(group: Ints, sign: Ints, size: int) -> Ints:
 
 
 def grown(array: NDArray[Any], size: int) -> NDArray[Any]:
-    """The array with zeros after it, at least `size` long; grown by half, so that it is seldom copied."""
+    """The array, extended with zeros to at least `size`. It grows by half, so that it is seldom copied."""
     if len(array) >= size:
         return array
     out = np.zeros((max(size, len(array) * 3 // 2 + 16), *array.shape[1:]), array.dtype)

@@ -1,7 +1,7 @@
-"""Columns to compute with: which types can be grouped, summed and compared, and how.
+"""Prepares columns for computing: which types can be grouped, summed and compared, and how.
 
-All of it means what SQL means: NaN is greater than every number, both zeros are equal, and text compares as with
-``COLLATE "C"``. A value that its Arrow type can't hold is refused, never taken for NULL.
+Everything follows SQL: NaN is greater than every number, both zeros are equal, and text compares as with
+``COLLATE "C"``. A value that its Arrow type can't hold is refused, and never counts as NULL.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def column_of(data: pa.RecordBatch, name: str) -> pa.Array:
     """A column by its name.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: There is no such column.
     """
     index = data.schema.get_field_index(name)
     if index < 0:
@@ -38,11 +38,11 @@ def column_of(data: pa.RecordBatch, name: str) -> pa.Array:
 
 
 def operand(part: str, values: pa.Array, field: pa.Field) -> pa.Array:
-    """A column as what `part` of a function works on: sums in the widest type, numerics that came as text as numbers.
+    """A column as `part` of a function needs it: sums in the widest type, numerics that came as text as numbers.
 
     Raises:
         ConfigurationError: Values of this type can't be summed or compared.
-        DecodeError: A numeric without bounds that doesn't fit decimal128(38, 18).
+        DecodeError: A numeric without declared precision doesn't fit decimal128(38, 18).
     """
     if part == "count":
         return values
@@ -67,7 +67,7 @@ def operand(part: str, values: pa.Array, field: pa.Field) -> pa.Array:
 
 
 def group_key(values: pa.Array, field: pa.Field) -> pa.Array:
-    """A column as what is grouped by: values that PostgreSQL takes for equal are equal.
+    """A column to group by: values that are equal in PostgreSQL are equal in it.
 
     Raises:
         ConfigurationError: Values of this type can't be grouped.
@@ -85,10 +85,10 @@ def group_key(values: pa.Array, field: pa.Field) -> pa.Array:
 
 
 def numbers(values: pa.Array, field: pa.Field) -> pa.Array:
-    """A `numeric` without declared precision comes as text: as decimal128(38, 18). Other columns as they are.
+    """A column of `numeric` without declared precision, which comes as text, as decimal128(38, 18). Others unchanged.
 
     Raises:
-        DecodeError: A value that has more digits, or is NaN or infinite.
+        DecodeError: A value has more digits, or is NaN or infinite.
     """
     if not pa.types.is_string(values.type) or _metadata(field, b"pg.type") != "numeric":
         return values
@@ -96,7 +96,7 @@ def numbers(values: pa.Array, field: pa.Field) -> pa.Array:
         return values.cast(_TEXT_NUMERIC)
     except pa.ArrowInvalid as e:
         raise DecodeError(
-            "a numeric beyond 20 digits before and 18 behind the point, NaN or infinity can't be computed with",
+            "can't compute with a numeric of more than 20 digits before or 18 after the decimal point, NaN or infinity",
             column=field.name,
             type_name="numeric",
             hint="declare the column numeric(p,s), or leave such rows out with where=",
@@ -104,7 +104,7 @@ def numbers(values: pa.Array, field: pa.Field) -> pa.Array:
 
 
 def is_plain(kind: pa.DataType) -> bool:
-    """Whether values of this type are equal or ordered in Arrow as in PostgreSQL."""
+    """Whether values of this type compare in Arrow as in PostgreSQL."""
     t = pa.types
     return bool(
         t.is_primitive(kind) or t.is_decimal(kind) or t.is_string(kind) or t.is_binary(kind) or t.is_null(kind)
@@ -112,10 +112,10 @@ def is_plain(kind: pa.DataType) -> bool:
 
 
 def referenced(where: pc.Expression | None, schema: pa.Schema) -> tuple[str, ...]:
-    """The columns that an expression is about.
+    """The columns that an expression uses.
 
     Raises:
-        ConfigurationError: It is about a column that there is not.
+        ConfigurationError: It uses a column that does not exist.
     """
     if where is None:
         return ()
@@ -125,7 +125,7 @@ def referenced(where: pc.Expression | None, schema: pa.Schema) -> tuple[str, ...
         raise _does_not_fit(e, schema) from e
     names = []
     for name in schema.names:
-        # An expression does not tell, but without a column that it needs it fails.
+        # An expression does not tell which columns it uses, but it fails without one of them.
         try:
             schema.empty_table().drop_columns([name]).filter(where)
         except pa.ArrowInvalid:
@@ -146,7 +146,7 @@ def filtered(data: pa.RecordBatch, where: pc.Expression) -> pa.RecordBatch:
 
 
 def matching(rows: pa.Table, where: pc.Expression) -> Bools:
-    """For which rows an expression is true.
+    """Which rows satisfy an expression.
 
     Raises:
         ConfigurationError: It does not fit the columns.
@@ -165,15 +165,15 @@ def _does_not_fit(error: Exception, schema: pa.Schema) -> ConfigurationError:
     return ConfigurationError(
         f"the condition does not fit the table: {error}",
         table=_metadata(schema, b"pg.table"),
-        hint="compare each column that there is with a value of its own type, a numeric with a Decimal",
+        hint="use columns of the table, and compare each with a value of its own type, a numeric with a Decimal",
     )
 
 
 def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], prefix: str = "") -> None:
-    """Raise for a value that its column's Arrow type can't hold: its cell is null, but it is not NULL.
+    """Refuse misfits: their cells are null, but their values are not NULL.
 
     Raises:
-        DecodeError: There is one in one of these columns.
+        DecodeError: One of these columns has a misfit.
     """
     index = data.schema.get_field_index("_raw")
     found = {} if index < 0 else texts(data.column(index))
@@ -181,7 +181,7 @@ def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], prefix: str = "
         if prefix + name in found:
             row = int(found[prefix + name].rows[0])
             raise DecodeError(
-                f"a value that {data.schema.field(name).type} can't hold can't be computed with",
+                f"can't compute with a value that {data.schema.field(name).type} can't hold",
                 table=_metadata(data.schema, b"pg.table"),
                 column=name,
                 lsn=data.column("_lsn")[row].as_py() if "_lsn" in data.schema.names else None,

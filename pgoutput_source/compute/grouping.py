@@ -1,9 +1,9 @@
 """GROUP BY in two steps: each batch gives partial results, and partial results add up, in any order.
 
-This is what windows and aggregates have in common: what a user may ask for (`Grouping`), which types can be grouped,
-summed and compared, and the two steps themselves, which are Arrow's. All results mean what SQL's mean: NULLs are a
-group of their own, a sum of only NULLs is NULL, NaN is greater than every number and text compares as with
-``COLLATE "C"``. Nothing overflows silently: a sum is exact, or an error.
+Windows and aggregates share this: what a user may ask for (`Grouping`), which types can be grouped, summed and
+compared, and the two steps themselves, which Arrow does. Results mean the same as in SQL: NULLs form a group, a sum of
+only NULLs is NULL, NaN is greater than every number, and text compares as with ``COLLATE "C"``. Nothing overflows
+silently: a sum is exact, or an error.
 
 https://www.postgresql.org/docs/current/functions-aggregate.html
 """
@@ -25,7 +25,7 @@ Columns: TypeAlias = str | Sequence[str]
 """One column's name, or several."""
 
 PARTS: Final = {"count": ("count",), "sum": ("sum",), "min": ("min",), "max": ("max",), "mean": ("sum", "count")}
-"""What a function is made of: partial results that can be added up."""
+"""The partial results of each function, which can be added up."""
 
 ROWS: Final = "rows"
 _ADD_UP: Final = {"rows": "sum", "count": "sum", "sum": "sum", "min": "min", "max": "max", "nan": "max"}
@@ -43,7 +43,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """What is grouped by, and what is measured of each group."""
+    """The columns to group by, and the measures of each group."""
 
     by: tuple[str, ...]
     measures: tuple[Measure, ...]
@@ -60,7 +60,7 @@ class Grouping:
         mean: Columns = (),
         reserved: Iterable[str] = (),
     ) -> Grouping:
-        """What the arguments of an operator ask for; `reserved` are the names of its other result columns.
+        """The grouping for the arguments of an operator. `reserved` are the names of its other result columns.
 
         >>> [m.name for m in Grouping.of("status", count=True, sum="amount").measures]
         ['count', 'amount_sum']
@@ -92,16 +92,16 @@ class Grouping:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The table's columns that are needed, each once."""
+        """The table's columns that it needs, each once."""
         measured = (m.column for m in self.measures if m.column is not None)
         return tuple(dict.fromkeys([*self.by, *measured]))
 
     def partial(self, data: pa.RecordBatch, extra: dict[str, pa.Array]) -> pa.Table:
-        """Partial results of each group of `data`; `extra` columns are grouped by as well, before the others.
+        """Partial results of each group of `data`. The `extra` columns are grouped by too, before the others.
 
         Raises:
-            ConfigurationError: A column is missing, or of a type that can't be grouped, summed or compared.
-            DecodeError: A value that its column's Arrow type can't hold (`_raw`), or a sum beyond its type.
+            ConfigurationError: A column is missing, or its type can't be grouped, summed or compared.
+            DecodeError: A column has a misfit (`_raw`), or a sum exceeds its type.
         """
         refuse_misfits(data, self.columns)
         keys = dict(extra)
@@ -126,11 +126,11 @@ class Grouping:
         return _aggregate(table, list(keys), functions | {ROWS: "count_all"}, came_as)
 
     def add_up(self, partials: Sequence[pa.Table], extra: Sequence[str] = ()) -> pa.Table:
-        """The partial results of all these together.
+        """The total of partial results.
 
         Raises:
-            DecodeError: A sum beyond its type.
-            StateError: A column has changed its type between them so that they can't be added.
+            DecodeError: A sum exceeds its type.
+            StateError: A column changed its type in between, so that they can't be added.
         """
         if len(partials) == 1:
             return partials[0]
@@ -138,7 +138,7 @@ class Grouping:
             table = pa.concat_tables(partials, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
             raise StateError(
-                f"a column has changed its type, and what is kept can't be added to what comes: {e}",
+                f"a column has changed its type, and new values can't be added to the kept state: {e}",
                 hint=AFRESH,
             ) from e
         keys = [*extra, *(f"by{i}" for i in range(len(self.by)))] or ["all"]
@@ -146,7 +146,7 @@ class Grouping:
         return _aggregate(table, keys, functions)
 
     def results(self, partial: pa.Table) -> dict[str, pa.ChunkedArray]:
-        """The result columns, by name: the group's columns and what is measured."""
+        """The result columns by name: the group's columns, then the measures."""
         columns = {name: partial.column(f"by{i}") for i, name in enumerate(self.by)}
         for m in self.measures:
             columns[m.name] = _result(partial, m)
@@ -162,7 +162,7 @@ def _result(partial: pa.Table, m: Measure) -> pa.ChunkedArray:
         return partial.column(ROWS)
     if m.function == "mean":
         count = partial.column(f"count {m.column}")
-        # Without a value the sum is NULL, and so is the mean: no division by zero.
+        # Without values the sum is NULL, and so is the mean, so nothing is divided by zero.
         total = partial.column(f"sum {m.column}").cast(pa.float64(), safe=False)
         return pc.divide(total, count.cast(pa.float64(), safe=False))
     values = partial.column(f"{m.function} {m.column}")
@@ -175,9 +175,9 @@ def _result(partial: pa.Table, m: Measure) -> pa.ChunkedArray:
 def _aggregate(
     table: pa.Table, keys: list[str], functions: dict[str, str], came_as: Mapping[str, pa.DataType] | None = None
 ) -> pa.Table:
-    """Arrow's group_by, whose sums wrap around on overflow: columns that might are summed in a wider type.
+    """Arrow's group_by. Its sums wrap around, so columns that might overflow are summed in a wider type.
 
-    `came_as` has the types that columns had before they were widened, which often tell that none can overflow.
+    `came_as` has the types that columns had before they were widened, which often show that none can overflow.
     """
     narrow: dict[str, pa.DataType] = {}
     for name, function in functions.items():
@@ -186,7 +186,7 @@ def _aggregate(
             wide = pa.decimal256(76, kind.scale) if pa.types.is_decimal(kind) else pa.decimal128(38, 0)
             narrow[name] = kind
             table = table.set_column(table.schema.get_field_index(name), name, table.column(name).cast(wide))
-    # One thread: batches are small, and the other cores have other steps to do.
+    # Use one thread: batches are small, and the other cores are busy with other steps.
     asked = [([] if f == "count_all" else name, f) for name, f in functions.items()]
     done = table.group_by(keys, use_threads=False).aggregate(asked).rename_columns([*keys, *functions])
     for name, kind in narrow.items():
@@ -220,7 +220,7 @@ def _may_overflow(column: pa.ChunkedArray, came_as: pa.DataType | None) -> bool:
 
 
 def _most(kind: pa.DataType) -> int | None:
-    """The greatest magnitude of an integer, or of a decimal as a multiple of 10**-scale."""
+    """The greatest magnitude of an integer type, or of a decimal type as a multiple of 10**-scale."""
     if pa.types.is_integer(kind):
         return int(2**kind.bit_width)
     return int(10**kind.precision) if pa.types.is_decimal(kind) else None

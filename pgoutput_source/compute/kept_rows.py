@@ -1,7 +1,7 @@
-"""The last row of each key as kept state.
+"""The last row of each key, kept as state.
 
-With a replica identity of only the key PostgreSQL sends no old rows, so whoever needs them must remember them.
-`KeptRows` does: an append-only log of Arrow tables, and a dict that says where in it each key's row lies.
+With a replica identity of only the key PostgreSQL sends no old rows, so a step that needs them must remember them.
+`KeptRows` does: an append-only log of Arrow tables, and a dict with the place of each key's row in it.
 
 https://www.postgresql.org/docs/current/logical-replication-publication.html#LOGICAL-REPLICATION-PUBLICATION-REPLICA-IDENTITY
 """
@@ -23,17 +23,17 @@ from pgoutput_source.compute.versions import column_in
 from pgoutput_source.errors import StateError
 
 KNOWN = "_known "
-"""Stands before the name of a column of which not every kept row knows the value, and names a column of booleans."""
+"""The prefix of a column of booleans that tells which kept rows know the value of the column named after it."""
 
-_MERGED_BYTES = 256 << 20  # far below the 2 GiB that an Arrow string array can hold
+_MERGED_BYTES = 256 << 20  # well below the 2 GiB that an Arrow string array can hold
 _GARBAGE_ROWS = 16384
 
 
 class KeptRows:
-    """The last row of each key: some columns, and `_raw` where a value's type can't hold it. In memory.
+    """The last row of each key, in memory: some columns, and `_raw` for misfits.
 
-    A row costs its Arrow values and about 150 bytes for the index. Rows that were replaced stay until there are as
-    many of them as of those that count.
+    A row costs its Arrow values and about 150 bytes for the index. Replaced rows stay until there are as many of them
+    as of current ones.
     """
 
     def __init__(self, key: tuple[str, ...]) -> None:
@@ -47,11 +47,11 @@ class KeptRows:
 
     @property
     def types(self) -> dict[str, pa.DataType]:
-        """The columns that are kept, empty while no row is."""
+        """The kept columns; empty while no row is kept."""
         return {field.name: field.type for chunk in self._chunks for field in chunk.schema}
 
     def find(self, keys: Sequence[Hashable]) -> Ints:
-        """Where each key's row lies, -1 for a key that has none."""
+        """The place of each key's row; -1 for a key without one."""
         return np.fromiter(map(self._index.get, keys, itertools.repeat(-1)), np.int64, len(keys))
 
     def take(self, places: Ints) -> pa.Table | None:
@@ -71,13 +71,13 @@ class KeptRows:
         return joined(parts).take(pa.array(back))
 
     def put(self, keys: Sequence[Hashable], rows: pa.Table) -> None:
-        """Keep the rows of these keys, in place of those they had."""
+        """Keep the rows of these keys, in place of their earlier rows."""
         if not rows.num_rows:
             return
         self._index.update(zip(keys, range(self._end, self._end + rows.num_rows), strict=True))
         self._end += rows.num_rows
         self._chunks.append(rows)
-        # A chunk is at least twice as large as the next: there are few, and a row is copied few times.
+        # A chunk is at least twice as large as the next. So there are few chunks, and a row is copied only a few times.
         while len(self._chunks) > 1:
             last, before = self._chunks[-1], self._chunks[-2]
             if before.num_rows > 2 * last.num_rows or before.nbytes + last.nbytes > _MERGED_BYTES:
@@ -92,13 +92,13 @@ class KeptRows:
             self._index.pop(key, None)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all rows."""
         self._index.clear()
         self._chunks.clear()
         self._end = 0
 
     def rekey(self, key: tuple[str, ...]) -> None:
-        """Keep the same rows by other columns.
+        """Change the key of the kept rows.
 
         Raises:
             StateError: These columns are not kept.
@@ -107,7 +107,7 @@ class KeptRows:
         if table is not None and not set(key) <= set(table.column_names):
             raise StateError(
                 f"the replica identity has changed from ({', '.join(self.key)}) to ({', '.join(key)}), "
-                "and the rows that are kept don't have its columns",
+                "and the kept rows don't have its columns",
                 hint=AFRESH,
             )
         self.key = key
@@ -122,7 +122,7 @@ class KeptRows:
             self.put(KeyColumns.of(columns, table.schema, raw).objects(), table)
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Keep the same rows with other names of columns, by the names that they have."""
+        """Rename columns of the kept rows; `names` maps old names to new ones."""
         rows = self.table()
         self.key = tuple(names.get(name, name) for name in self.key)
         if rows is not None:
@@ -134,13 +134,13 @@ class KeptRows:
         self.replace(rows)
 
     def become(self, old: pa.Schema, new: pa.Schema, key: tuple[str, ...], columns: Sequence[str]) -> None:
-        """Keep the same rows as rows of another version of their table.
+        """Convert the kept rows to another version of their table.
 
         Args:
-            old: The version that they are of.
-            new: The version that they shall be of.
-            key: The key's columns now.
-            columns: The columns to keep now, the key's among them.
+            old: Their current version.
+            new: The new version.
+            key: The new key's columns.
+            columns: The columns to keep from now on, including the key's.
 
         Raises:
             StateError: The key has columns that are not kept.
@@ -156,7 +156,7 @@ class KeptRows:
             here = was.name is not None and was.name in rows.column_names
             if name in key and not here:
                 raise StateError(
-                    f"the replica identity has changed to ({', '.join(key)}), and the rows that are kept lack {name}",
+                    f"the replica identity has changed to ({', '.join(key)}), and the kept rows lack {name}",
                     hint=AFRESH,
                 )
             if here and (was.known or name in key):
@@ -184,18 +184,18 @@ class KeptRows:
         return None if not self._chunks else joined(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
 
     def snapshot(self) -> dict[str, Any]:
-        """Builtins that `restore` takes."""
+        """The rows as builtins, for `restore`."""
         return {"key": self.key, "rows": pack(self.table())}
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> KeptRows:
-        """What `snapshot` gave."""
+        """The rows that `snapshot` returned."""
         kept = cls(tuple(state["key"]))
         kept.replace(unpack(state["rows"]))
         return kept
 
     def _collect(self) -> None:
-        """Drop the rows that were replaced."""
+        """Drop replaced rows."""
         if self._end == len(self._index):
             return
         places = np.fromiter(self._index.values(), np.int64, len(self._index))
@@ -220,10 +220,10 @@ def known(rows: pa.Table, name: str) -> Bools:
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:
-    """The rows of all tables, in types that hold the values of each; a column that one lacks is not known there.
+    """The rows of all tables, in types that hold the values of each. Where a table lacks a column, it is unknown.
 
     Raises:
-        StateError: There is no such type for a column.
+        StateError: A column has no such type.
     """
     if all(table.schema.equals(tables[0].schema) for table in tables):
         return pa.concat_tables(tables).combine_chunks()
@@ -236,12 +236,12 @@ def joined(tables: Sequence[pa.Table]) -> pa.Table:
         ).combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as e:
         raise StateError(
-            f"a column has changed its type, and what is kept does not go with what comes: {e}", hint=AFRESH
+            f"a column has changed its type, and new values don't go with the kept ones: {e}", hint=AFRESH
         ) from e
 
 
 def _alike(table: pa.Table, marked: set[str], decimals: set[str]) -> pa.Table:
-    """A table that can be joined: with what it knows, and integers as decimals, which Arrow does not do by itself."""
+    """A table ready to be joined: with columns for what it knows, and integers as decimals, which Arrow won't cast."""
     arrays, fields = list(table.columns), list(table.schema)
     for i, field in enumerate(fields):
         if field.name in decimals and pa.types.is_integer(field.type):

@@ -1,4 +1,4 @@
-"""The changes of a batch by key: each key's outcome, and rows made whole from what is kept."""
+"""The changes of a batch by key: the outcome for each key, and whole rows with the help of kept ones."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from pgoutput_source.compute.net_effect import Crowd, Lives, Standing, digests, 
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A column of rows with what PostgreSQL did not send filled in.
+    """A column of rows, with the values that PostgreSQL did not send filled in.
 
     Attributes:
         values: The cells.
-        unknown: Where the value is not known, None if all are.
-        texts: By row, the exact text of a value that was filled in and that its type can't hold.
+        unknown: Where the value is unknown; None if all are known.
+        texts: By row, the exact text of a filled-in value that its type can't hold.
     """
 
     values: pa.Array
@@ -46,7 +46,7 @@ class Filled:
 
 
 class Found:
-    """The kept rows of some keys: the rows, and for each key which of them is its own, or -1."""
+    """The kept rows of some keys, and for each key the index of its row, or -1."""
 
     def __init__(self, kept: KeptRows | None, changes: KeyedChanges) -> None:
         places = np.full(changes.count, -1, np.int64) if kept is None else kept.find(changes.keys)
@@ -56,7 +56,7 @@ class Found:
 
     @functools.cached_property
     def texts(self) -> dict[str, dict[int, str]]:
-        """By column and row, what a cell can't hold."""
+        """The texts of misfits by column and row."""
         if self.rows is None or "_raw" not in self.rows.column_names:
             return {}
         found = texts(self.rows.column("_raw").combine_chunks())
@@ -64,13 +64,13 @@ class Found:
 
 
 class KeyedChanges:
-    """Changes of one table without a truncate among them, by key.
+    """Changes of one table, without truncates, by key.
 
     Args:
         data: The changes.
         key: The columns that identify a row.
-        whole: The replica identity is FULL: old rows come with all their columns.
-        standing: With identity FULL, what earlier batches brought of a transaction that may go on here.
+        whole: Whether the replica identity is FULL, so that old rows have all columns.
+        standing: With identity FULL, what earlier batches had of a transaction that may continue here.
     """
 
     def __init__(
@@ -94,17 +94,17 @@ class KeyedChanges:
             self._keys = news.followed_by(olds.take(self.moves))
         codes, self._some = self._keys.encode()
         self.count = len(self._some)
-        """How many keys they touch."""
+        """How many keys the changes touch."""
         self.code, self.old_code = codes[: len(data)], codes[len(data) :]
 
     @functools.cached_property
     def keys(self) -> list[Hashable]:
-        """Each key that is touched, by its code."""
+        """Each touched key, by its code."""
         return self._keys.take(self._some).objects()
 
     @functools.cached_property
     def lives(self) -> Lives:
-        """Their lives; see `net_effect`."""
+        """The lives in the changes; see `net_effect`."""
         if self.whole:
             self.crowd = self._crowd()
         return lives(self.ops, self.code, self.moves, self.old_code, self.crowd)
@@ -129,19 +129,19 @@ class KeyedChanges:
 
     @property
     def there(self) -> tuple[Ints, Ints]:
-        """The keys that have a row in the end, by code, and the last change of each."""
+        """The codes of keys that have a row in the end, and the last change of each."""
         codes, rows, gone, _ = self._last
         return codes[~gone], rows[~gone]
 
     @property
     def deleted(self) -> tuple[Ints, Ints]:
-        """The keys whose row was deleted, and the delete of each."""
+        """The codes of keys whose row was deleted, and the delete of each."""
         codes, rows, gone, left = self._last
         return codes[gone & ~left], rows[gone & ~left]
 
     @property
     def left(self) -> tuple[Ints, Ints]:
-        """The keys whose row has another key now, and the update of each."""
+        """The codes of keys whose row moved to another key, and the update of each."""
         codes, rows, _, left = self._last
         return codes[left], rows[left]
 
@@ -150,19 +150,19 @@ class KeyedChanges:
         return [self.keys[code] for code in codes.tolist()]
 
     def events(self) -> Ints:
-        """Each change's event at its new key. Where the identity is FULL some may have none: -1."""
+        """Each change's event at its new key. With identity FULL some may have none: -1."""
         found = np.full(len(self.data), -1, np.int64)
         at = np.flatnonzero(~self.lives.leaves)
         found[self.lives.row[at]] = at
         return found
 
     def filled(self, columns: Sequence[str], rows: Ints | None, found: Found) -> dict[str, Filled]:
-        """Columns of some rows as they are after these changes, with what PostgreSQL did not send.
+        """Columns of some rows as they are after these changes, with the values that PostgreSQL did not send.
 
         Args:
             columns: Which columns.
-            rows: The changes, None for all of them.
-            found: What is kept of `keys`.
+            rows: The changes; None for all of them.
+            found: The kept rows of `keys`.
         """
         masks = unsent(self.data, columns)
         every = rows is None
@@ -235,7 +235,7 @@ class KeyedChanges:
         return digests([none if part is None else part for part in parts])
 
     def standing_after(self) -> Standing:
-        """What the last transaction has brought so far: it may go on in the next batch."""
+        """What the last transaction has so far. It may continue in the next batch."""
         lsn = int(self.data.column("_commit_lsn")[len(self.data) - 1].as_py())
         before = self.standing if self.standing is not None and self.standing.commit_lsn == lsn else None
         rows = {} if before is None else dict(before.rows)
@@ -265,6 +265,6 @@ class KeyedChanges:
 
 
 def by_span(data: pa.RecordBatch) -> Iterator[tuple[bool, pa.RecordBatch]]:
-    """A batch cut at its truncates: whether one comes right before, and the changes."""
+    """A batch split at its truncates. Each span has its changes, and whether a truncate comes right before."""
     for span in spans(operations(data)):
         yield span.truncated, data.slice(span.start, span.end - span.start)

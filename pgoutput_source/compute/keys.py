@@ -1,6 +1,6 @@
-"""Keys of several columns and of many rows: codes that are equal where the keys are, keys as Python objects, moves.
+"""Keys of several columns and many rows: codes that are equal for equal keys, keys as Python objects, and key moves.
 
-When two values are equal is what `types.keys` says.
+`types.keys` defines when two values are equal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAN = "NaN"  # NaN is not equal to itself, but it is one group and one key
 
 
 def plain(values: pa.Array) -> Objects:
-    """Values as Python objects that can be hashed, compared and pickled: times as integers, NaN as a word."""
+    """Values as Python objects that can be hashed, compared and pickled: times as integers, NaN as a string."""
     kind = values.type
     if pa.types.is_temporal(kind):
         return list(values.view(pa.int64() if kind.bit_width == 64 else pa.int32()).to_pylist())
@@ -33,7 +33,7 @@ def plain(values: pa.Array) -> Objects:
 
 
 def arrow(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    """The array whose values `plain` gave."""
+    """The array whose values `plain` returned."""
     if pa.types.is_temporal(kind):
         return pa.array(values, pa.int64() if kind.bit_width == 64 else pa.int32()).view(kind)
     if pa.types.is_floating(kind):
@@ -50,7 +50,7 @@ def one_zero_one_nan(values: pa.Array) -> pa.Array:
 
 
 def encode(columns: Sequence[pa.Array]) -> tuple[Ints, Ints]:
-    """A code for each row, equal where the columns are, from 0 on without gaps; and a row of each code."""
+    """A code for each row, from 0 on without gaps, equal for equal rows; and one row of each code."""
     codes: Ints | None = None
     for column in columns:
         encoded = column.dictionary_encode(null_encoding="encode")
@@ -67,14 +67,14 @@ def encode(columns: Sequence[pa.Array]) -> tuple[Ints, Ints]:
 
 
 class KeyColumns:
-    """The keys of some rows: of each column that belongs to it, what PostgreSQL's ``=`` looks at."""
+    """The keys of some rows: for each key column, what PostgreSQL's ``=`` compares."""
 
     def __init__(self, columns: Sequence[KeyColumn]) -> None:
         self.columns = list(columns)
 
     @classmethod
     def of(cls, cells: Mapping[str, pa.Array], schema: pa.Schema, raw: pa.Array | None, prefix: str = "") -> KeyColumns:
-        """From columns by name, their fields, and what `_raw` says of them; of old rows under `prefix`."""
+        """From columns by name, their fields, and their texts in `_raw`; for old rows these are under `prefix`."""
         return cls([key_column(values, schema.field(name), raw, prefix + name) for name, values in cells.items()])
 
     def __len__(self) -> int:
@@ -85,15 +85,15 @@ class KeyColumns:
         return KeyColumns([column.take(pa.array(rows)) for column in self.columns])
 
     def followed_by(self, others: KeyColumns) -> KeyColumns:
-        """These keys and others after them."""
+        """These keys, followed by others."""
         return KeyColumns([joined([a, b]) for a, b in zip(self.columns, others.columns, strict=True)])
 
     def encode(self) -> tuple[Ints, Ints]:
-        """A code for each key, equal where PostgreSQL takes them for equal; and a row of each code."""
+        """A code for each key, equal for keys that are equal in PostgreSQL; and one row of each code."""
         return encode([part for column in self.columns for part in column.columns])
 
     def known(self) -> Bools:
-        """The keys that hold a value in each column."""
+        """Which keys have a value in every column."""
         found = np.ones(len(self), np.bool_)
         for column in self.columns:
             if column.cells.null_count:
@@ -104,7 +104,7 @@ class KeyColumns:
         return found
 
     def differ(self, others: KeyColumns) -> Bools:
-        """Where these keys are not those of others, row by row; NULL is equal to itself."""
+        """Where these keys differ from others, row by row. NULL is equal to itself."""
         found = np.zeros(len(self), np.bool_)
         none = pa.nulls(len(self), pa.utf8())
         for one, two in zip(self.columns, others.columns, strict=True):
@@ -122,12 +122,12 @@ class KeyColumns:
         return found
 
     def objects(self) -> Objects:
-        """The keys as builtins: a value, or a tuple of values. A text stands in a tuple of its own."""
+        """The keys as builtins: a value, or a tuple of values. A text is in its own tuple."""
         return as_keys([column.objects() for column in self.columns])
 
 
 def as_keys(columns: Sequence[Objects]) -> Objects:
-    """The keys that columns of values make: values, or tuples of them."""
+    """The keys formed by columns of values: values, or tuples of them."""
     return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
 
 
@@ -137,7 +137,7 @@ def moved(ops: NDArray[np.int8], news: KeyColumns, olds: KeyColumns | None, sent
     Args:
         ops: `_op` of each change.
         news: The keys of new rows.
-        olds: The keys of old rows, None if none was sent.
+        olds: The keys of old rows; None if none was sent.
         sent: Where an old row, or its key, was sent.
         whole: Where an old row was sent with all its columns, so that a null in it is a NULL.
     """

@@ -1,14 +1,14 @@
-"""The net effect of changes on a keyed table: what each key's row is in the end, and where it came from.
+"""The net effect of changes on a keyed table: each key's final row, and where it came from.
 
-A key's changes, in order, are cut into *lives*. A life begins with an insert, or when an update brings the row from
-another key; it ends with a delete, or when an update takes the row to another key. The last change of a key's last
-life is its row. A large value that PostgreSQL did not send again comes from earlier in the same life, or from the life
-that the row had under its old key. All of that is sorting and accumulating over whole columns.
+A key's changes, in order, are split into *lives*. A life begins with an insert, or when an update moves the row here
+from another key. It ends with a delete, or when an update moves the row to another key. The last change of a key's last
+life is its row. A large value that PostgreSQL did not send again comes from earlier in the same life, or from the row's
+life under its old key. All of this is sorting and accumulating over whole columns.
 
 Between the changes of one transaction several rows may have the same key: ``UPDATE t SET id = id + 1`` moves row 1 to
-key 2 before row 2 leaves it. Only a deferrable constraint allows it, and such a key is no replica identity: the
-identity is FULL, and the old row says which of the rows a change is about. Where this matters the rows are followed one
-by one (`Crowd`); everywhere else a key has one row at a time.
+key 2 before row 2 leaves it. Only a deferrable constraint allows that, and such a key can't be a replica identity: the
+identity is FULL, and the old row tells which of the rows a change belongs to. In these cases the rows are followed one
+by one (`Crowd`). Otherwise a key has one row at a time.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from numpy.typing import NDArray
 from pgoutput_source.compute.metadata import DELETE, INSERT, READ, Bools, Ints
 
 Contents = Callable[[Ints], Sequence[bytes]]
-"""Digests of whole rows, for the changes at these indexes: equal where the rows are."""
+"""Returns digests of whole rows, for the changes at these indexes; equal for equal rows."""
 
 
 class Origin(NamedTuple):
     """Where a value comes from.
 
     Attributes:
-        change: The change that sent it last, or -1.
-        key: Without such a change: the key under which its row was there before all of these changes, or -1 if the row
-            was inserted since.
+        change: The last change that sent it, or -1.
+        key: If there is no such change: the row's key before all these changes, or -1 if the row was inserted since.
     """
 
     change: Ints
@@ -52,8 +51,8 @@ class Lives:
         leaves: Whether the event takes the row to another key.
         ends: Whether the event leaves its key without a row.
         start: The first event of the event's life.
-        parent: The event at the old key if this one brings the row from there, or -1.
-        born: Whether the event is an insert: the life that it begins has nothing before it.
+        parent: The event at the old key, if this one moves the row here from there; otherwise -1.
+        born: Whether the event is an insert, so that the life it begins has no earlier one.
     """
 
     code: Ints
@@ -71,7 +70,7 @@ class Lives:
         return np.flatnonzero(np.append(self.code[1:] != self.code[:-1], True))
 
     def origins(self, sent: Bools, events: Ints) -> Origin:
-        """Where the value that the rows have after these events comes from; `sent` says which changes bring it."""
+        """Where the rows' values after these events come from; `sent` tells which changes have the value."""
         here = np.where(sent[self.row] & ~self.leaves, np.arange(len(self.row)), -1)
         latest = np.maximum.accumulate(here) if len(here) else here
         change, key = np.full(len(events), -1, np.int64), np.full(len(events), -1, np.int64)
@@ -92,10 +91,10 @@ def lives(ops: NDArray[np.int8], code: Ints, moves: Ints, old_code: Ints, crowd:
 
     Args:
         ops: `_op` of each change, as its index in `OPS`.
-        code: The key of each change's new row (of a delete's old one), as an integer.
+        code: The key of each change's new row (for a delete, of its old row), as an integer.
         moves: The updates that changed the key.
-        old_code: The keys from which these took their rows.
-        crowd: Tells the rows of one key apart; needed where the identity is FULL.
+        old_code: The old keys of these updates.
+        crowd: Tells the rows of one key apart; needed with identity FULL.
     """
     n = len(ops)
     if len(moves):
@@ -133,8 +132,8 @@ def lives(ops: NDArray[np.int8], code: Ints, moves: Ints, old_code: Ints, crowd:
 class _Row:
     """One of the rows that have the same key between the changes of a transaction.
 
-    `rank` says who wins if several stay: 0 a row from before the transaction, 1 one that earlier batches of it brought,
-    2 one that came now.
+    `rank` decides which one wins if several stay: 0 is a row from before the transaction, 1 one from earlier batches of
+    it, 2 one from this batch.
     """
 
     rank: int
@@ -145,7 +144,7 @@ class _Row:
 
 @dataclass(slots=True)
 class Standing:
-    """What a transaction that may go on in the next batch has brought so far: digests of keys and of their rows."""
+    """What a transaction that may continue in the next batch has so far: digests of keys and of their rows."""
 
     commit_lsn: int = -1
     rows: dict[bytes, list[bytes]] = field(default_factory=dict)
@@ -155,11 +154,11 @@ class Crowd:
     """Tells the rows of one key apart between the changes of a transaction, by their whole contents.
 
     Args:
-        transaction: Each change's transaction; equal ones stand beside each other.
-        is_whole: Changes whose old row is known with all its columns. Others are never told apart.
+        transaction: Each change's transaction; equal ones are adjacent.
+        is_whole: Changes whose old row has all columns. Others are never told apart.
         news: Digests of new rows.
         olds: Digests of old rows.
-        standing: What earlier batches of the first transaction brought, by the digests that `key_of` gives.
+        standing: What earlier batches of the first transaction had, by the digests from `key_of`.
         key_of: The digest of a key's code.
     """
 
@@ -175,12 +174,12 @@ class Crowd:
         self.transaction, self.is_whole, self.news, self.olds = transaction, is_whole, news, olds
         self.standing, self.key_of = standing, key_of
         self.left: dict[tuple[int, int], list[bytes]] = {}
-        """By key and transaction, the rows that it brought and that are still there, where rows had to be followed."""
+        """By key and transaction, the rows that it added and that still exist, if rows had to be followed."""
 
     def in_order(self, codes: Ints, row: Ints, arrives: Bools, ends: Bools) -> Ints | None:
-        """The events in an order in which a key has one row at a time; None: they are in such an order.
+        """The events in an order in which a key has one row at a time; None if they are already in such an order.
 
-        A row that comes and goes within one transaction leaves a key as it was: its events are left out.
+        A row that comes and goes within one transaction leaves the key as it was, so its events are left out.
         """
         n = len(codes)
         if not n:
@@ -212,7 +211,7 @@ class Crowd:
         return order[keep]
 
     def _earlier(self, codes: Ints, transaction: Ints) -> dict[int, list[bytes]]:
-        """What stands on the keys of these groups from earlier batches of their transaction."""
+        """The rows at the keys of these groups that come from earlier batches of their transaction."""
         if self.standing is None or self.key_of is None or not self.standing.rows:
             return {}
         groups = np.flatnonzero(transaction == self.standing.commit_lsn)
@@ -229,9 +228,9 @@ def _followed(
     olds: dict[int, bytes],
     earlier: list[bytes],
 ) -> tuple[list[int], list[bytes]]:
-    """The events of one key in one transaction, row by row; and the contents of the rows that it brought and that stay.
+    """The events of one key in one transaction, row by row; and the contents of the rows that it added and that stay.
 
-    A change of a row that is none of those known is about a row from before.
+    A change of an unknown row belongs to a row from before the transaction.
     """
     rows = [_Row(1, content) for content in earlier]
     for event in events:
@@ -253,7 +252,7 @@ def _followed(
 
 
 def digests(columns: Sequence[pa.Array]) -> list[bytes]:
-    """Of each row a digest of 8 bytes, equal where the rows are, and in every process."""
+    """A digest of 8 bytes for each row, equal for equal rows, in every process."""
     if not columns:
         return []
     texts = [_binary(column) for column in columns]
@@ -269,7 +268,7 @@ def _binary(column: pa.Array) -> pa.Array:
         values = column.cast(pa.large_binary())
     else:
         values = column.cast(pa.large_utf8()).cast(pa.large_binary())
-    # A length before each value keeps ('a', 'bc') and ('ab', 'c') apart; a NULL has none.
+    # A length before each value keeps ('a', 'bc') and ('ab', 'c') apart. A NULL has no length.
     lengths = pc.binary_length(values).cast(pa.large_utf8()).cast(pa.large_binary())
     marked = pc.binary_join_element_wise(lengths, values, pa.scalar(b":", pa.large_binary()))
     return pc.fill_null(marked, pa.scalar(b"-", pa.large_binary()))

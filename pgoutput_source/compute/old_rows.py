@@ -1,4 +1,4 @@
-"""What a row was before a change: sent as `_before` where the replica identity is FULL, and kept where it is not."""
+"""Old rows: from `_before` if the replica identity is FULL, and otherwise from kept rows."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FULL = "f"
 
 
 class OldRows:
-    """Of one table, what a step must remember of its rows: nothing while the identity is FULL.
+    """What a step must remember about the rows of one table: nothing while the identity is FULL.
 
-    `kept` has the last row of each key, None while the identity is FULL. `kept_all` says whether every row that was
-    seen is in it.
+    `kept` has the last row of each key; it is None while the identity is FULL. `kept_all` tells whether it has every
+    row that was seen.
     """
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
@@ -41,7 +41,7 @@ class OldRows:
         self.seen = Seen(None if state is None else state.get("schema"))
 
     def snapshot(self) -> dict[str, Any]:
-        """Builtins that the next `OldRows` takes."""
+        """The state as builtins, for the next `OldRows`."""
         return {
             "table": self.table,
             "kept_all": self.kept_all,
@@ -50,20 +50,20 @@ class OldRows:
         }
 
     def know(self, step_id: str, batch: ChangeBatch, columns: Sequence[str]) -> bool:
-        """Take note of a batch's table, identity and version; `columns` are those that the step needs.
+        """Note a batch's table, identity and version. `columns` are those that the step needs.
 
         Returns:
-            Whether this is another table under the name of the one before: nothing of that one is there any more.
+            Whether this is another table with the same name, so that no row of the earlier one exists any more.
 
         Raises:
-            ConfigurationError: It is of another table than those before.
-            StateError: Old rows are needed that were not kept, or a column is another one now.
+            ConfigurationError: The batch is of another table than earlier batches.
+            StateError: Old rows are needed that were not kept, or a column was replaced by another one.
         """
         schema, ops = batch.schema, operations(batch.data)
         if self.table is not None and not schema.full_name.written(self.table):
             raise ConfigurationError(
                 f"step {step_id!r} has seen {self.table} and now gets changes of {schema.table}",
-                hint="one step for each table; partitions: publish_via_partition_root makes them one table",
+                hint="use one step for each table; publish_via_partition_root makes partitions one table",
             )
         self.table = schema.table
         before, other = self.seen.changed(batch.data.schema)
@@ -81,7 +81,7 @@ class OldRows:
             return other
         if not self.kept_all and np.isin(ops, (UPDATE, DELETE)).any():
             raise StateError(
-                "the replica identity was FULL and is not any more: old rows are not sent, and were not kept",
+                "the replica identity is no longer FULL: old rows are not sent any more, and were not kept",
                 table=schema.table,
                 hint=f"ALTER TABLE {schema.table} REPLICA IDENTITY FULL, or {AFRESH}",
             )
@@ -97,7 +97,7 @@ class OldRows:
             past = column_in(before, self.seen.schema.field(name))
             if past.name != name:
                 raise StateError(
-                    f"the column that is called {name} is another one now, whose values in older rows are not known",
+                    f"the column named {name} is another one now, whose values in older rows are unknown",
                     table=self.table,
                     column=name,
                     hint=f"{AFRESH}, and begin with a snapshot",
@@ -116,7 +116,7 @@ class OldRows:
     # -- kept -------------------------------------------------------------------------------------------------------
 
     def filled(self, changes: KeyedChanges, columns: Sequence[str], rows: Ints | None, found: Found) -> pa.Table:
-        """Columns of some changes' rows, whole; all changes' for None.
+        """Columns of the rows of some changes, or of all changes for None, without missing values.
 
         Raises:
             StateError: A value was not sent and never seen.
@@ -129,7 +129,7 @@ class OldRows:
         return pa.table([column.values for column in filled.values()], pa.schema(fields))
 
     def keep(self, changes: KeyedChanges, rows: pa.Table) -> None:
-        """Keep the rows that are there after these changes."""
+        """Keep the rows that exist after these changes."""
         assert self.kept is not None
         codes, at = changes.there
         self.kept.drop(changes.names(np.concatenate([changes.deleted[0], changes.left[0]])))
@@ -142,12 +142,12 @@ class OldRows:
     # -- sent -------------------------------------------------------------------------------------------------------
 
     def sent(self, data: pa.RecordBatch, columns: Sequence[str]) -> tuple[Bools, pa.Table]:
-        """Which changes bring an old row, and these columns of those rows.
+        """Which changes have an old row, and these columns of the old rows.
 
         Raises:
             StateError: An old row is missing, or a value was not sent.
             ConfigurationError: Old rows don't have these columns.
-            DecodeError: A value that its column's Arrow type can't hold.
+            DecodeError: A column has a misfit.
         """
         refuse_misfits(data, columns, BEFORE)
         ops = operations(data)
@@ -163,7 +163,7 @@ class OldRows:
             raise ConfigurationError(
                 f"_before has no column {', '.join(sorted(missing))}",
                 table=self.table,
-                hint="the old rows must have it as well: a column that map_batches adds is not in them",
+                hint="old rows must have it too: a column that map_batches adds is not in them",
             )
         for name in unsent(data, columns):
             raise self._not_sent(name)

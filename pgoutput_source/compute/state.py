@@ -1,4 +1,4 @@
-"""What operators write into a recovery store: Arrow tables as bytes inside builtins."""
+"""How operators write Arrow tables into a recovery store: as bytes within builtins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 from pgoutput_source.errors import StateError
 
 AFRESH: Final = "start afresh with a new recovery folder, or another step name"
-"""The hint where a state can't be carried on."""
+"""The hint when a state can't be used any more."""
 
 
 def pack(table: pa.Table | None) -> bytes | None:
@@ -26,7 +26,7 @@ def unpack(packed: bytes | None) -> pa.Table | None:
     """The table that `pack` wrote.
 
     Raises:
-        StateError: These bytes are no table.
+        StateError: These bytes are not a table.
     """
     if packed is None:
         return None
@@ -34,5 +34,5 @@ def unpack(packed: bytes | None) -> pa.Table | None:
         return pa.ipc.open_stream(packed).read_all()
     except (pa.ArrowException, OSError) as e:
         raise StateError(
-            f"what is kept can't be read: {e}", hint="the recovery folder is damaged: start afresh with a new one"
+            f"the kept state can't be read: {e}", hint="the recovery folder is damaged: start afresh with a new one"
         ) from e

@@ -1,7 +1,7 @@
-"""Versions of a table: which relation it is, and what rows of an earlier version say of a column that it has now.
+"""Versions of a table: which relation it is, and what rows of an earlier version have in a current column.
 
-What is compared is the metadata of Arrow schemas: ``pg.relation_id`` of the table, ``pg.attnum``, ``pg.oid`` and
-``pg.typmod`` of a column.
+The metadata of Arrow schemas decides: ``pg.relation_id`` of the table, ``pg.attnum``, ``pg.oid`` and ``pg.typmod`` of a
+column.
 
 https://www.postgresql.org/docs/current/sql-altertable.html
 """
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Relation(NamedTuple):
-    """A table by what it is, not by its name; `told` if the system and database are known in which it is one."""
+    """A table by identity, not by name. It is `told` if its database system and database are known."""
 
     relation_id: str
     system: str
@@ -35,13 +35,13 @@ class Relation(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What rows of an earlier version say of a column.
+    """What rows of an earlier version have in a current column.
 
     Attributes:
-        name: The column that it was in them, None if there was none.
-        known: Whether they say its value, be it by that column or by `value`.
-        value: The value, an Arrow scalar, that it had in every row from before it was added; None is NULL.
-        reason: If it is not known, why.
+        name: The column's name in them; None if they did not have it.
+        known: Whether its value is known, from that column or from `value`.
+        value: The value, as an Arrow scalar, that it has in every row from before it was added; None is NULL.
+        reason: Why the value is unknown, if it is.
     """
 
     name: str | None
@@ -51,7 +51,7 @@ class Past(NamedTuple):
 
 
 def relation_of(schema: pa.Schema) -> Relation | None:
-    """The relation that a schema's metadata name, None where they don't say."""
+    """The relation that a schema's metadata names; None if it names none."""
     metadata = schema.metadata or {}
     if b"pg.relation_id" not in metadata:
         return None
@@ -59,22 +59,22 @@ def relation_of(schema: pa.Schema) -> Relation | None:
 
 
 class Seen:
-    """The last version of a table that a step has seen: its own columns, and which relation it is."""
+    """The last version of a table that a step has seen: its own columns, and its relation."""
 
     def __init__(self, packed: bytes | None = None) -> None:
         self.schema: pa.Schema | None = None if packed is None else pa.ipc.read_schema(pa.py_buffer(packed))
         self._last: pa.Schema | None = None
 
     def pack(self) -> bytes | None:
-        """As bytes, for a state."""
+        """The version as bytes, for a state."""
         return None if self.schema is None else self.schema.serialize().to_pybytes()
 
     def changed(self, schema: pa.Schema) -> tuple[pa.Schema | None, bool]:
-        """Take note of a batch's schema.
+        """Note a batch's schema.
 
         Returns:
-            The version before, None if there is none or it is the same; and whether this is another table, which was
-            created, or renamed, in place of the one before.
+            The previous version, None if there is none or it is the same; and whether this is another table, which was
+            created or renamed in place of the previous one.
         """
         if schema is self._last:
             return None, False
@@ -86,14 +86,14 @@ class Seen:
         other = None not in relations and relations[0] != relations[1]
         if other:
             logger.warning(
-                "%s is another table now: it was recreated, or another one took its name. The rows of the table before "
-                "are gone", (schema.metadata or {}).get(b"pg.table", b"").decode(),
+                "%s is another table now: it was recreated, or another one took its name. The rows of the previous "
+                "table are gone", (schema.metadata or {}).get(b"pg.table", b"").decode(),
             )  # fmt: skip
         return before, other
 
 
 def column_in(schema: pa.Schema, field: pa.Field) -> Past:
-    """What a schema of an earlier version says of a column of the newest, `field`."""
+    """What a schema of an earlier version knows about `field`, a column of the newest version."""
     old = _same_column(schema, field)
     if old is None:
         return _before_it_was_added(field)
@@ -105,7 +105,7 @@ def column_in(schema: pa.Schema, field: pa.Field) -> Past:
 def _before_it_was_added(field: pa.Field) -> Past:
     text = _said(field, b"pg.missing")
     if text is None:
-        return Past(None, False, reason="was added later, and what older rows hold in it was not recorded")
+        return Past(None, False, reason="was added later, and its value in older rows was not recorded")
     value = json.loads(text)
     if value is None:
         return Past(None, True)
@@ -128,10 +128,10 @@ def _same_column(schema: pa.Schema, field: pa.Field) -> pa.Field | None:
 
 
 def _same_values(old: pa.Field, new: pa.Field) -> bool:
-    """Whether values of the old type are those of the new one: PostgreSQL did not make others of them.
+    """Whether a change of type left the values as they were.
 
-    ALTER COLUMN … TYPE … USING may compute anything, and nothing on the wire tells. Only where PostgreSQL leaves the
-    table as it is, because the new type only allows more, are old values taken for the new ones.
+    ALTER COLUMN … TYPE … USING may compute anything, and the wire does not tell. Old values only count as the new ones
+    if PostgreSQL does not rewrite the table, because the new type just allows more.
     """
     if old.type == new.type and (_oid(old) is None or _oid(new) is None):
         return True
@@ -152,7 +152,7 @@ def _same_values(old: pa.Field, new: pa.Field) -> bool:
 
 
 def _modified(field: pa.Field) -> tuple[str, Any] | None:
-    """A type's name and the modifier behind it: ``numeric(12,2)`` is ('numeric', (12, 2))."""
+    """A type's name and its modifier: ``numeric(12,2)`` is ('numeric', (12, 2))."""
     found = re.fullmatch(r"([a-z ]+)(?:\((\d+)(?:,(\d+))?\))?", _type(field))
     if found is None:
         return None
@@ -162,7 +162,7 @@ def _modified(field: pa.Field) -> tuple[str, Any] | None:
 
 
 def _oid(field: pa.Field) -> str | None:
-    """The type's OID, None where it is not known: "0" stands for a column that PostgreSQL does not have."""
+    """The type's OID; None if unknown. "0" stands for a column that PostgreSQL does not have."""
     oid = _said(field, b"pg.oid")
     return None if oid == "0" else oid
 
