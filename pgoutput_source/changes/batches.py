@@ -1,7 +1,7 @@
-"""The nouns: batches of changes, sets of batches and logical messages.
+"""The nouns: batches of changes, sets of batches, and logical messages.
 
-In come arrays that `decode.columns` decoded; out goes what users hold. Nothing here reads bytes or
-touches a server. A change is one row's insert, update, delete or snapshot read, or one table's truncate.
+They hold the arrays that `decode` makes. Nothing here reads bytes or touches a server. A change is one row's insert,
+update, delete or snapshot read, or one table's truncate.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class ChangeBatch:
     """Changes of one version of one table, in position order, as one Arrow record batch.
 
-    It speaks the Arrow PyCapsule interface: ``pl.DataFrame(batch)``, ``duckdb.from_arrow(batch)`` and
-    ``pa.record_batch(batch)`` take it as it is. See `metadata_fields` for the columns after the table's own.
+    It supports the Arrow PyCapsule interface: ``pl.DataFrame(batch)``, ``duckdb.from_arrow(batch)`` and
+    ``pa.record_batch(batch)`` accept it directly. See `metadata_fields` for the columns after the table's own.
 
     Example:
         >>> from pgoutput_source.testing import batch
@@ -74,12 +74,12 @@ class ChangeBatch:
 
     @property
     def first(self) -> Position:
-        """Position of the first change."""
+        """The position of the first change."""
         return self._position(0)
 
     @property
     def last(self) -> Position:
-        """Position of the last change."""
+        """The position of the last change."""
         return self._position(-1)
 
     def _position(self, row: int) -> Position:
@@ -87,11 +87,11 @@ class ChangeBatch:
         return Position(Lsn(self.metadata("commit_lsn")[row].as_py()), self.metadata("seq")[row].as_py())
 
     def events(self) -> Iterator[ChangeEvent]:
-        """Each change as an event, in position order; rows become objects some thousand at a time."""
+        """Each change as an event, in position order. Rows become objects a few thousand at a time."""
         return events_of([self])
 
     def replace(self, data: pa.RecordBatch) -> ChangeBatch:
-        """The same table with other rows or columns, as `data`."""
+        """A batch of the same table with other rows or columns: `data`."""
         return ChangeBatch(self.schema, data)
 
 
@@ -179,7 +179,7 @@ def events_of(batches: Iterable[ChangeBatch], facts: Facts | None = None) -> Ite
 
 
 HEARTBEAT: Final = "pgoutput_source"
-"""The prefix of messages that are heartbeats of ours (`heartbeat`): they are not delivered."""
+"""The prefix of our own heartbeats (`heartbeat`), which are not delivered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +200,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Truncate:
-    """One TRUNCATE, as PostgreSQL sends it: the published tables that it emptied, and how it was said.
+    """One TRUNCATE as PostgreSQL sends it: the published tables that it emptied, and its options.
 
-    Each of `tables` has a row with `_op` T in its own batch as well; `position` is the first of these rows'. A table
-    that CASCADE emptied is named only if it is published.
+    Each of `tables` also has a row with `_op` T in its own batch; `position` is that of the first of these rows. A
+    table that CASCADE emptied is named only if it is published.
     """
 
     position: Position
@@ -215,10 +215,10 @@ class Truncate:
 
 @dataclass(frozen=True, slots=True)
 class ChangeSet:
-    """What one poll brought: consecutive transactions, columnar by table; the last may continue in the next set.
+    """The result of one poll: consecutive transactions, columnar by table. The last may continue in the next set.
 
-    `batches` holds one `ChangeBatch` per version of a table, ordered by their first change. `truncates` says of rows
-    with `_op` T what the statement was; `messages` are the logical decoding messages.
+    `batches` has one `ChangeBatch` per version of a table, ordered by their first change. `truncates` are the
+    statements of the rows with `_op` T. `messages` are the logical decoding messages.
 
     A batch whose values can't be decoded is an `UndecodedBatch`. It is there for those who go through all batches, and
     its error is raised for those who take it: by `of`, `table` and `events`, and by the batch's own `data`.
@@ -242,14 +242,14 @@ class ChangeSet:
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Names of the tables that changed, in order of their first change."""
+        """The names of the changed tables, in the order of their first change."""
         return tuple(dict.fromkeys(b.table for b in self.batches))
 
     def table(self, name: str) -> pa.Table:
-        """All changes of a table as one Arrow table; a column that only some of its versions have is null in others.
+        """All changes of a table as one Arrow table. A column that a version lacks is null in its rows.
 
         Args:
-            name: Schema and table: ``public.orders``, or ``a."b.c"`` where a dot would be ambiguous.
+            name: Schema and table: ``public.orders``, or ``a."b.c"`` when a dot would be ambiguous.
 
         Raises:
             ConfigurationError: The table did not change, or the type of a column did.
@@ -263,7 +263,7 @@ class ChangeSet:
             return pa.concat_tables(versions, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
             raise ConfigurationError(
-                f"the columns of table {name!r} changed their types", hint=f"take its batches one by one: of({name!r})"
+                f"columns of table {name!r} changed their types", hint=f"take its batches one by one: of({name!r})"
             ) from e
 
     def events(self) -> Iterator[ChangeEvent]:
@@ -292,10 +292,10 @@ class ChangeSet:
 
     @property
     def first(self) -> Position | None:
-        """Position of the first change, None if there is none."""
+        """The position of the first change; None if there is none."""
         return min((b.first for b in self.batches), default=None)
 
     @property
     def last(self) -> Position | None:
-        """Position of the last change, None if there is none."""
+        """The position of the last change; None if there is none."""
         return max((b.last for b in self.batches), default=None)

@@ -42,7 +42,7 @@ _MOST_TABLES = 1024
 
 
 def _table_json(table: EventTable) -> str:
-    """The JSON of a table, which many events share as one object: hashing it would take longer than writing it."""
+    """The JSON of a table. Many events share the table as one object, and hashing it would cost more than its JSON."""
     known = _tables_json.get(id(table))
     if known is None or known[0] is not table:
         if len(_tables_json) >= _MOST_TABLES:
@@ -58,9 +58,9 @@ class _Frozen(BaseModel):
 class ColumnDefinition(_Frozen):
     """A column of an event's table.
 
-    `part_of_pkey` and `optional` (it may hold NULL) are the catalogue's where the reader has asked it. Otherwise they
-    are what the replica identity tells: its columns are the key and not optional, and with FULL no column is known to
-    be either.
+    `part_of_pkey` and `optional` (whether it may be NULL) come from the catalogue if the reader has asked it. Otherwise
+    they come from the replica identity: its columns are the key and not optional. With FULL neither is known of any
+    column.
     """
 
     name: str
@@ -81,7 +81,7 @@ class EventTable(_Frozen):
 
 
 class Transaction(_Frozen):
-    """The transaction of an event. `begin_lsn` is what the Begin message says: where its commit record starts."""
+    """The transaction of an event. `begin_lsn` is from the Begin message: the start of its commit record."""
 
     tx_id: int
     begin_lsn: int
@@ -95,10 +95,10 @@ class Transaction(_Frozen):
 class ChangeEvent(_Frozen):
     """One change of one row, or the truncate of one table; with the JSON of pypgoutput's events.
 
-    Values are exact Python objects: numeric is `Decimal`, timestamps with time zone are aware, json is parsed (its
-    null is None as well). A value that they can't hold (an infinite date, the year 10000) is PostgreSQL's text. A
-    column whose value PostgreSQL did not send because it is large and unchanged is absent from `after`: looking it up
-    is a KeyError, never None.
+    Values are exact Python objects: numeric is `Decimal`, timestamps with time zone are aware, json is parsed (its null
+    is None too). A value that these can't hold (an infinite date, the year 10000) is PostgreSQL's text. PostgreSQL does
+    not send a large value that did not change. Its column is absent from `after`: looking it up raises KeyError, and
+    never gives None.
 
     Attributes:
         op: I insert, U update, D delete, T truncate, R read by the snapshot.
@@ -107,7 +107,7 @@ class ChangeEvent(_Frozen):
         lsn: The change record's own position in the write-ahead log.
         transaction: Its transaction, one object for all events of it.
         table_schema: Its table, one object for all events of a version of it.
-        before: The old row with REPLICA IDENTITY FULL. Otherwise the old key of a delete, or of an update that changed
+        before: With REPLICA IDENTITY FULL the old row. Otherwise the old key of a delete, or of an update that changed
             it. None if PostgreSQL sent neither.
         after: The new row; None for deletes and truncates.
         seq: The change's number within its transaction. Not part of the JSON.
@@ -137,14 +137,14 @@ class ChangeEvent(_Frozen):
 
     @property
     def position(self) -> Position:
-        """Where the change stands in the total order.
+        """The change's place in the total order.
 
         Raises:
-            ConfigurationError: The event was read from JSON, which does not tell.
+            ConfigurationError: The event was read from JSON, which does not have it.
         """
         if self.seq is None:
             raise ConfigurationError(
-                "an event that was read from JSON has no position", hint="use the event that the reader gave you"
+                "an event that was read from JSON has no position", hint="use the event that the reader returned"
             )
         return Position(Lsn(self.transaction.begin_lsn), self.seq)
 
@@ -155,7 +155,7 @@ class ChangeEvent(_Frozen):
 
     @property
     def row(self) -> Row:
-        """The row that the event is about: the new one, a delete's old one or its key, nothing for a truncate."""
+        """The event's row: the new one; for a delete the old one or its key; for a truncate nothing."""
         return self.after if self.after is not None else self.before or {}
 
     @property
@@ -168,8 +168,8 @@ class ChangeEvent(_Frozen):
     def model_dump_json(self, *, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
         """The JSON text. The numbers of `json` and `jsonb` documents are written as PostgreSQL wrote them.
 
-        Within another pydantic model they are written as Python writes them; those that are no float are strings.
-        `options` are those of `pydantic.BaseModel.model_dump`.
+        Within another pydantic model they are written as Python writes them, and numbers that don't fit a float are
+        strings. `options` are those of `pydantic.BaseModel.model_dump`.
         """
         if indent is None and not ensure_ascii and not options:
             return self._compact()
@@ -177,7 +177,7 @@ class ChangeEvent(_Frozen):
         return exact_json.JsonWriter(",", key, indent=indent, ascii=ensure_ascii)(self.model_dump(**options))
 
     def _compact(self) -> str:
-        """The same as the writer's text of `model_dump`, in a third of its time."""
+        """The same text as the writer makes of `model_dump`, in a third of the time."""
         transaction = _COMPACT(self.transaction.__dict__)
         before, after = _COMPACT(self.before), _COMPACT(self.after)
         return (
@@ -187,7 +187,7 @@ class ChangeEvent(_Frozen):
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
-        """The event of a JSON text; the numbers of documents are as exact as in `model_dump_json`.
+        """The event from a JSON text. The numbers of documents are as exact as in `model_dump_json`.
 
         Raises:
             pydantic.ValidationError: It is not the JSON of an event.
@@ -195,13 +195,13 @@ class ChangeEvent(_Frozen):
         try:
             values = exact_json.loads(json_data)
         except (ValueError, RecursionError):
-            return super().model_validate_json(json_data, **options)  # which says what is wrong with it
+            return super().model_validate_json(json_data, **options)  # which raises with what is wrong
         return cls.model_validate(values, **options)
 
     def json(self, *, indent: int | None = None, **options: Any) -> str:
-        """The JSON text as pydantic 1 and so pypgoutput wrote it.
+        """The JSON text as pydantic 1, and so pypgoutput, wrote it.
 
-        `options` are `separators`, `ensure_ascii` and `sort_keys`, as `json.dumps` takes them.
+        `options` are `separators`, `ensure_ascii` and `sort_keys`, as in `json.dumps`.
         """
         item, key = options.pop("separators", (", ", ": "))
         ascii = options.pop("ensure_ascii", True)
@@ -210,7 +210,7 @@ class ChangeEvent(_Frozen):
 
 @dataclass(frozen=True, slots=True)
 class TableFacts:
-    """What only the catalogue knows of a table: its primary key, and the columns that are declared NOT NULL."""
+    """What only the catalogue knows about a table: its primary key, and the columns declared NOT NULL."""
 
     primary_key: frozenset[str]
     not_null: frozenset[str]
@@ -254,7 +254,7 @@ def _merged(makers: list[_EventMaker]) -> Iterator[ChangeEvent]:
 def _uncontradicted(data: pa.RecordBatch, facts: TableFacts | None) -> TableFacts | None:
     """Without the columns that hold a NULL: they were declared NOT NULL since, or are no more.
 
-    That PostgreSQL did not send a value, or that its text is in `_raw`, does not make it a NULL.
+    A value that PostgreSQL did not send, or whose text is in `_raw`, is not a NULL.
     """
     if facts is None:
         return None
@@ -282,7 +282,7 @@ class _EventMaker:
         self.prefix = uuid.NAMESPACE_URL.bytes + name.encode()
 
     def events(self, start: int, count: int, known: dict[int, Transaction]) -> list[ChangeEvent]:
-        """Events of some rows. `known` holds the transactions that neighbours have made objects of, by commit LSN."""
+        """Events of some rows. `known` has the transactions for which objects exist already, by commit LSN."""
         data = self.data.slice(start, count)
         after, before = self._rows(data)
         ops, commit_lsns, seqs, lsns, xids, times = (
@@ -341,7 +341,7 @@ class _EventMaker:
             sent = old.drop_null()
             names = {f.name for f in old.type}
             columns = [c for c in self.key if c.name in names]
-            # A struct's own nulls were dropped, so its fields can be read without regard to it.
+            # The struct's own nulls were dropped, so its fields can be read by themselves.
             values = [to_python(sent.field(c.name), c) for c in columns]
             for i, row in zip(at, rows([c.name for c in columns], values, len(at)), strict=True):
                 out[i] = row
@@ -358,7 +358,7 @@ _ALL_FIELDS: dict[type[BaseModel], set[str]] = {kind: set(kind.model_fields) for
 
 
 def _construct(kind: type[_M], values: dict[str, Any]) -> _M:
-    """`kind.model_construct(**values)` for all fields of the kind, in a quarter of its time."""
+    """`kind.model_construct(**values)` with values for all fields, in a quarter of the time."""
     model = kind.__new__(kind)
     _set_dict(model, values)
     _set_fields(model, _ALL_FIELDS[kind])
@@ -374,7 +374,7 @@ _UUID_5 = 5 << 76 | 0x8000 << 48
 
 
 def _message_ids(prefix: bytes, commit_lsns: list[int], seqs: list[int]) -> list[UUID]:
-    """What `uuid.uuid5` gives for each position, in a third of its time."""
+    """The `uuid.uuid5` of each position, in a third of the time."""
     sha1, new, unknown = hashlib.sha1, UUID.__new__, uuid.SafeUUID.unknown
     found = []
     for lsn, seq in zip(commit_lsns, seqs, strict=True):
@@ -394,7 +394,7 @@ def _present(array: pa.Array) -> list[int]:
 
 
 def _put(row: Row | None, name: str, text: str, columns: Sequence[Column]) -> None:
-    """Put a value that Arrow could not hold where its null is."""
+    """Replace the null of a misfit by its value."""
     if row is not None and name in row:
         row[name] = next(misfit(text, c) for c in columns if c.name == name)
 
@@ -429,7 +429,7 @@ def _event_table(schema: TableSchema, facts: TableFacts | None, names: tuple[str
 
 
 def _constraints(schema: TableSchema, facts: TableFacts | None) -> tuple[frozenset[str], frozenset[str]]:
-    """The primary key and the columns that are never NULL, as far as they are known."""
+    """The primary key and the columns that are never NULL, as far as known."""
     if facts is not None:
         return facts.primary_key, facts.not_null
     key = frozenset(schema.key) if schema.replica_identity != "f" else frozenset[str]()
@@ -441,7 +441,7 @@ _BITS = ("bit", "bit varying")
 
 
 def declared_type(column: Column) -> str:
-    """A column's type as its declaration writes it, with what stands in brackets.
+    """A column's type as declared, including what is in brackets.
 
     >>> declared_type(Column("price", 1700, 655366, False, "numeric", pa.decimal128(10, 2)))
     'numeric(10,2)'
@@ -472,9 +472,9 @@ def declared_type(column: Column) -> str:
 def row_model(schema: TableSchema, facts: TableFacts | None = None) -> type[BaseModel]:
     """A pydantic model of a table's rows, one for each version of it; ``model.model_validate(event.after)``.
 
-    Fields are named like the columns; a name that Python or pydantic can't take gets an underscore after it and keeps
-    the column's name as its alias. Every field must be given: a row whose large, unchanged values PostgreSQL did not
-    send is refused rather than completed with None. Values may be what events hold or what their JSON holds.
+    Fields are named like the columns. A name that Python or pydantic can't use gets a trailing underscore, and the
+    column's name as its alias. Every field is required: a row whose large, unchanged values PostgreSQL did not send is
+    refused instead of being completed with None. Values may be those of events or those of their JSON.
 
     >>> column = Column("price", 1700, 655366, False, "numeric", pa.decimal128(10, 2))
     >>> model = row_model(TableSchema(16384, "public", "line_items", "d", (column,)))

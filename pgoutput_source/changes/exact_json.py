@@ -1,8 +1,8 @@
-"""JSON of values, in which every number is the one that PostgreSQL wrote.
+"""JSON of values, in which every number is exactly as PostgreSQL wrote it.
 
-Numbers of JSON have no limits, those of Python's parser and encoder have: 1.10 becomes 1.1, 1e400 infinity, and
+JSON numbers have no limits, but Python's parser and encoder have: 1.10 becomes 1.1, 1e400 becomes infinity, and
 12345678901234567890.10 loses its last digits. So the numbers of `json` and `jsonb` documents keep their text here, and
-`dumps` writes it. Numerics are strings in JSON, because most readers take a number of JSON for a double.
+`dumps` writes it. Numerics are strings in JSON, because most readers treat a JSON number as a double.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CERTAIN_DIGITS: Final = 4000  # Python refuses to read longer integers
 
 
 class JsonFloat(float):
-    """A number of a JSON document that is equal to a float but is not written as Python writes that: 1.10, 1e5, -0.
+    """A number of a JSON document that equals a float, but is not written like Python's float: 1.10, 1e5, -0.
 
     >>> JsonFloat("1.10"), JsonFloat("1.10") == 1.1, dumps([JsonFloat("1.10")])
     (1.1, True, '[1.10]')
@@ -39,7 +39,7 @@ class JsonFloat(float):
 
 
 class JsonDecimal(Decimal):
-    """A number of a JSON document that has more digits than a float, or is out of its range.
+    """A number of a JSON document with more digits or a larger range than a float.
 
     >>> dumps({"document": JsonDecimal("1e400"), "numeric": Decimal("1.10")})
     '{"document": 1e400, "numeric": "1.10"}'
@@ -58,13 +58,13 @@ class JsonDecimal(Decimal):
 
 
 class JsonText(str):
-    """The text of a JSON document, which `dumps` writes as it is."""
+    """The text of a JSON document, which `dumps` writes unchanged."""
 
     __slots__ = ()
 
 
 def parse(text: str) -> Any:
-    """Parsed JSON; the text itself where Python can't hold it: too deeply nested, or half of a surrogate pair."""
+    """Parsed JSON; the text itself if Python can't hold it: too deeply nested, or with half of a surrogate pair."""
     try:
         value = loads(text)
         if "\\ud" in text or "\\uD" in text:
@@ -89,7 +89,7 @@ def _fraction(text: str) -> float | Decimal | str:
         return number
     try:
         exact = JsonDecimal(text)
-    except InvalidOperation:  # an exponent that no Decimal has
+    except InvalidOperation:  # an exponent that Decimal can't hold
         return JsonText(text)
     return JsonFloat(text) if math.isfinite(number) and Decimal(repr(number)) == exact else exact
 
@@ -104,10 +104,10 @@ def _integer(text: str) -> int | float | Decimal:
 
 
 def to_json(value: Any) -> Any:
-    r"""A value as what `json.dumps` takes, which loses nothing but the notation of a document's numbers.
+    r"""A value in a form that `json.dumps` accepts. Only the notation of a document's numbers is lost.
 
     Decimals are strings, as PostgreSQL writes them; bytes are PostgreSQL's hexadecimal text; dates and times are ISO
-    8601; a float that is no JSON number is the string NaN, Infinity or -Infinity.
+    8601; a float that JSON can't express is the string NaN, Infinity or -Infinity.
 
     >>> to_json({"price": Decimal("1.50"), "key": b"\x00\xff", "at": date(2024, 2, 29), "n": [1]})
     {'price': '1.50', 'key': '\\x00ff', 'at': '2024-02-29', 'n': [1]}
@@ -141,13 +141,13 @@ _FORMS: Final[dict[type, Callable[[Any], Any]]] = {
 
 
 class JsonWriter:
-    """Writes values as `to_json` says, and the numbers of documents as they are written there.
+    """Writes values in the forms of `to_json`, and the numbers of documents with their original text.
 
     Args:
-        item, key: What separates items, and a key from its value.
-        indent: The number of spaces of each level; None writes one line.
-        ascii: Whether other characters are written as escapes.
-        sort_keys: Whether the keys of objects are sorted.
+        item, key: The separators between items, and between a key and its value.
+        indent: The number of spaces per level; None writes one line.
+        ascii: Whether to escape other characters.
+        sort_keys: Whether to sort the keys of objects.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class JsonWriter:
             float: lambda v: float.__repr__(v) if math.isfinite(v) else f'"{_number(v)}"',
             JsonFloat: lambda v: v.text,
             JsonDecimal: lambda v: v.text,
-            JsonText: lambda v: v.replace("\n", " ").replace("\r", " "),  # they never stand within a string
+            JsonText: lambda v: v.replace("\n", " ").replace("\r", " "),  # they never occur within a string
             Decimal: lambda v: f'"{v:f}"',
             bytes: lambda v: f'"\\\\x{v.hex()}"',
             datetime: lambda v: f'"{v.isoformat()}"',
@@ -180,7 +180,7 @@ class JsonWriter:
         }
 
     def __call__(self, value: Any) -> str:
-        """The text.
+        """The JSON text of a value.
 
         Raises:
             TypeError, ValueError: A value has no form in JSON.
@@ -205,7 +205,7 @@ class JsonWriter:
             return self._enclosed("{", parts, "}", level)
         if isinstance(value, (list, tuple)):
             return self._enclosed("[", [write(each, level + 1) for each in value], "]", level)
-        # What is left are subclasses, which json knows how to write, and what it refuses.
+        # The rest are subclasses, which json can write, and values that it refuses.
         return json.dumps(value, allow_nan=False)
 
     def _enclosed(self, opening: str, parts: list[str], closing: str, level: int) -> str:
@@ -216,7 +216,7 @@ class JsonWriter:
         return opening + line + (self._item.rstrip() + line).join(parts) + end + closing
 
     def _name(self, key: Any) -> str:
-        """A key that is no string, as json writes it."""
+        """A key that is not a string, as json writes it."""
         if isinstance(key, str):
             return self._string(key)
         if key is None or isinstance(key, (int, float)):

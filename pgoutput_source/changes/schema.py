@@ -1,6 +1,6 @@
-"""Where a change stands and what it is of: positions, names of tables, columns, and the versions of a table.
+"""Positions of changes, names of tables, columns, and the versions of a table.
 
-Nothing here holds rows: `batches` holds them columnar, `events` one by one.
+Nothing here holds rows: `batches` has them as columns, `events` one by one.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ OP_CODE = {op: code for code, op in enumerate(OPS)}
 
 
 class Position(NamedTuple):
-    """Where a change stands in the total order of all changes, and its identity: equal under replay.
+    """The place of a change in the total order of all changes, and its identity: a replayed change has the same.
 
-    `commit_lsn` is the start of its transaction's commit record, `seq` counts the changes within the transaction
-    from 0, in the order in which PostgreSQL sends them.
+    `commit_lsn` is the start of its transaction's commit record. `seq` counts the changes within the transaction from
+    0, in the order in which PostgreSQL sends them.
 
     >>> Position(Lsn("0/16B3748"), 3) < Position(Lsn("0/16B3900"), 0)
     True
@@ -43,10 +43,10 @@ class Position(NamedTuple):
 
 
 class TableName(NamedTuple):
-    """The name of a table: its schema and its own name. The pair is the identity; no text is.
+    """The name of a table: its schema and its own name. The pair identifies the table; a text may be ambiguous.
 
     `str()` writes ``schema.name``. A part that a dot or a quote would make ambiguous is quoted as in SQL, and `parse`
-    reads exactly what `str()` writes. Parts without quotes are taken as they are: upper case stays upper case.
+    reads exactly what `str()` writes. Parts without quotes are taken literally: upper case stays upper case.
 
     >>> str(TableName("public", "orders")), str(TableName("a", "b.c"))
     ('public.orders', 'a."b.c"')
@@ -116,22 +116,22 @@ _TABLE_NAME = re.compile(rf"{_PART}\.{_PART}", re.DOTALL)
 
 
 class Missing(NamedTuple):
-    """What a column holds in the rows that are older than the column: the text of a value, None for NULL."""
+    """The value of a column in rows that are older than the column: its text, or None for NULL."""
 
     text: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A published column: what the Relation message says, and the Arrow type that holds its values.
+    """A published column, as in the Relation message, with the Arrow type that holds its values.
 
     Attributes:
         key: Whether it belongs to the replica identity. With REPLICA IDENTITY FULL every column does.
         metadata: What its type adds to the Arrow field's metadata.
-        attnum: The column's number in its table, None where it can't be known. A renamed column keeps its number, and
-            a column that was dropped and added again gets another.
-        missing: What the rows hold that are older than the column, None where it can't be known. PostgreSQL sends no
-            change for these rows when it adds a column.
+        attnum: The column's number in its table; None if unknown. A renamed column keeps its number, and a column that
+            was dropped and added again gets another.
+        missing: Its value in rows that are older than the column; None if unknown. PostgreSQL sends no changes for
+            these rows when it adds a column.
             https://www.postgresql.org/docs/current/catalog-pg-attribute.html (`attmissingval`)
     """
 
@@ -149,7 +149,7 @@ class Column:
     def field(self) -> pa.Field:
         """The Arrow field: always nullable, with `pg.oid`, `pg.type` and `pg.typmod` as metadata.
 
-        Where they are known, `pg.attnum` and `pg.missing` stand there too: see `attnum_of` and `missing_of`.
+        If known, `pg.attnum` and `pg.missing` are there too: see `attnum_of` and `missing_of`.
         """
         meta = {"pg.oid": str(self.type_oid), "pg.type": self.type_name, "pg.typmod": str(self.typmod)}
         if self.attnum is not None:
@@ -160,7 +160,7 @@ class Column:
 
 
 def attnum_of(field: pa.Field) -> int | None:
-    """The number that a column has in its table, from its Arrow field; None where the field does not say.
+    """A column's number in its table, from its Arrow field; None if the field does not have it.
 
     >>> attnum_of(Column("id", 20, -1, True, "bigint", pa.int64(), attnum=1).field)
     1
@@ -170,7 +170,7 @@ def attnum_of(field: pa.Field) -> int | None:
 
 
 def missing_of(field: pa.Field) -> Missing | None:
-    """What rows hold that are older than a column, from its Arrow field; None where the field does not say.
+    """A column's value in older rows, from its Arrow field; None if the field does not have it.
 
     >>> missing_of(Column("n", 23, -1, False, "integer", pa.int32(), missing=Missing("42")).field)
     Missing(text='42')
@@ -258,9 +258,9 @@ class TableSchema:
     """One version of one table, as a Relation message describes it.
 
     `replica_identity` is PostgreSQL's letter: 'd' default (the primary key), 'f' full, 'i' index, 'n' nothing.
-    `origin` names where it comes from (`system`, `database`, `slot`) and is written into the metadata of each batch,
-    so that files tell whose changes they hold. `metadata_prefix` begins the names of the metadata columns.
-    Two versions are equal if and only if their `fingerprint` is.
+    `origin` names the source (`system`, `database`, `slot`) and is written into the metadata of each batch, so that
+    files tell whose changes they have. `metadata_prefix` begins the names of the metadata columns. Two versions are
+    equal if and only if their `fingerprint` is.
 
     Example:
         >>> columns = (Column("id", 20, -1, True, "bigint", pa.int64()), Column("v", 25, -1, False, "text", pa.utf8()))
@@ -279,17 +279,17 @@ class TableSchema:
 
     @functools.cached_property
     def full_name(self) -> TableName:
-        """Schema and name: what tells this table from others."""
+        """Schema and name, which identify the table."""
         return TableName(self.namespace, self.name)
 
     @functools.cached_property
     def table(self) -> str:
-        """Schema and name as text: ``public.orders``, or ``a."b.c"`` where a dot would be ambiguous."""
+        """Schema and name as text: ``public.orders``, or ``a."b.c"`` when a dot would be ambiguous."""
         return str(self.full_name)
 
     @property
     def fingerprint(self) -> tuple[object, ...]:
-        """What makes two versions the same: a Relation that is sent again without a real change has an equal one."""
+        """The identity of a version. A Relation that is sent again without a real change has the same one."""
         return (self.relation_id, self.namespace, self.name, self.replica_identity, self.columns)
 
     @property
@@ -320,8 +320,8 @@ class TableSchema:
                 f"column {clash[0]!r} has the name of a metadata column",
                 table=self.table,
                 column=clash[0],
-                hint="leave it out of the publication with a column list (PostgreSQL 15 or newer), which counts for "
-                "changes from then on; what the slot holds already still has it",
+                hint="leave it out of the publication with a column list (PostgreSQL 15 or newer); this applies to "
+                "changes from then on, and changes that the slot holds already still have the column",
             )
         meta = {
             "pg.table": self.table,

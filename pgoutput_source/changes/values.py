@@ -1,10 +1,10 @@
-"""Arrow columns → Python values, a whole column at a time.
+"""Turns Arrow columns into Python values, a whole column at a time.
 
-One table, `KINDS`, says for every Arrow type how its values are made and how a row model annotates them. Every value
-is exact: numerics are `Decimal`, timestamps with a time zone are aware. What Python's type can't hold (a date before
-the year 1 or after 9999, an infinite timestamp) is PostgreSQL's own text, a `str`.
+One table, `KINDS`, says for every Arrow type how to make its values and how a row model annotates them. Every value is
+exact: numerics are `Decimal`, timestamps with a time zone are aware. A value that Python's type can't hold (a date
+before the year 1 or after 9999, an infinite timestamp) is PostgreSQL's own text, a `str`.
 
-Arrow's own `to_pylist` takes microseconds for a timestamp or a decimal; what is here takes a tenth of it.
+Arrow's own `to_pylist` takes microseconds for a timestamp or a decimal. This module takes a tenth of that.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Kind(NamedTuple):
-    """How the values of an Arrow type are made: `values` gets an array without nulls, and `Leaf` for its strings."""
+    """How to make the values of an Arrow type: `values` gets an array without nulls, and a `Leaf` for its strings."""
 
     values: Callable[[pa.Array, Leaf | None], Sequence[Any]]
     annotation: Callable[[pa.DataType], Any]
 
 
 def to_python(array: pa.Array, column: Column | None = None, *, parsed: bool = True) -> list[Any]:
-    """A column's values as Python objects, None where it is null.
+    """A column's values as Python objects, None for nulls.
 
-    `column` tells strings of `numeric` and `json` from texts: they become `Decimal`, and parsed JSON; or `JsonText` if
-    it is not to be `parsed`.
+    `column` distinguishes strings of `numeric` and `json` from texts. They become `Decimal` and parsed JSON; without
+    `parsed`, JSON becomes `JsonText`.
     """
     leaf = None if column is None else _leaf(column)
     return _values(array, exact_json.JsonText if leaf is exact_json.parse and not parsed else leaf)
@@ -54,7 +54,7 @@ def to_python(array: pa.Array, column: Column | None = None, *, parsed: bool = T
 def misfit(text: str, column: Column) -> Any:
     r"""A value that its Arrow type can't hold, from its exact PostgreSQL text: a Decimal such as NaN, or the text.
 
-    What a string can't hold is bytes that are not UTF-8, of a database in SQL_ASCII: bytes they stay.
+    The misfit of a string is bytes that are not UTF-8, from a database in SQL_ASCII. They stay bytes.
 
     >>> misfit("NaN", Column("price", 1700, 655366, False, "numeric", pa.decimal128(10, 2)))
     Decimal('NaN')
@@ -84,7 +84,7 @@ def _values(array: pa.Array, leaf: Leaf | None) -> list[Any]:
 
 
 def kind_of(arrow: pa.DataType) -> Kind:
-    """The row of the table for an Arrow type; types that are not in it are left to Arrow."""
+    """The row of the table for an Arrow type. Types that are not in it are left to Arrow."""
     if isinstance(arrow, pa.BaseExtensionType):
         return _UUID if arrow.extension_name == "arrow.uuid" else _EXTENSION
     return KINDS.get(arrow.id, _OTHER)
@@ -100,7 +100,7 @@ def _strings(array: pa.Array, leaf: Leaf | None) -> list[Any]:
 
 
 def _single(array: pa.Array, leaf: Leaf | None) -> list[float]:
-    """The shortest number that means the same `real`, which is PostgreSQL's text: 0.1, not 0.10000000149011612."""
+    """The shortest number that gives the same `real`, like PostgreSQL's text: 0.1, not 0.10000000149011612."""
     return list(map(float, _plain(array.cast(pa.utf8()), None)))
 
 
@@ -140,7 +140,7 @@ def _structs(array: pa.Array, leaf: Leaf | None) -> list[dict[str, Any]]:
 
 
 def rows(names: Sequence[str], columns: Sequence[Sequence[Any]], count: int) -> list[dict[str, Any]]:
-    """Columns turned into one dict per row."""
+    """One dict per row, from columns."""
     if not columns:
         return [{} for _ in range(count)]
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -190,7 +190,7 @@ def _list_of(arrow: pa.DataType) -> Any:
 
 
 def annotation(column: Column) -> Any:
-    """The type of a column's values, as a row model writes it."""
+    """The type of a column's values, for a row model."""
     leaf = _leaf(column)
     if leaf is exact_json.parse:
         return Any
@@ -233,4 +233,4 @@ KINDS: dict[int, Kind] = {
         lambda arrow: kind_of(arrow.value_type).annotation(arrow.value_type),
     ),
 }
-"""Arrow type's id → how its values are made and annotated."""
+"""How to make and annotate values, by the id of the Arrow type."""

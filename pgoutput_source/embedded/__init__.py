@@ -1,4 +1,4 @@
-"""A server in the box: real PostgreSQL without an installation, to try things out, for demonstrations and for tests.
+"""A server in the box: real PostgreSQL without an installation, to try things out, for demos and for tests.
 
 `Server` is a server that you start and stop yourself. `default_dsn()` is the one that is used when no connection is
 configured: a cluster kept under `.pgoutput/` in the current folder. PostgreSQL's programs come from the package

@@ -1,4 +1,4 @@
-"""The server that everything falls back to: kept under `.pgoutput/` in the current folder."""
+"""The server that is used when no connection is configured, kept under `.pgoutput/` in the current folder."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _started: dict[Path, Server] = {}
 
 
 def connection_string(dsn: str | None, *, shop: bool = False) -> str:
-    """The configured connection string, or where there is none that of the embedded server, started when needed.
+    """The configured connection string or, without one, that of the embedded server, which is started if needed.
 
     Args:
-        dsn: What is configured; None for nothing.
+        dsn: The configured connection string; None for none.
         shop: Whether the embedded server gets a shop that takes orders for as long as this process runs.
 
     Raises:
-        EmbeddedError: There is no DSN, and the embedded server can't be had.
+        EmbeddedError: There is no DSN, and the embedded server is not available.
     """
     if dsn is not None:
         return dsn
     dsn = default_dsn()
     if shop:
-        # Imported with the package, `python -m pgoutput_source.embedded.shop` would find it loaded before it runs.
+        # If the package imported it, `python -m pgoutput_source.embedded.shop` would warn that it is already loaded.
         from pgoutput_source.embedded.shop import open_shop
 
         open_shop(dsn)
@@ -48,16 +48,16 @@ def connection_string(dsn: str | None, *, shop: bool = False) -> str:
 def default_dsn(folder: Path | str | None = None) -> str:
     """The connection string of the embedded server that belongs to a folder. It is created and started if needed.
 
-    If another process of the same user has started it, we join. Whoever started the server stops it at exit, even when
-    killed; the data stays for the next time. One line at level INFO of the logger `pgoutput_source.embedded` says which
-    server it is.
+    If another process of the same user has started it, this one joins. The process that started the server stops it at
+    exit, even if it is killed. The data stays for the next time. One line at level INFO of the logger
+    `pgoutput_source.embedded` tells which server it is.
 
     Args:
         folder: The folder that contains `.pgoutput/`; None for the current one. If we are root and the account that
             PostgreSQL runs under can't enter the folder, the cluster is kept under /var/tmp, and the log line says so.
 
     Raises:
-        EmbeddedError: PostgreSQL can't be had or started, or the folder belongs to another user.
+        EmbeddedError: PostgreSQL is not available or can't be started, or the folder belongs to another user.
     """
     home = Path(folder if folder is not None else Path.cwd()).resolve()
     place = _place(home)
@@ -102,7 +102,7 @@ def _place(home: Path) -> Path:
         return private_dir(private_dir(ROOT_PLACE) / f"kept-{key}")
     except OSError as error:
         raise EmbeddedError(
-            f"the embedded server's folder can't be made in {home}: {error}",
+            f"the embedded server's folder can't be created in {home}: {error}",
             hint="work in a folder that you can write, or set PGOUTPUT_DSN to use another server",
         ) from error
 
@@ -138,7 +138,7 @@ def _join(data: Path, timeout: float = 30.0) -> tuple[str, str] | None:
         if command is None:
             return None  # a stale file, which PostgreSQL detects by itself
         if "postgres" not in command:
-            # Another program has that process id now. PostgreSQL would believe that the server still runs.
+            # Another program has that process id now. PostgreSQL would think that the server is still running.
             pidfile.unlink(missing_ok=True)
             return None
         reason = "it is starting or stopping"

@@ -1,8 +1,8 @@
-"""One PostgreSQL server of our own: made, started, stopped, and never left behind.
+"""One PostgreSQL server of our own: created, started, stopped, and never left behind.
 
 A server runs in its own session, so that Ctrl-C in a terminal stops the program and not the database under it. A small
 watchdog process reads from a pipe that we hold open. When we die, for whatever reason, the pipe closes: the watchdog
-then stops the server and removes a temporary cluster. Connections need a random password (SCRAM). They use a unix
+then stops the server and removes a temporary cluster. Connections need a random password (SCRAM). They use a Unix
 socket in a folder that only the server's account can enter, or a free port of 127.0.0.1.
 """
 
@@ -34,7 +34,7 @@ How = Literal["fast", "immediate", "kill"]
 
 _SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "kill": signal.SIGKILL}
 
-# A unix socket's path must fit into 104 bytes on macOS and 108 on Linux, with the socket's own name in it.
+# A Unix socket's path must fit into 104 bytes on macOS and 108 on Linux, including the socket's own name.
 _LONGEST_SOCKET_DIR = 80
 
 # It reads lines: "pid N" names the server to watch (0: none), "bye" is an orderly end, end of file means that we died.
@@ -88,13 +88,13 @@ class Server:
     ('logical',)
 
     Without `data` the cluster is temporary: it is deleted at the end and does not sync to disk, so it survives the
-    death of any process, but not of the machine. With `data` it is kept, and as durable as PostgreSQL is.
+    death of any process, but not of the machine. With `data` it is kept, and is as durable as any PostgreSQL.
 
     Args:
         major: PostgreSQL's major version; None for the newest.
-        data: Folder of a cluster to keep, made on first use. The password is kept in `<data>.password` beside it,
+        data: Folder of a cluster to keep, created on first use. The password is in `<data>.password` beside it,
             readable by us alone, and the server's log in `<data>.log`.
-        tcp: Listen on a free port of 127.0.0.1 instead of on a unix socket.
+        tcp: Listen on a free port of 127.0.0.1 instead of on a Unix socket.
         settings: Server settings by name. They override ours (`wal_level=logical` …).
 
     Attributes:
@@ -104,7 +104,7 @@ class Server:
         log: The file that the server logs to.
 
     Raises:
-        EmbeddedError: The programs can't be had, or the server doesn't start.
+        EmbeddedError: The programs are not available, or the server doesn't start.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether the server's process is there."""
+        """Whether the server's process exists."""
         return self._process is not None and self._process.poll() is None
 
     @property

@@ -1,6 +1,6 @@
 """A small shop that takes orders: four tables, a publication, and a workload that never stops changing them.
 
-The demonstration, the notebooks and the benchmarks capture its changes. `create()` creates the tables `customers`,
+The demo, the notebooks and the benchmarks capture its changes. `create()` creates the tables `customers`,
 `products`, `orders` and `order_items` and the publication `shop`; `Workload` is the traffic. In its own process
 
     python -m pgoutput_source.embedded.shop
@@ -105,7 +105,7 @@ def create(dsn: str) -> None:
 
 
 def open_shop(dsn: str, *, rate: float = 500) -> None:
-    """Create the shop, and have it take orders in a process that ends with this one. Once it is open, nothing happens.
+    """Create the shop, and let it take orders in a process that ends with this one. A second call does nothing.
 
     Args:
         dsn: libpq connection string or URL of a role that may create tables and publications.
