@@ -1,6 +1,6 @@
 """PostgreSQL change data capture for Python: pgoutput, columnar, as a Bytewax source.
 
-The names here are loaded when they are first used: the reader, `peek` and the nouns work without Bytewax.
+Names are loaded on first use, so that the reader, `peek` and the nouns work without Bytewax.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    # help() and completion take every name that stands here, and give up on one that can't be imported.
+    # help() and completion load every name in this list, and fail on one that can't be imported.
     if importlib.util.find_spec("bytewax") is not None:
         return __all__
     return [name for name in __all__ if not _HOME.get(name, "").startswith(("dataflow", "sinks"))]

@@ -1,10 +1,10 @@
-"""Everything that this package raises on purpose, in one tree.
+"""All errors that this package raises on purpose, in one tree.
 
 ::
 
     PgOutputError                 what went wrong, where, and what to do next
     ├── ConfigurationError        an option, an environment variable or a combination of them
-    │   └── BytewaxMissing        a part that needs Bytewax, on a Python without it; an ImportError, too
+    │   └── BytewaxMissing        a part that needs Bytewax, on a Python without it; also an ImportError
     ├── ServerError               PostgreSQL, or the connection to it
     │   ├── ConnectionFailed      no server, wrong password, no such database, TLS, a lost connection
     │   ├── NotConfigured         wal_level, privileges, limits of the server
@@ -23,7 +23,7 @@
     ├── StateError                a resume state or recovery folder that can't be used
     └── SinkError                 a destination
 
-Each has a `hint`, the next thing to do, and says where: `lsn`, `table`, `column`, `type_name`, as far as it is known.
+Each has a `hint`, which says what to do next, and tells where: `lsn`, `table`, `column`, `type_name`, as far as known.
 Row values never appear in a message, except for the first characters of a value that could not be decoded.
 """
 
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 
 class PgOutputError(Exception):
-    """Base of all errors here; `str()` is the whole story: what, where and the hint, on separate lines.
+    """The base of all errors. `str()` has what happened, where, and the hint on a separate line.
 
     >>> print(SlotNotFound('replication slot "orders" does not exist', hint="create it: SELECT …"))
     replication slot "orders" does not exist
@@ -71,7 +71,7 @@ class PgOutputError(Exception):
         return f"{text}\nhint: {self.hint}" if self.hint else text
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors cross process borders in clusters; keyword-only arguments need help to be pickled.
+        # In clusters, errors cross process boundaries. Keyword-only arguments need help to be pickled.
         return _rebuild, (type(self), self.message, {k: v for k, v in self.__dict__.items() if k != "message"})
 
 
@@ -86,7 +86,7 @@ class ConfigurationError(PgOutputError):
 
 
 class BytewaxMissing(ConfigurationError, ImportError):
-    """A dataflow part was imported on a Python that has no Bytewax, such as 3.13; it is an `ImportError` as well.
+    """A dataflow part was imported on a Python without Bytewax, such as 3.13. It is also an `ImportError`.
 
     >>> issubclass(BytewaxMissing, ImportError)
     True
@@ -94,15 +94,15 @@ class BytewaxMissing(ConfigurationError, ImportError):
 
 
 class ServerError(PgOutputError):
-    """PostgreSQL refused, or could not be reached. `sqlstate` is the server's code where libpq passes it on."""
+    """PostgreSQL refused, or could not be reached. `sqlstate` is the server's code, if libpq passes it on."""
 
     sqlstate: str | None = None
 
 
 class ConnectionFailed(ServerError):
-    """No server, wrong password, no such database, TLS refused, or a connection that was lost.
+    """No server, wrong password, no such database, TLS refused, or a lost connection.
 
-    `transient` tells whether trying again may help (a server that restarts) or not (a wrong password).
+    `transient` tells whether a retry may help (the server restarts) or not (the password is wrong).
     """
 
     transient: bool = False
@@ -133,7 +133,7 @@ class SlotMismatch(SlotError):
 
 
 class SlotAhead(SlotError):
-    """The slot was moved past what this consumer has durably seen: somebody else consumed, or state was lost."""
+    """The slot was moved past what this consumer has durably seen: somebody else consumed it, or state was lost."""
 
 
 class PublicationError(ServerError):
@@ -145,7 +145,7 @@ class EmbeddedError(ServerError):
 
 
 class ProtocolError(PgOutputError):
-    """Bytes that violate the protocol. `lsn` is their place in the WAL; nothing after it was used."""
+    """Bytes that violate the protocol. `lsn` is their position in the WAL; nothing after it was used."""
 
 
 class DecodeError(PgOutputError):
@@ -160,7 +160,7 @@ class SchemaChanged(PgOutputError):
 
 
 class SpillError(PgOutputError):
-    """A transaction in progress outgrew its memory, and a temporary file can't be written or read back."""
+    """A transaction in progress exceeded its memory, and a temporary file can't be written or read back."""
 
 
 class StateError(PgOutputError):
@@ -168,14 +168,14 @@ class StateError(PgOutputError):
 
 
 class SinkError(PgOutputError):
-    """A destination can't be written, or holds something that must not be mixed with this run's output."""
+    """A destination can't be written, or contains something that must not be mixed with this run's output."""
 
 
 def check_version(state: object, version: int, whose: str) -> None:
-    """Raise unless a resume state is of this version, which it has under ``"v"``.
+    """Check the version of a resume state, which is under ``"v"``.
 
     Raises:
-        StateError: It is not.
+        StateError: It is another version.
     """
     if not isinstance(state, dict) or state.get("v") != version:
         raise StateError(

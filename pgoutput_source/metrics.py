@@ -1,6 +1,6 @@
-"""Every metric's name, in one place. Bytewax's own `/metrics` page shows them beside its own.
+"""All metrics. Bytewax's `/metrics` page shows them beside its own.
 
-All have the label `slot`. Positions are bytes of WAL, so the difference of two is a lag in bytes.
+Each has the label `slot`. Positions are bytes of WAL, so the difference between two is a lag in bytes.
 """
 
 from __future__ import annotations

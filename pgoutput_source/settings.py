@@ -1,7 +1,7 @@
-"""`SourceSettings`: everything that a reader or a source can be told, checked before anything connects.
+"""`SourceSettings`: all options of a reader or a source, checked before anything connects.
 
-An option that does not exist, a value that has no meaning and a DSN that libpq can't parse are each a
-`ConfigurationError` that names the option (or the environment variable) and says what would be right.
+An unknown option, an invalid value and a DSN that libpq can't parse are each a `ConfigurationError`. It names the
+option (or the environment variable) and says what would be right.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DSN: Final = f"{ENV_PREFIX}DSN"
 OTHER_VARIABLES: Final = {
     "PGOUTPUT_OUT": "the folder that the flows write into",
 }
-"""Variables with our prefix that are read elsewhere than here: name and meaning."""
+"""Variables with our prefix that are read elsewhere: name and meaning."""
 
 _LINKED: Final = (
     (r"SERVICE_HOST", r"\S+"),
@@ -39,17 +39,17 @@ _LINKED: Final = (
     (r"NAME", r"/\S+"),
     (r"ENV_.+", r".*"),
 )
-"""Name and value of the variables that Kubernetes, for a service, and Docker, for a link, put into each container.
+"""Names and values of the variables that Kubernetes (for a service) and Docker (for a link) set in each container.
 
-A service called `pgoutput` or `pgoutput-…` makes them begin with our prefix.
+For a service called `pgoutput` or `pgoutput-…` they begin with our prefix.
 https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables
 """
 
 LIBPQ_VARIABLES: Final = ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGPORT", "PGDATABASE", "PGUSER")
-"""If one of them is set, libpq knows where to connect and the embedded server stays away."""
+"""If one of them is set, libpq knows where to connect, and the embedded server is not used."""
 
 EMBEDDED_NAME: Final = "pgoutput"
-"""The slot and the publication of a source that was told nothing at all and runs on the embedded server."""
+"""The slot and the publication of a source without any configuration, which runs on the embedded server."""
 
 
 def describe(dsn: str) -> str:
@@ -76,16 +76,16 @@ def describe(dsn: str) -> str:
 
 
 def parse_publications(text: str) -> tuple[str, ...]:
-    """The publications that an environment variable or the command line names, with commas between.
+    """The publications that an environment variable or the command line names, separated by commas.
 
-    A name that holds a comma, begins with a double quote, or begins or ends with a space is written in double quotes,
-    as in SQL. Any other may be, and upper case stays upper case without quotes, too.
+    A name that contains a comma, begins with a double quote, or begins or ends with a space must be in double quotes,
+    as in SQL. Any other name may be. Upper case stays upper case, even without quotes.
 
     >>> parse_publications('shop, Orders, "We,Ird", "the ""old"" one"')
     ('shop', 'Orders', 'We,Ird', 'the "old" one')
 
     Raises:
-        ConfigurationError: Quotes that do not fit.
+        ConfigurationError: The quotes don't match.
     """
     names: list[str] = []
     at = 0
@@ -97,7 +97,7 @@ def parse_publications(text: str) -> tuple[str, ...]:
         at = found.end()
     raise ConfigurationError(
         f"{text!r} is not a list of publications",
-        hint='separate names by commas, and write one that holds a comma in double quotes: shop,"We,Ird"',
+        hint='separate names by commas, and put a name that contains a comma in double quotes: shop,"We,Ird"',
     )
 
 
@@ -105,8 +105,8 @@ _NAMED = re.compile(r'\s*(?:"((?:[^"]|"")*)"\s*|((?!\s*")[^,]*))(?:(,)|$)', re.D
 
 
 def _checked_dsn(dsn: str | None) -> str | None:
-    # libpq's texts about a malformed string quote it, and what they quote may be a piece of the password. So does the
-    # text about a host that can't be resolved when the password holds an @ that is not encoded.
+    # libpq's messages about a malformed string quote parts of it, perhaps of the password. So does the message about a
+    # host that can't be resolved, if the password has an @ that is not encoded.
     if not dsn:
         return dsn
     encode = "write the special characters of user name and password as %40 for @, %2F for /, %3A for :, %23 for #"
@@ -143,7 +143,7 @@ def _one_or_several(names: object) -> object:
 
 
 def _checked_publications(names: tuple[str, ...]) -> tuple[str, ...]:
-    # PostgreSQL 17 and newer accept an empty list of publications, and then send nothing at all.
+    # PostgreSQL 17 and newer accept an empty list of publications, and then send nothing.
     for name in names:
         if not 0 < len(name.encode()) <= 63 or "\0" in name:
             raise ValueError(f"{name!r} is not the name of a publication|a name has 1 to 63 bytes")
@@ -167,7 +167,7 @@ def _checked_until(until: str | None) -> str | None:
 
 
 class SourceSettings(BaseModel):
-    """Where changes come from, from which position on, and how much at a time. Frozen; the DSN is never shown.
+    """Where changes come from, where they start, and how much comes at a time. Frozen; the DSN is never shown.
 
     >>> SourceSettings(dsn="postgresql://alice:secret@db.internal/shop", slot="orders", publication="shop")
     SourceSettings(slot='orders', publication=('shop',), server='shop on db.internal as alice')
@@ -194,7 +194,7 @@ class SourceSettings(BaseModel):
             wal_sender_timeout where that is less.
         max_frames: Most messages that one poll returns.
         max_bytes: Bytes after which a poll returns. It bounds the memory, except for a single larger row.
-        reconnect_seconds: How long a lost connection is tried again before the run fails.
+        reconnect_seconds: How long to retry a lost connection before the run fails.
         slot_wait_seconds: How long to wait at the start for a slot that another process still holds.
         stall_seconds: After so long without a call from Bytewax, while the server has more, the process ends with exit
             code 70, so that the slot is free for another; longer than any step or sink may take. None only warns.
@@ -210,15 +210,15 @@ class SourceSettings(BaseModel):
         streaming: "on" has PostgreSQL send large transactions while they are in progress instead of keeping them on
             its own disk until they commit; they are kept here, and come out at their commit as ever. "parallel" is the
             same with PostgreSQL 16's protocol.
-        binary: "on" has PostgreSQL send values as the send functions of their types write them, where "off" has it send
-            their text: the same columns for less work. It is refused at the start if a published column is of a type
-            that can't be read so. "auto" is "on" unless there is one that can't, or that takes longer; that is decided
-            again for each connection.
-        streaming_memory: Bytes of transactions in progress that are held in memory. What is more goes to files
-            without a name in the folder for temporary files (TMPDIR).
+        binary: "on" makes PostgreSQL send values in the format of their types' send functions, instead of text ("off"):
+            the same columns for less work. If a published column has a type that can't be read this way, the start is
+            refused. "auto" is "on" unless a column can't be read this way, or only more slowly; it decides again for
+            each connection.
+        streaming_memory: Bytes of transactions in progress to hold in memory. More than that goes to unnamed files in
+            the folder for temporary files (TMPDIR).
 
     Raises:
-        ConfigurationError: An unknown option or a value that can't be used; nothing was connected.
+        ConfigurationError: An option is unknown or invalid. Nothing has connected.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
@@ -252,7 +252,7 @@ class SourceSettings(BaseModel):
     binary: Literal["off", "on", "auto"] = "off"
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        # Only what differs from the default, and the server without anything secret.
+        # Show only what differs from the default, and the server without secrets.
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if field.repr and (field.is_required() or value != field.default):
@@ -277,20 +277,20 @@ class SourceSettings(BaseModel):
 
     @classmethod
     def of(cls, **options: Any) -> SourceSettings:
-        """The same as the constructor, for options that come out of a dictionary."""
+        """The same as the constructor, for options from a dictionary."""
         return cls.model_validate(options)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> SourceSettings:
-        """The settings that the environment describes; `overrides` win over it.
+        """The settings from the environment. `overrides` override it.
 
-        Every field is read from `PGOUTPUT_` and its name in capitals: `PGOUTPUT_DSN`, `PGOUTPUT_SLOT`,
+        Every field is read from the variable `PGOUTPUT_` plus its name in capitals: `PGOUTPUT_DSN`, `PGOUTPUT_SLOT`,
         `PGOUTPUT_PUBLICATION` (see `parse_publications`), `PGOUTPUT_CREATE` (true or false), `PGOUTPUT_UNTIL` …
         Without `PGOUTPUT_DSN` the DSN is "" if one of libpq's own variables (`PGHOST`, `PGSERVICE` …) says where to
-        connect; otherwise it is None, the embedded server, and slot and publication are both "pgoutput" and created
-        where they are missing, unless something else is said. An empty `PGOUTPUT_DSN` is an error, because it may be
-        a secret that was not filled in; any other empty variable counts as not set. Variables that Kubernetes or
-        Docker sets for a service called `pgoutput` are ignored with a warning in the log.
+        connect. Otherwise it is None, the embedded server, and slot and publication are both called "pgoutput" and are
+        created if missing, unless configured otherwise. An empty `PGOUTPUT_DSN` is an error, because it may be a secret
+        that was not filled in. Any other empty variable counts as not set. Variables that Kubernetes or Docker sets for
+        a service called `pgoutput` are ignored with a warning in the log.
 
         Args:
             environ: The environment; None for that of the process.
@@ -304,7 +304,7 @@ class SourceSettings(BaseModel):
         hint: did you mean PGOUTPUT_SLOT?
 
         Raises:
-            ConfigurationError: A variable or override that does not exist or can't be used.
+            ConfigurationError: A variable or override is unknown or invalid.
         """
         environ = os.environ if environ is None else environ
         names = {ENV_PREFIX + name.upper(): name for name in cls.model_fields}
@@ -319,8 +319,8 @@ class SourceSettings(BaseModel):
         if "dsn" not in overrides and not environ.get(_DSN, "set").strip():
             raise ConfigurationError(
                 f"{_DSN}: is empty",
-                hint="give a connection string; or unset the variable, to leave all to libpq's own variables or to use "
-                "the embedded server",
+                hint="give a connection string; or unset the variable, to use libpq's own variables or the embedded "
+                "server",
             )
         if "dsn" not in options and any(environ.get(variable) for variable in LIBPQ_VARIABLES):
             options["dsn"] = ""
@@ -338,7 +338,7 @@ class SourceSettings(BaseModel):
 
 
 def _check_variables(environ: Mapping[str, str], known: Iterable[str]) -> None:
-    """Each variable with our prefix is one of ours, or set by the platform: then it is ignored, and the log says so."""
+    """Check that each variable with our prefix is known. Those set by the platform are ignored with a log line."""
     ignored = []
     for variable in sorted(environ):
         if not variable.startswith(ENV_PREFIX) or variable in known:
@@ -361,7 +361,7 @@ def _check_variables(environ: Mapping[str, str], known: Iterable[str]) -> None:
 
 
 def _configuration_error(error: ValidationError) -> ConfigurationError:
-    """One error for all that pydantic found; our own validators put their hint after a bar."""
+    """One error for everything that pydantic found. Our own validators put their hints after a bar."""
     texts: list[str] = []
     hints: list[str] = []
     for problem in error.errors(include_url=False, include_input=False):
@@ -379,14 +379,14 @@ def _configuration_error(error: ValidationError) -> ConfigurationError:
         texts.append(f"{name}: {text[:1].lower()}{text[1:]}")
         if hint:
             hints.append(hint)
-    # Unknown options come first: the missing one was often only misspelled.
+    # Unknown options come first: a missing option is often just misspelled.
     order = sorted(range(len(texts)), key=lambda i: "no such option" not in texts[i])
     near = [hint for hint in hints if hint.startswith("did you mean")]
     return ConfigurationError("; ".join(texts[i] for i in order), hint="; ".join(near or hints) or None)
 
 
 def _nearest(name: str, names: Iterable[str], what: str) -> str:
-    # The prefix that all variables share would make any two of them alike.
+    # The common prefix would make any two variables look similar.
     valid = {each.removeprefix(ENV_PREFIX): each for each in names}
     near = difflib.get_close_matches(name.removeprefix(ENV_PREFIX), valid, 1, 0.7)
     return f"did you mean {valid[near[0]]}?" if near else f"the {what} are {', '.join(valid.values())}"

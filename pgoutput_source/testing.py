@@ -1,4 +1,4 @@
-"""Batches of changes made by hand, for tests of flows and for the examples in this package.
+"""Makes batches of changes by hand, for tests of flows and for the examples in this package.
 
 flow = Dataflow("test")
 orders = op.input("orders", flow, TestingSource([batch("public.orders", [("I", {"id": 1, "amount": 5})])]))
@@ -17,7 +17,7 @@ from pgoutput_source.changes.schema import OPS, Column, TableName, TableSchema
 
 Row = Mapping[str, Any]
 START = datetime(2024, 1, 1, 12, 0, tzinfo=UTC)
-"""Commit time of the first change that `batch` makes."""
+"""The commit time of the first change in a `batch`."""
 
 
 def batch(
@@ -32,18 +32,18 @@ def batch(
     at: datetime | Sequence[datetime] = START,
     every: timedelta = timedelta(seconds=30),
 ) -> ChangeBatch:
-    """The `ChangeBatch` that such changes in PostgreSQL would give, with one transaction per change.
+    """The `ChangeBatch` that these changes would give in PostgreSQL, with one transaction per change.
 
     Args:
         table: Schema and table.
         changes: (`_op`, row) or (`_op`, row, `_before`). A column that a row lacks is NULL. A truncate's row is None.
-        key: Columns of the replica identity. With identity "f" it is all of them.
+        key: The columns of the replica identity. With identity "f" these are all columns.
         types: Arrow types of the columns, in order. By default Arrow infers them from the values.
         identity: The replica identity's letter.
         unchanged: `_unchanged` by index of the change.
-        lsn: `_commit_lsn` of the first change; each further one adds 1.
-        at: Commit time of the first change, or of each.
-        every: Time from one commit to the next, if `at` is only the first.
+        lsn: `_commit_lsn` of the first change; each further change adds 1.
+        at: Commit time of the first change, or a list with that of each change.
+        every: The time from one commit to the next, if `at` is a single time.
 
     Example:
         >>> made = batch("public.orders", [("I", {"id": 1}), ("D", {"id": 1}, {"id": 1})])
