@@ -1,8 +1,7 @@
-"""Reading a slot in plain Python: `PgOutputReader` and `peek`.
+"""Reads a slot in plain Python, without Bytewax: `PgOutputReader` and `peek`.
 
-Everything below is joined here, without Bytewax. What PostgreSQL may forget is in the hands of who reads: only what
-`ack` was called for. An acknowledgement is kept back to the end of a whole transaction, because the server knows no
-other unit: it sends a transaction again from its beginning or not at all.
+The caller decides what PostgreSQL may forget: only what `ack` was called for. An acknowledgement waits for the end of a
+transaction, because the server knows no smaller unit: it sends a transaction again from its beginning or not at all.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ from pgoutput_source.stream.start import Start
 logger = logging.getLogger(__name__)
 
 Acknowledged: TypeAlias = ChangeEvent | ChangeSet | Position
-"""What `ack` takes: everything up to and including it is done with."""
+"""What `ack` takes. Everything up to and including it was processed."""
 
-_WAIT = 0.2  # seconds; how long stop() may go unnoticed
+_WAIT = 0.2  # seconds that stop() may go unnoticed
 _SETTLE = 1.0  # seconds
 _NOTHING = Position(Lsn(0), -1)
 _PIECE = 32_768  # messages of a peek that are decoded together
@@ -51,22 +50,22 @@ class PgOutputReader:
     """The committed changes of a publication, in commit order: one by one, or columnar with `sets()`.
 
     Delivery is at least once: a new reader resumes after what the last one acknowledged. Changes come again if they
-    were not acknowledged, or if their transaction was not acknowledged to its end; none is ever skipped. While the
+    were not acknowledged, or if their transaction was not acknowledged to its end. No change is ever lost. While the
     body of the loop runs, the server's keepalives are answered.
 
     Args:
-        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables, and None stands for
-            the embedded server.
+        dsn: A libpq connection string or URL; "" leaves everything to libpq's environment variables, and None stands
+            for the embedded server.
         slot: The replication slot's name.
         publication: One name or several.
-        create: Create the publication (for all tables) and then the slot where they are missing.
+        create: Whether to create the publication (for all tables) and then the slot if they are missing.
         until: None reads for ever; "current" ends once everything committed before the start was delivered; an LSN
             such as "0/16B3748" ends there.
         options: The other fields of `SourceSettings`.
 
     Raises:
-        ConfigurationError: An option has no meaning or a wrong value. Nothing is connected before the reader is
-            entered or iterated.
+        ConfigurationError: An option is unknown or invalid. The reader does not connect before it is entered or
+            iterated.
 
     Example:
         >>> from pgoutput_source.embedded import shop
@@ -94,26 +93,26 @@ class PgOutputReader:
         self._stopping = False
         self._closed = False
         self._failure: Exception | None = None
-        self._polling = threading.Lock()  # the stream has one owner: who polls, or who closes
+        self._polling = threading.Lock()  # the stream has one owner: the thread that polls or closes
         self._poller: int | None = None
         self._session: SlotSession | None = None
-        self._set: ChangeSet | None = None  # fetched, and not yet taken
+        self._set: ChangeSet | None = None  # fetched, but not yet taken
         self._rest: Iterator[ChangeEvent] = iter(())  # of the set that is being delivered as events
         self._begun = 0  # how many sets were, or are being, delivered as events
         self._beginning = threading.Lock()
         self._given: ChangeEvent | Position = _NOTHING
         self._by_set: bool | None = None
         self._facts: dict[TableSchema, TableFacts | None] = {}
-        # What follows belongs to the acknowledgements, which may come from any thread.
+        # The following is for acknowledgements, which may come from any thread.
         self._acknowledging = threading.Lock()
         self._acked = _NOTHING
-        self._ends: deque[tuple[int, int]] = deque()  # the last position of each transaction that is not acknowledged
-        self._fetched = Lsn(0)  # everything below it was fetched, and is in `_ends` until it is acknowledged
+        self._ends: deque[tuple[int, int]] = deque()  # the last position of each unacknowledged transaction
+        self._fetched = Lsn(0)  # everything before it was fetched, and is in `_ends` until it is acknowledged
 
-    # -- a life ---------------------------------------------------------------------------------------------------
+    # -- start and end --------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Connect, check slot and publication, and start to stream; entering and iterating do it.
+        """Connect, check slot and publication, and start to stream. Entering or iterating the reader calls it.
 
         Raises:
             ServerError: The slot, the publication or the server can't be used; each with its remedy.
@@ -126,14 +125,14 @@ class PgOutputReader:
         return connection_string(self.settings.dsn)
 
     def stop(self) -> None:
-        """End the iteration before the next change; from another thread or a signal handler. Nothing is lost by it."""
+        """End the iteration before the next change, from another thread or a signal handler. Nothing is lost."""
         self._stopping = True
 
     def close(self, *, graceful: bool = True) -> None:
-        """End the stream; the slot is free then, and with `graceful` the server has read the last acknowledgement."""
+        """End the stream and free the slot. With `graceful`, the server has then read the last acknowledgement."""
         self._stopping = self._closed = True
         if self._poller == threading.get_ident():
-            return  # called by a signal handler in the midst of a poll: the iteration closes as it ends
+            return  # called by a signal handler during a poll: the iteration closes the stream when it ends
         with self._polling:
             if self._session is None:
                 return
@@ -143,11 +142,11 @@ class PgOutputReader:
             self._session = None
 
     def _settle(self, session: SlotSession) -> None:
-        """Look for the commit of a transaction that was acknowledged to its last change, so that it really is."""
+        """If the last change of a transaction was acknowledged, wait for its commit, so that all of it is."""
         deadline = time.monotonic() + _SETTLE
         try:
             while self._ends and self._ends[0] <= self._acked and time.monotonic() < deadline:
-                self._poll(session)  # what comes after it is not delivered, so it comes again
+                self._poll(session)  # later changes are not delivered, so they will come again
         except PgOutputError as e:
             logger.warning("slot %s: the last acknowledgement is lost: %s", self.settings.slot, e.message)
 
@@ -158,13 +157,13 @@ class PgOutputReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A server that is gone would answer a graceful end with an error that hides the one that matters.
+        # If the server is gone, a graceful end would raise an error that hides the one that matters.
         self.close(graceful=not isinstance(error, PgOutputError))
 
     # -- changes --------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Self:
-        """Each change as an event. A new loop resumes where the last one was left."""
+        """Each change as an event. A new loop continues where the last one ended."""
         return self
 
     def __next__(self) -> ChangeEvent:
@@ -201,7 +200,7 @@ class PgOutputReader:
         """Each `ChangeSet`: what one poll brought, columnar by table, with logical decoding messages.
 
         Raises:
-            ConfigurationError: The reader is iterated by events already.
+            ConfigurationError: The reader is already iterated by events.
         """
         while True:
             with self._failing():
@@ -214,7 +213,7 @@ class PgOutputReader:
         self._end()
 
     def _begin(self) -> bool:
-        """Wait for the next set and begin to give it out as events; False at the end."""
+        """Wait for the next set and begin to deliver it as events; False at the end."""
         if not self._fetch(by_set=False):
             return False
         assert self._set is not None
@@ -224,8 +223,8 @@ class PgOutputReader:
         return True
 
     def _begin_after(self, begun: int) -> bool:
-        """`_begin`, unless another has begun since: the thread of a cancelled task runs to its end."""
-        # Nobody hears the error of such a thread: it must be kept for who comes next.
+        """`_begin`, unless another set has begun since: the thread of a cancelled task runs to its end."""
+        # Nobody receives the error of such a thread, so it is kept for the next caller.
         with self._beginning, self._failing():
             return self._begun != begun or self._begin()
 
@@ -233,8 +232,8 @@ class PgOutputReader:
         """Wait until there is a set in `_set`; False at the end."""
         if self._by_set not in (None, by_set):
             raise ConfigurationError(
-                "this reader gives out events and sets at once",
-                hint="iterate it either by events or with sets(); a set gives its events with set.events()",
+                "this reader is iterated by events and sets at once",
+                hint="iterate it either by events or with sets(); set.events() returns the events of a set",
             )
         self._by_set = by_set
         self.open()
@@ -259,7 +258,7 @@ class PgOutputReader:
         found = _last_positions(changes, messages=bool(self._by_set))
         with self._acknowledging:
             if found and self._ends and self._ends[-1][0] == found[0][0]:
-                self._ends.pop()  # the transaction has gone on
+                self._ends.pop()  # the transaction continues
             self._ends.extend(found)
             self._fetched = max(self._fetched, session.safe_lsn)
             self._acknowledge()
@@ -283,15 +282,16 @@ class PgOutputReader:
     # -- acknowledging --------------------------------------------------------------------------------------------
 
     def ack(self, what: Acknowledged) -> None:
-        """Everything up to and including `what` is done with: PostgreSQL may forget it and will not send it again.
+        """Everything up to and including `what` was processed: PostgreSQL may forget it and will not send it again.
 
-        In the middle of a transaction it counts only up to the one before: the rest follows with its last change.
+        In the middle of a transaction only earlier transactions are acknowledged. The rest follows with the
+        transaction's last change.
 
         Args:
             what: An event, a set or a position that this reader has delivered.
 
         Raises:
-            ConfigurationError: The reader has not given it out.
+            ConfigurationError: The reader has not delivered it.
         """
         match what:
             case ChangeEvent():
@@ -304,8 +304,8 @@ class PgOutputReader:
             given = self._given.position if isinstance(self._given, ChangeEvent) else self._given
             if position > given:
                 raise ConfigurationError(
-                    f"position {position} was not given out by this reader",
-                    hint="acknowledge what you have got from it",
+                    f"position {position} was not delivered by this reader",
+                    hint="acknowledge what this reader has returned",
                 )
         with self._acknowledging:
             self._acked = max(self._acked, position)
@@ -313,13 +313,13 @@ class PgOutputReader:
 
     def _acknowledge(self) -> None:
         done = 0
-        # Once a transaction's commit record was fetched, its last position is known to be its last.
+        # Once a transaction's commit record was fetched, its last position is final.
         while self._ends and self._ends[0] <= self._acked and self._ends[0][0] < self._fetched:
             done, _ = self._ends.popleft()
         if not self._ends:
             lsn = self._fetched
         elif done:
-            # The server sends a transaction if its commit record begins at the acknowledged position or after it.
+            # The server sends a transaction if its commit record begins at or after the acknowledged position.
             lsn = Lsn(done + 1)
         else:
             return
@@ -329,7 +329,7 @@ class PgOutputReader:
     # -- tables ---------------------------------------------------------------------------------------------------
 
     def model(self, table: str) -> type[BaseModel]:
-        """A pydantic model of the rows of a table, as it is now; see `events.row_model`.
+        """A pydantic model of the rows of a table as it is now; see `events.row_model`.
 
         Args:
             table: Schema and table: ``public.orders``.
@@ -358,7 +358,7 @@ def _position(pair: tuple[int, int]) -> Position:
 
 
 def _last_positions(changes: ChangeSet, *, messages: bool) -> list[tuple[int, int]]:
-    """The last position of each transaction in a set, in order; a message stands at its transaction's beginning.
+    """The last position of each transaction in a set, in order. A message counts as the beginning of its transaction.
 
     They are plain pairs of numbers, because there may be one for every row.
     """
@@ -389,20 +389,20 @@ def peek(
 ) -> ChangeSet:
     """What a slot holds now, as one `ChangeSet`; nothing is consumed.
 
-    ``peek(…).table("public.orders")`` is an Arrow table, which Polars and DuckDB take as it is.
+    ``peek(…).table("public.orders")`` is an Arrow table, which Polars and DuckDB accept directly.
     https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
 
     Args:
-        dsn: A libpq connection string or URL; "" leaves all to libpq's own environment variables, and None stands for
-            the embedded server.
+        dsn: A libpq connection string or URL; "" leaves everything to libpq's environment variables, and None stands
+            for the embedded server.
         slot: The replication slot's name.
         publication: One name or several.
-        limit: Messages after which the server looks at no further transaction. It always shows whole ones.
+        limit: After this many messages the server begins no further transaction. It always shows whole transactions.
         binary: How values are sent, as in `SourceSettings`.
 
     Raises:
-        SlotNotFound: There is no such slot; the hint has the SQL that makes it.
-        SlotInUse: Somebody streams from it now.
+        SlotNotFound: There is no such slot; the hint has the SQL to create it.
+        SlotInUse: Another process streams from it now.
         ServerError: Server, slot or publication can't be used.
 
     Example:

@@ -1,4 +1,4 @@
-"""The plain reader and peek, on real servers: what is given out, what comes again, what is never lost."""
+"""The plain reader and peek, on real servers: what is delivered, what comes again, what is never lost."""
 
 from __future__ import annotations
 
@@ -358,10 +358,10 @@ def test_until_an_lsn_ends_there(shop: Database) -> None:
 def test_only_what_was_given_out_can_be_acknowledged(shop: Database) -> None:
     insert(shop, 0, 3)
     with reader(shop) as r:
-        with pytest.raises(ConfigurationError, match="not given out"):
+        with pytest.raises(ConfigurationError, match="not delivered"):
             r.ack(Position(Lsn("FF/0"), 0))
         first = next(r)
-        with pytest.raises(ConfigurationError, match="not given out"):
+        with pytest.raises(ConfigurationError, match="not delivered"):
             r.ack(peek_all(shop)[-1])
         r.ack(first)
     assert left(shop) == [1, 2, 1000]
