@@ -1,9 +1,9 @@
-"""Customers as they are now, without their e-mail addresses: the last row of each, as Parquet.
+"""The current customers, without their e-mail addresses: the last row of each, as Parquet.
 
     python -m bytewax.run flows.customers_mirror
 
-The newest row of each `id` is the customer, `D` says that there is none any more. Files appear in `out/customers`, or
-under the folder that `PGOUTPUT_OUT` names.
+The newest row of each `id` is the customer; `D` means that the customer was deleted. Files appear in `out/customers`,
+or under the folder that `PGOUTPUT_OUT` names.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Every order change, and revenue per customer per minute, as Parquet.
+"""Every change of an order, and the revenue per customer and minute, as Parquet.
 
     python -m bytewax.run flows.orders_cdc
 
-`PGOUTPUT_DSN`, `PGOUTPUT_SLOT` and `PGOUTPUT_PUBLICATION` say which database; without them it runs on an embedded one.
+`PGOUTPUT_DSN`, `PGOUTPUT_SLOT` and `PGOUTPUT_PUBLICATION` name the source; without them it runs on an embedded server.
 Files appear in `out/orders` and `out/revenue`, or under the folder that `PGOUTPUT_OUT` names.
 """
 

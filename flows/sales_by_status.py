@@ -1,9 +1,9 @@
-"""How many orders are in which status, and what they are worth, as PostgreSQL would say with GROUP BY: as Parquet.
+"""How many orders each status has, and what they are worth, like PostgreSQL's GROUP BY, as Parquet.
 
     python -m bytewax.run flows.sales_by_status
 
 The newest row of each `status` equals ``SELECT status, count(*), sum(amount), max(amount) FROM orders GROUP BY status``
-at the position in its `_commit_lsn` and `_seq`; `D` says that there are no such orders any more. Files appear in
+at the position in its `_commit_lsn` and `_seq`; `D` means that there are no such orders any more. Files appear in
 `out/sales_by_status`, or under the folder that `PGOUTPUT_OUT` names.
 """
 
