@@ -1,4 +1,4 @@
-"""What the metadata columns of a batch say of its rows: `_op`, `_unchanged` and `_raw`, as masks and spans."""
+"""Reads the metadata columns of a batch: `_op`, `_unchanged` and `_raw`, as masks and spans."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Span(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """The exact texts of one column's values that its Arrow type can't hold, and the rows that they stand in."""
+    """The exact texts of one column's misfits, and their rows."""
 
     rows: Ints
     texts: list[str]
 
     def column(self, length: int) -> pa.Array:
-        """The texts as a column, null where the cell says it all."""
+        """The texts as a column; null where the cell has the value."""
         index = np.full(length, -1, np.int64)
         index[self.rows] = np.arange(len(self.rows))
         return pa.array(self.texts, pa.utf8()).take(pa.array(index, mask=index < 0))
@@ -56,14 +56,14 @@ def operations(data: pa.RecordBatch) -> NDArray[np.int8]:
 
 
 def of_operations(data: pa.RecordBatch, ops: Collection[str]) -> pa.RecordBatch:
-    """The rows of some operations."""
+    """The rows with one of these operations."""
     column = data.column("_op")
     wanted = np.array([op in ops for op in column.dictionary.to_pylist()])[column.indices.to_numpy()]
     return data if wanted.all() else data.filter(pa.array(wanted))
 
 
 def spans(ops: NDArray[np.int8]) -> Iterator[Span]:
-    """Rows cut at the truncates. One that comes last is followed by an empty span."""
+    """Spans of rows between truncates. A final truncate is followed by an empty span."""
     start = 0
     for end in [*np.flatnonzero(ops == TRUNCATE).tolist(), len(ops)]:
         if end > start or (start and end == len(ops)):
@@ -72,7 +72,7 @@ def spans(ops: NDArray[np.int8]) -> Iterator[Span]:
 
 
 def unsent(data: pa.RecordBatch, columns: Sequence[str]) -> dict[str, Bools]:
-    """By column, the rows for which PostgreSQL did not send its value: unchanged TOAST."""
+    """By column, the rows whose value PostgreSQL did not send: unchanged TOAST."""
     unchanged = data.column("_unchanged")
     if unchanged.null_count == len(unchanged):
         return {}
@@ -102,7 +102,7 @@ def texts(raw: pa.Array | None) -> dict[str, Texts]:
 
 
 def row_texts(raw: pa.Array) -> pa.Array:
-    """A `_raw` column without what it says of old rows."""
+    """A `_raw` column without the entries of old rows."""
     if raw.null_count == len(raw):
         return raw
     cells = [
@@ -113,7 +113,7 @@ def row_texts(raw: pa.Array) -> pa.Array:
 
 
 def renamed(column: pa.ChunkedArray, names: Mapping[str, str]) -> pa.ChunkedArray:
-    """`_unchanged` or `_raw` with the names that the columns have now; columns that are gone are left out."""
+    """`_unchanged` or `_raw` with the current names of columns. Columns that are gone are left out."""
     if column.null_count == len(column):
         return column
     cells: list[Any] = []

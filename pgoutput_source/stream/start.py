@@ -249,15 +249,15 @@ def on_timeline(dsn: str, was: int, now: int, position: Position | None, durable
     end = timeline_end(dsn, was, now, patience=patience) if was < now else None
     if end is None:
         raise StateError(
-            f"the resume state is of timeline {was}, and the server's timeline {now} does not descend from it",
-            hint="this is not the server that took over from the former one: check where host and port lead to",
+            f"the resume state is of timeline {was}, but the server's timeline {now} does not descend from it",
+            hint="this is not the server that took over from the former one: check where host and port lead",
         )
     if position is not None and position.commit_lsn >= end:
         raise StateError(
-            f"changes up to {position} were delivered on timeline {was}, and the server's timeline {now} left it at "
+            f"changes up to {position} were delivered on timeline {was}, but the server's timeline {now} left it at "
             f"{end}: the promoted server never had all of them",
-            hint="what was written downstream has changes that do not exist: start afresh. From PostgreSQL 17 on "
-            "synchronized_standby_slots keeps changes back until the standby has them",
+            hint="the output has changes that do not exist on the server: start afresh. From PostgreSQL 17 on "
+            "synchronized_standby_slots holds changes back until the standby has them",
         )
     logger.warning("the server is on timeline %d now, which left timeline %d at %s", now, was, end)
     # Beyond the end there can only be WAL that was read but held nothing for us.
