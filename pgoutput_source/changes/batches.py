@@ -283,7 +283,7 @@ class ChangeSet:
         try:
             name = TableName.of(table)
         except ConfigurationError:
-            return ()  # no table is written like this
+            return ()  # no table has such a name
         found = tuple(b for b in self.batches if b.schema.full_name == name)
         for batch in found:
             if isinstance(batch, UndecodedBatch):

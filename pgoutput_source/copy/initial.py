@@ -255,7 +255,7 @@ class InitialCopy:
             self.again(relation)
 
     def again(self, relation_id: int) -> None:
-        """Copy a table again: it is emptied downstream first, so that rows that are gone are gone there, too."""
+        """Copy a table again. A truncate is delivered first, so that deleted rows disappear downstream too."""
         copy = self._register(relation_id, self._names[relation_id])
         copy.partial = copy.delivered = True
 
@@ -401,7 +401,7 @@ class InitialCopy:
             and copy.delivered
             and self._awaited.get(copy.relation_id) != version
         ):
-            # The table was altered: nothing of the new version may come before the last change of the old one.
+            # The table was altered: no row of the new version may come before the last change of the old version.
             self._awaited[copy.relation_id], copy.wait = version, chunk.snapshot.high
             self._reader.abandon()
             return None
@@ -449,7 +449,7 @@ class InitialCopy:
         return max(1, min(self._most_rows, _CHUNK_BYTES // table.row_bytes))
 
     def _better(self, rows: int, batches: list[ChangeBatch]) -> int:
-        """How many rows the next chunk may have, by the size of those of this one."""
+        """How many rows the next chunk may have, given the size of the rows in this one."""
         size = sum(batch.nbytes for batch in batches)
         count = sum(len(batch) for batch in batches)
         if not count:

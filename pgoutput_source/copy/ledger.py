@@ -214,7 +214,7 @@ class Ledger:
         return relation_id in self.copying or relation_id in self.done
 
     def register(self, relation_id: int, name: str, registered: int) -> TableCopy:
-        """A table enters the copy, or enters it again."""
+        """Add a table to the copy, for the first time or again."""
         self.done.discard(relation_id)
         copy = self.copying[relation_id] = TableCopy(relation_id, registered=registered)
         self.rename(copy, name)

@@ -433,7 +433,7 @@ class ReplicationStream:
             options=self._options,
             binary=self._binary,
             temporary=self._temporary,
-            # Our own former walsender may not have noticed yet that we are gone.
+            # The walsender of our last connection may not have noticed yet that we are gone.
             previous=self.backend,
             admit=self._admit,
         )
