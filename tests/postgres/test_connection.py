@@ -103,7 +103,7 @@ def role(db: Database) -> Iterator[str]:
     with db.connect() as conn:
         conn.execute(f"CREATE ROLE {db.name} SUPERUSER LOGIN PASSWORD 'x'".encode())
         yield make_conninfo(db.dsn, user=db.name, password="x")
-        conn.execute(f"DROP ROLE {db.name}".encode())
+        conn.execute(f"DROP OWNED BY {db.name}; DROP ROLE {db.name}".encode())
 
 
 TABLE = """
