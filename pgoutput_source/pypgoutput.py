@@ -22,6 +22,7 @@ class LogicalReplicationReader(PgOutputReader):
         publication_name: The publication.
         slot_name: The replication slot.
         dsn: A libpq connection string or URL.
+        metadata_prefix: For tables that have a column called `_op`, `_seq` or the like: see `SourceSettings`.
         kwargs: libpq's options, such as `host`, `port`, `database`, `user` and `password`; None leaves one out. Without
             options and DSN, libpq's environment variables decide where to connect.
 
@@ -41,7 +42,15 @@ class LogicalReplicationReader(PgOutputReader):
         U customers Quito
     """
 
-    def __init__(self, publication_name: str, slot_name: str, dsn: str | None = None, **kwargs: str | None) -> None:
+    def __init__(
+        self,
+        publication_name: str,
+        slot_name: str,
+        dsn: str | None = None,
+        *,
+        metadata_prefix: str = "_",
+        **kwargs: str | None,
+    ) -> None:
         given = {"dbname" if k == "database" else k: v for k, v in kwargs.items() if v is not None}
         try:
             conninfo = make_conninfo(dsn or "", **given)
@@ -49,7 +58,13 @@ class LogicalReplicationReader(PgOutputReader):
             raise ConfigurationError(
                 "the connection options can't be used", hint="give options of libpq: host, port, database, user …"
             ) from e
-        super().__init__(conninfo, slot=slot_name, publication=publication_name, slot_wait_seconds=0)
+        super().__init__(
+            conninfo,
+            slot=slot_name,
+            publication=publication_name,
+            slot_wait_seconds=0,
+            metadata_prefix=metadata_prefix,
+        )
         self.open()
 
     def open(self) -> None:

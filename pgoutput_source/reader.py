@@ -338,7 +338,7 @@ class PgOutputReader:
             ConfigurationError: There is no such table.
         """
         dsn, patience = self._address(), self.settings.reconnect_seconds
-        relations = Relations((), Definitions(dsn, patience))
+        relations = Relations((), Definitions(dsn, patience), metadata_prefix=self.settings.metadata_prefix)
 
         def described(connection: Connection) -> type[BaseModel]:
             schema = table_schema(connection, table, relations)
@@ -386,6 +386,7 @@ def peek(
     publication: str | Iterable[str],
     limit: int = 100_000,
     binary: str = "off",
+    metadata_prefix: str = "_",
 ) -> ChangeSet:
     """What a slot holds now, as one `ChangeSet`; nothing is consumed.
 
@@ -399,6 +400,7 @@ def peek(
         publication: One name or several.
         limit: After this many messages the server begins no further transaction. It always shows whole transactions.
         binary: How values are sent, as in `SourceSettings`.
+        metadata_prefix: What the names of the metadata columns begin with, as in `SourceSettings`.
 
     Raises:
         SlotNotFound: There is no such slot; the hint has the SQL to create it.
@@ -415,7 +417,9 @@ def peek(
         ...     peek(server.dsn(), slot="explore", publication="shop").tables
         ()
     """
-    settings = SourceSettings.of(dsn=dsn, slot=slot, publication=publication, binary=binary)
+    settings = SourceSettings.of(
+        dsn=dsn, slot=slot, publication=publication, binary=binary, metadata_prefix=metadata_prefix
+    )
 
     def frames(dsn: str, settings: SourceSettings, start: Start) -> FrameSource:
         return PeekedFrames(dsn, settings, timeline=start.system.timeline, limit=limit)

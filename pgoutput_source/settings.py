@@ -138,6 +138,14 @@ def _checked_slot(slot: str) -> str:
     return slot
 
 
+def _checked_prefix(prefix: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,31}", prefix):
+        raise ValueError(
+            f"{prefix!r} can't begin the names of columns|use 1 to 32 letters, digits and underscores, such as 'cdc_'"
+        )
+    return prefix
+
+
 def _one_or_several(names: object) -> object:
     return (names,) if isinstance(names, str) else names
 
@@ -202,6 +210,9 @@ class SourceSettings(BaseModel):
             moves on a server where nobody writes. None, the default, writes nothing, and is enough to release WAL.
         on_misfit: What happens to a value that its column's Arrow type can't hold: "raw" leaves the cell null and
             keeps the exact text in `_raw`, "error" stops what takes the table.
+        metadata_prefix: What the names of the metadata columns begin with, which follow a table's own: `_op`, `_seq`
+            and so on. Choose another if a table has a column of such a name. 1 to 32 letters, digits and underscores;
+            the first is no digit.
         on_schema_change: What happens when a table's name, columns or replica identity are not what they were when
             this run, or the one that it resumes, first saw them: "evolve" continues with batches of the new version,
             "fail" stops what takes the table with `SchemaChanged`, and everything if the name is another.
@@ -245,6 +256,7 @@ class SourceSettings(BaseModel):
     stall_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     heartbeat_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     on_misfit: Literal["raw", "error"] = "raw"
+    metadata_prefix: Annotated[str, AfterValidator(_checked_prefix)] = "_"
     on_schema_change: Literal["evolve", "fail"] = "evolve"
     origin: Literal["any", "none"] = "any"
     streaming: Literal["off", "on", "parallel"] = "off"

@@ -31,6 +31,7 @@ def batch(
     lsn: int = 1000,
     at: datetime | Sequence[datetime] = START,
     every: timedelta = timedelta(seconds=30),
+    metadata_prefix: str = "_",
 ) -> ChangeBatch:
     """The `ChangeBatch` that these changes would give in PostgreSQL, with one transaction per change.
 
@@ -44,6 +45,7 @@ def batch(
         lsn: `_commit_lsn` of the first change; each further change adds 1.
         at: Commit time of the first change, or a list with that of each change.
         every: The time from one commit to the next, if `at` is a single time.
+        metadata_prefix: What the names of the metadata columns begin with.
 
     Example:
         >>> made = batch("public.orders", [("I", {"id": 1}), ("D", {"id": 1}, {"id": 1})])
@@ -56,7 +58,8 @@ def batch(
     arrow = dict(types) if types else {n: pa.array([row.get(n) for row in rows]).type for n in names}
     keys = (key,) if isinstance(key, str) else tuple(key)
     columns = tuple(Column(n, 0, -1, identity == "f" or n in keys, str(arrow[n]), arrow[n]) for n in names)
-    schema = TableSchema(1, *TableName.parse(table), identity, columns)
+    schema = TableSchema(1, *TableName.parse(table), identity, columns, metadata_prefix=metadata_prefix)
+    metadata = schema.metadata_names
     times = [at + every * i for i in range(len(rows))] if isinstance(at, datetime) else list(at)
     kinds = {f.name: f.type for f in schema.arrow}
 
@@ -68,13 +71,13 @@ def batch(
     arrays = [
         *(column(n, (row.get(n) for row in rows)) for n in names),
         ops,
-        column("_commit_lsn", numbers),
-        column("_seq", (0 for _ in rows)),
-        column("_lsn", numbers),
-        column("_xid", (n % 2**32 for n in numbers)),
-        column("_commit_ts", times),
-        column("_before", before),
-        column("_unchanged", ((unchanged or {}).get(i) for i in range(len(rows)))),
-        column("_raw", (None for _ in rows)),
+        column(metadata.commit_lsn, numbers),
+        column(metadata.seq, (0 for _ in rows)),
+        column(metadata.lsn, numbers),
+        column(metadata.xid, (n % 2**32 for n in numbers)),
+        column(metadata.commit_ts, times),
+        column(metadata.before, before),
+        column(metadata.unchanged, ((unchanged or {}).get(i) for i in range(len(rows)))),
+        column(metadata.raw, (None for _ in rows)),
     ]
     return ChangeBatch(schema, pa.RecordBatch.from_arrays(arrays, schema=schema.arrow))

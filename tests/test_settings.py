@@ -118,6 +118,7 @@ def test_the_environment_names_every_field() -> None:
         "PGOUTPUT_STREAMING": "parallel",
         "PGOUTPUT_STREAMING_MEMORY": "5000",
         "PGOUTPUT_BINARY": "auto",
+        "PGOUTPUT_METADATA_PREFIX": "cdc_",
         "PGOUTPUT_OUT": "out",
         "HOME": "/",
     }
@@ -141,6 +142,7 @@ def test_the_environment_names_every_field() -> None:
         "stall_seconds": 600.0,
         "heartbeat_seconds": 30.0,
         "on_misfit": "error",
+        "metadata_prefix": "cdc_",
         "on_schema_change": "fail",
         "origin": "none",
         "streaming": "parallel",

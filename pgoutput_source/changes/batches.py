@@ -92,7 +92,7 @@ class ChangeBatch:
 
     def replace(self, data: pa.RecordBatch) -> ChangeBatch:
         """A batch of the same table with other rows or columns: `data`."""
-        return ChangeBatch(self.schema, data)
+        return ChangeBatch(self.schema, self.schema.metadata_names.say(data))
 
 
 class UndecodedBatch(ChangeBatch):

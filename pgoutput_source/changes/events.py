@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_serializer
 
 from pgoutput_source.changes import exact_json
-from pgoutput_source.changes.schema import Column, Position, TableSchema
+from pgoutput_source.changes.schema import Column, MetadataNames, Position, TableSchema
 from pgoutput_source.changes.values import annotation, misfit, rows, to_python
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.protocol.wire import Lsn
@@ -236,8 +236,8 @@ def events_from(
 
 
 def _merged(makers: list[_EventMaker]) -> Iterator[ChangeEvent]:
-    lsn = np.concatenate([m.data.column("_commit_lsn").to_numpy() for m in makers])
-    seq = np.concatenate([m.data.column("_seq").to_numpy() for m in makers])
+    lsn = np.concatenate([m.data.column(m.metadata.commit_lsn).to_numpy() for m in makers])
+    seq = np.concatenate([m.data.column(m.metadata.seq).to_numpy() for m in makers])
     owner = np.repeat(np.arange(len(makers)), [m.data.num_rows for m in makers])[np.lexsort((seq, lsn))]
     taken = [0] * len(makers)
     for low in range(0, len(owner), _CHUNK):
@@ -261,9 +261,10 @@ def _uncontradicted(data: pa.RecordBatch, facts: TableFacts | None) -> TableFact
     nulls = [name for name in facts.not_null if name in data.schema.names and data[name].null_count]
     if not nulls:
         return facts
-    rows = data.filter(pc.is_in(data["_op"].cast(pa.utf8()), pa.array(["I", "U", "R"])))
-    elsewhere = Counter(pc.list_flatten(rows["_unchanged"]).to_pylist())
-    elsewhere.update(name for texts in rows["_raw"].drop_null().to_pylist() for name, _ in texts)
+    metadata = MetadataNames.of(data.schema)
+    rows = data.filter(pc.is_in(data[metadata.op].cast(pa.utf8()), pa.array(["I", "U", "R"])))
+    elsewhere = Counter(pc.list_flatten(rows[metadata.unchanged]).to_pylist())
+    elsewhere.update(name for texts in rows[metadata.raw].drop_null().to_pylist() for name, _ in texts)
     contradicted = {name for name in nulls if rows[name].null_count > elsewhere[name]}
     return replace(facts, not_null=facts.not_null - contradicted) if contradicted else facts
 
@@ -273,6 +274,7 @@ class _EventMaker:
 
     def __init__(self, schema: TableSchema, data: pa.RecordBatch, facts: TableFacts | None) -> None:
         self.data = data
+        self.metadata = schema.metadata_names
         here = set(data.schema.names)
         self.columns = [c for c in schema.columns if c.name in here]
         self.key = [c for c in schema.columns if c.key]  # with FULL, all of them
@@ -285,8 +287,9 @@ class _EventMaker:
         """Events of some rows. `known` has the transactions for which objects exist already, by commit LSN."""
         data = self.data.slice(start, count)
         after, before = self._rows(data)
+        n = self.metadata
         ops, commit_lsns, seqs, lsns, xids, times = (
-            to_python(data.column(c)) for c in ("_op", "_commit_lsn", "_seq", "_lsn", "_xid", "_commit_ts")
+            to_python(data.column(c)) for c in (n.op, n.commit_lsn, n.seq, n.lsn, n.xid, n.commit_ts)
         )
         for commit_lsn, xid, commit_ts in zip(commit_lsns, xids, times, strict=True):
             if commit_lsn not in known:
@@ -313,17 +316,18 @@ class _EventMaker:
 
     def _rows(self, data: pa.RecordBatch) -> tuple[list[Row | None], list[Row | None]]:
         n = data.num_rows
-        ops = data.column("_op")
+        metadata = self.metadata
+        ops = data.column(metadata.op)
         names = [c.name for c in self.columns]
         after: list[Row | None] = [*rows(names, [to_python(data.column(c.name), c) for c in self.columns], n)]
-        before = self._before(data.column("_before"))
-        for i in _present(data.column("_raw")):
-            for name, text in data.column("_raw")[i].as_py():
-                old = name.removeprefix(_OLD)
+        before = self._before(data.column(metadata.before))
+        for i in _present(data.column(metadata.raw)):
+            for name, text in data.column(metadata.raw)[i].as_py():
+                old = name.removeprefix(metadata.old)
                 _put(after[i], name, text, self.columns)
                 if old != name:
                     _put(before[i], old, text, self.key)
-        unchanged = data.column("_unchanged")
+        unchanged = data.column(metadata.unchanged)
         for i in _present(unchanged):
             row = after[i]
             for name in unchanged[i].as_py():
@@ -347,8 +351,6 @@ class _EventMaker:
                 out[i] = row
         return out
 
-
-_OLD = "_before."
 
 _set_dict = BaseModel.__dict__["__dict__"].__set__
 _set_fields = BaseModel.__dict__["__pydantic_fields_set__"].__set__

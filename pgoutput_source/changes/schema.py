@@ -182,8 +182,8 @@ def missing_of(field: pa.Field) -> Missing | None:
 class MetadataNames(NamedTuple):
     """The names of the columns that follow a table's own in every batch, file and frame.
 
-    They begin with a prefix, which is `_` in every stream. Take the names from a `TableSchema` or, with `of`, from an
-    Arrow schema: these know their prefix.
+    They begin with the option `metadata_prefix`, which is "_" by default. Take the names from a `TableSchema` or, with
+    `of`, from an Arrow schema: these know their prefix.
 
     >>> MetadataNames.with_prefix("pg_").op, MetadataNames.of(pa.schema([])).op
     ('pg_op', '_op')
@@ -213,6 +213,17 @@ class MetadataNames(NamedTuple):
     def prefix(self) -> str:
         """What each name begins with."""
         return self.op.removesuffix("op")
+
+    @property
+    def said(self) -> dict[str, str]:
+        """How the metadata of an Arrow schema says the prefix: not at all if it is "_"."""
+        return {} if self.prefix == _PREFIX else {_PREFIX_KEY.decode(): self.prefix}
+
+    def say(self, data: pa.RecordBatch) -> pa.RecordBatch:
+        """`data` with a schema that says the prefix, if it has to and does not."""
+        if self == MetadataNames.of(data.schema):
+            return data
+        return data.replace_schema_metadata({**(data.schema.metadata or {}), _PREFIX_KEY: self.prefix})
 
     @property
     def old(self) -> str:
@@ -320,8 +331,9 @@ class TableSchema:
                 f"column {clash[0]!r} has the name of a metadata column",
                 table=self.table,
                 column=clash[0],
-                hint="leave it out of the publication with a column list (PostgreSQL 15 or newer); this applies to "
-                "changes from then on, and changes that the slot holds already still have the column",
+                hint='metadata_prefix="cdc_" gives the metadata columns other names'
+                if self.metadata_prefix == _PREFIX
+                else "choose another metadata_prefix, which begins the names of the metadata columns",
             )
         meta = {
             "pg.table": self.table,
@@ -329,8 +341,7 @@ class TableSchema:
             "pg.name": self.name,
             "pg.relation_id": str(self.relation_id),
             "pg.identity": self.replica_identity,
-            _PREFIX_KEY.decode(): self.metadata_prefix,
-        }
+        } | self.metadata_names.said
         meta |= {f"pg.{k}": v for k, v in self.origin}
         fields = [c.field for c in self.columns] + metadata_fields(self.row_type, self.metadata_prefix)
         return pa.schema(fields, metadata=meta)

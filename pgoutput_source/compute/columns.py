@@ -13,9 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.compute.keys import one_zero_one_nan
 from pgoutput_source.compute.metadata import Bools, own_columns, texts
 from pgoutput_source.errors import ConfigurationError, DecodeError
+
+ROW: Final = "row\0"
+"""A column beside a table's own, none of which has such a name: PostgreSQL's have no zero byte."""
 
 _TEXT_NUMERIC: Final = pa.decimal128(38, 18)
 
@@ -151,9 +155,9 @@ def matching(rows: pa.Table, where: pc.Expression) -> Bools:
     Raises:
         ConfigurationError: It does not fit the columns.
     """
-    numbered = rows.append_column("_row number", pa.array(np.arange(rows.num_rows)))
+    numbered = rows.append_column(ROW, pa.array(np.arange(rows.num_rows)))
     try:
-        found = numbered.filter(where).column("_row number").to_numpy()
+        found = numbered.filter(where).column(ROW).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
         raise _does_not_fit(e, rows.schema) from e
     mask = np.zeros(rows.num_rows, np.bool_)
@@ -169,13 +173,20 @@ def _does_not_fit(error: Exception, schema: pa.Schema) -> ConfigurationError:
     )
 
 
-def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], prefix: str = "") -> None:
+def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], *, old: bool = False) -> None:
     """Refuse misfits: their cells are null, but their values are not NULL.
+
+    Args:
+        data: Changes.
+        columns: The columns to look at.
+        old: Whether to look at old rows instead of new ones.
 
     Raises:
         DecodeError: One of these columns has a misfit.
     """
-    index = data.schema.get_field_index("_raw")
+    metadata = MetadataNames.of(data.schema)
+    prefix = metadata.old if old else ""
+    index = data.schema.get_field_index(metadata.raw)
     found = {} if index < 0 else texts(data.column(index))
     for name in columns:
         if prefix + name in found:
@@ -184,8 +195,9 @@ def refuse_misfits(data: pa.RecordBatch, columns: Iterable[str], prefix: str = "
                 f"can't compute with a value that {data.schema.field(name).type} can't hold",
                 table=_metadata(data.schema, b"pg.table"),
                 column=name,
-                lsn=data.column("_lsn")[row].as_py() if "_lsn" in data.schema.names else None,
-                hint='map_batches can give it a value; windows can leave it out: where=pc.field("_raw").is_null()',
+                lsn=data.column(metadata.lsn)[row].as_py() if metadata.lsn in data.schema.names else None,
+                hint="map_batches can give it a value; windows can leave it out: "
+                f'where=pc.field("{metadata.raw}").is_null()',
             )
 
 
@@ -194,9 +206,9 @@ def _metadata(of: Any, name: bytes) -> str | None:
     return None if value is None else value.decode()
 
 
-def sorted_batch(columns: dict[str, Any], order: Sequence[str]) -> pa.RecordBatch:
-    """Result columns as one record batch, sorted, NULLs last as in PostgreSQL."""
-    table = pa.table(columns)
+def sorted_batch(columns: dict[str, Any], order: Sequence[str], metadata: MetadataNames) -> pa.RecordBatch:
+    """Result columns as one record batch, sorted, NULLs last as in PostgreSQL; `metadata` are the stream's names."""
+    table = pa.table(columns).replace_schema_metadata(metadata.said or None)
     if order:
         table = table.sort_by([(name, "ascending") for name in order])
     batches = table.combine_chunks().to_batches()

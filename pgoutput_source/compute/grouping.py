@@ -80,7 +80,17 @@ class Grouping:
             raise ConfigurationError(
                 "nothing to measure", hint="pass count=True, or sum=, min=, max=, mean= or count= with a column's name"
             )
-        names = [*reserved, *_names(by), *(m.name for m in measures)]
+        grouping = cls(_names(by), tuple(measures))
+        grouping.check(reserved)
+        return grouping
+
+    def check(self, reserved: Iterable[str]) -> None:
+        """Raise if two result columns would have the same name; `reserved` are those beside the ones of this.
+
+        Raises:
+            ConfigurationError: It is so.
+        """
+        names = [*reserved, *self.by, *(m.name for m in self.measures)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigurationError(
@@ -88,7 +98,6 @@ class Grouping:
                 column=twice[0],
                 hint="name each column once; a column of this name must be renamed first, with cdc.rename",
             )
-        return cls(_names(by), tuple(measures))
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -25,12 +25,16 @@ from pgoutput_source.errors import StateError
 KNOWN = "_known "
 """The prefix of a column of booleans that tells which kept rows know the value of the column named after it."""
 
+RAW = "raw\0"
+"""The column of a row's misfits. No column of PostgreSQL's has such a name, because it has a zero byte."""
+
 _MERGED_BYTES = 256 << 20  # well below the 2 GiB that an Arrow string array can hold
 _GARBAGE_ROWS = 16384
+_RAW_OF_0_1 = "_raw"  # the column's name in states of version 0.1.0, which do not say it
 
 
 class KeptRows:
-    """The last row of each key, in memory: some columns, and `_raw` for misfits.
+    """The last row of each key, in memory: some columns, and `RAW` for misfits.
 
     A row costs its Arrow values and about 150 bytes for the index. Replaced rows stay until there are as many of them
     as of current ones.
@@ -118,7 +122,7 @@ class KeptRows:
         self.clear()
         if table is not None:
             columns = {name: table.column(name).combine_chunks() for name in self.key}
-            raw = table.column("_raw").combine_chunks() if "_raw" in table.column_names else None
+            raw = table.column(RAW).combine_chunks() if RAW in table.column_names else None
             self.put(KeyColumns.of(columns, table.schema, raw).objects(), table)
 
     def rename(self, names: Mapping[str, str]) -> None:
@@ -126,10 +130,10 @@ class KeptRows:
         rows = self.table()
         self.key = tuple(names.get(name, name) for name in self.key)
         if rows is not None:
-            if "_raw" in rows.column_names:
+            if RAW in rows.column_names:
                 own = {name: names.get(name, name) for name in rows.column_names}
-                index = rows.schema.get_field_index("_raw")
-                rows = rows.set_column(index, rows.field(index), renamed(rows.column("_raw"), own))
+                index = rows.schema.get_field_index(RAW)
+                rows = rows.set_column(index, rows.field(index), renamed(rows.column(RAW), own))
             rows = rows.rename_columns([names.get(name, name) for name in rows.column_names])
         self.replace(rows)
 
@@ -172,10 +176,10 @@ class KeptRows:
             else:
                 fields += [field, pa.field(KNOWN + name, pa.bool_())]
                 arrays += [pa.nulls(len(rows), field.type), pa.repeat(False, len(rows))]
-        if "_raw" in rows.column_names:
+        if RAW in rows.column_names:
             names = {was.name: name for name, was in past.items() if was.name is not None}
-            fields.append(rows.schema.field("_raw"))
-            arrays.append(renamed(rows.column("_raw"), names))
+            fields.append(rows.schema.field(RAW))
+            arrays.append(renamed(rows.column(RAW), names))
         self.replace(pa.table(arrays, pa.schema(fields)))
 
     def table(self) -> pa.Table | None:
@@ -185,13 +189,16 @@ class KeptRows:
 
     def snapshot(self) -> dict[str, Any]:
         """The rows as builtins, for `restore`."""
-        return {"key": self.key, "rows": pack(self.table())}
+        return {"key": self.key, "rows": pack(self.table()), "raw": RAW}
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> KeptRows:
         """The rows that `snapshot` returned."""
         kept = cls(tuple(state["key"]))
-        kept.replace(unpack(state["rows"]))
+        rows, raw = unpack(state["rows"]), state.get("raw", _RAW_OF_0_1)
+        if rows is not None and raw != RAW:
+            rows = rows.rename_columns([RAW if name == raw else name for name in rows.column_names])
+        kept.replace(rows)
         return kept
 
     def _collect(self) -> None:
@@ -227,7 +234,7 @@ def joined(tables: Sequence[pa.Table]) -> pa.Table:
     """
     if all(table.schema.equals(tables[0].schema) for table in tables):
         return pa.concat_tables(tables).combine_chunks()
-    names = {name for table in tables for name in table.column_names if name != "_raw" and not name.startswith(KNOWN)}
+    names = {name for table in tables for name in table.column_names if name != RAW and not name.startswith(KNOWN)}
     marked = {n for n in names if any(n not in t.column_names or KNOWN + n in t.column_names for t in tables)}
     decimals = {field.name for table in tables for field in table.schema if pa.types.is_decimal(field.type)}
     try:

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.compute.columns import column_of
-from pgoutput_source.compute.kept_rows import KeptRows, known
+from pgoutput_source.compute.kept_rows import RAW, KeptRows, known
 from pgoutput_source.compute.keys import KeyColumns, moved
 from pgoutput_source.compute.metadata import (
-    BEFORE,
     DELETE,
     INSERT,
     READ,
@@ -57,9 +57,9 @@ class Found:
     @functools.cached_property
     def texts(self) -> dict[str, dict[int, str]]:
         """The texts of misfits by column and row."""
-        if self.rows is None or "_raw" not in self.rows.column_names:
+        if self.rows is None or RAW not in self.rows.column_names:
             return {}
-        found = texts(self.rows.column("_raw").combine_chunks())
+        found = texts(self.rows.column(RAW).combine_chunks())
         return {name: dict(zip(t.rows.tolist(), t.texts, strict=True)) for name, t in found.items()}
 
 
@@ -78,15 +78,17 @@ class KeyedChanges:
     ) -> None:
         self.data, self.key, self.whole, self.standing = data, key, whole, standing
         self.ops = operations(data)
-        raw = data.column("_raw")
+        self.metadata = MetadataNames.of(data.schema)
+        raw = data.column(self.metadata.raw)
         self.texts: dict[str, Texts] = texts(raw)
         self.crowd: Crowd | None = None
         news = KeyColumns.of({name: column_of(data, name) for name in key}, data.schema, raw)
-        before = data.column("_before")
+        before = data.column(self.metadata.before)
         sent = before.is_valid().to_numpy(zero_copy_only=False)
         olds = None
         if before.null_count < len(before):
-            olds = KeyColumns.of({name: pc.struct_field(before, name) for name in key}, data.schema, raw, BEFORE)
+            cells = {name: pc.struct_field(before, [name]) for name in key}
+            olds = KeyColumns.of(cells, data.schema, raw, self.metadata.old)
         self.moves = moved(self.ops, news, olds, sent, sent & whole)
         self._keys = news
         if len(self.moves):
@@ -204,8 +206,8 @@ class KeyedChanges:
     # -- several rows with the same key -----------------------------------------------------------------------------
 
     def _crowd(self) -> Crowd:
-        transaction = self.data.column("_commit_lsn").to_numpy().astype(np.int64)
-        is_whole = self.data.column("_before").is_valid().to_numpy(zero_copy_only=False)
+        transaction = self.data.column(self.metadata.commit_lsn).to_numpy().astype(np.int64)
+        is_whole = self.data.column(self.metadata.before).is_valid().to_numpy(zero_copy_only=False)
         return Crowd(transaction, is_whole, self._news, self._olds, self.standing, self._key_digests)
 
     def _news(self, rows: Ints) -> list[bytes]:
@@ -213,9 +215,9 @@ class KeyedChanges:
         return self._digests({name: self.data.column(name) for name in names}, rows, "")
 
     def _olds(self, rows: Ints) -> list[bytes]:
-        before = self.data.column("_before")
+        before = self.data.column(self.metadata.before)
         names = [n for n in own_columns(self.data.schema) if before.type.get_field_index(n) >= 0]
-        return self._digests({name: pc.struct_field(before, name) for name in names}, rows, BEFORE)
+        return self._digests({name: pc.struct_field(before, [name]) for name in names}, rows, self.metadata.old)
 
     def _digests(self, columns: dict[str, pa.Array], rows: Ints, prefix: str) -> list[bytes]:
         index = pa.array(rows)
@@ -236,11 +238,11 @@ class KeyedChanges:
 
     def standing_after(self) -> Standing:
         """What the last transaction has so far. It may continue in the next batch."""
-        lsn = int(self.data.column("_commit_lsn")[len(self.data) - 1].as_py())
+        lsn = int(self.data.column(self.metadata.commit_lsn)[len(self.data) - 1].as_py())
         before = self.standing if self.standing is not None and self.standing.commit_lsn == lsn else None
         rows = {} if before is None else dict(before.rows)
         codes, last, gone, _ = self._last
-        transaction = self.data.column("_commit_lsn").to_numpy().astype(np.int64)
+        transaction = self.data.column(self.metadata.commit_lsn).to_numpy().astype(np.int64)
         came = np.zeros(len(self._some), np.bool_)
         arrivals = np.isin(self.ops, (INSERT, READ))
         arrivals[self.moves] = True

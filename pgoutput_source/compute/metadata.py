@@ -10,15 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pgoutput_source.changes.schema import METADATA_COLUMNS, OP_CODE
+from pgoutput_source.changes.schema import OP_CODE, MetadataNames
 
 Ints: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
 
 INSERT, UPDATE, DELETE, READ, TRUNCATE = (OP_CODE[op] for op in "IUDRT")
-
-BEFORE = "_before."
-"""Stands before a column's name in `_raw` where the text belongs to the old row."""
 
 
 class Span(NamedTuple):
@@ -44,12 +41,13 @@ class Texts(NamedTuple):
 
 def own_columns(schema: pa.Schema) -> list[str]:
     """Names of the table's own columns."""
-    return [name for name in schema.names if name not in METADATA_COLUMNS]
+    metadata = MetadataNames.of(schema)
+    return [name for name in schema.names if name not in metadata]
 
 
 def operations(data: pa.RecordBatch) -> NDArray[np.int8]:
     """`_op` of each row as its index in `OPS`."""
-    column = data.column("_op")
+    column = data.column(MetadataNames.of(data.schema).op)
     codes: NDArray[np.int8] = np.array([OP_CODE[op] for op in column.dictionary.to_pylist()], np.int8)
     found: NDArray[np.int8] = codes[column.indices.to_numpy()]
     return found
@@ -57,7 +55,7 @@ def operations(data: pa.RecordBatch) -> NDArray[np.int8]:
 
 def of_operations(data: pa.RecordBatch, ops: Collection[str]) -> pa.RecordBatch:
     """The rows with one of these operations."""
-    column = data.column("_op")
+    column = data.column(MetadataNames.of(data.schema).op)
     wanted = np.array([op in ops for op in column.dictionary.to_pylist()])[column.indices.to_numpy()]
     return data if wanted.all() else data.filter(pa.array(wanted))
 
@@ -73,7 +71,7 @@ def spans(ops: NDArray[np.int8]) -> Iterator[Span]:
 
 def unsent(data: pa.RecordBatch, columns: Sequence[str]) -> dict[str, Bools]:
     """By column, the rows whose value PostgreSQL did not send: unchanged TOAST."""
-    unchanged = data.column("_unchanged")
+    unchanged = data.column(MetadataNames.of(data.schema).unchanged)
     if unchanged.null_count == len(unchanged):
         return {}
     rows = pc.list_parent_indices(unchanged).to_numpy()
@@ -101,19 +99,28 @@ def texts(raw: pa.Array | None) -> dict[str, Texts]:
     return {name: Texts(np.array(at, np.int64), values) for name, (at, values) in found.items()}
 
 
-def row_texts(raw: pa.Array) -> pa.Array:
-    """A `_raw` column without the entries of old rows."""
+def row_texts(raw: pa.Array, old: str) -> pa.Array:
+    """A `_raw` column without the entries of old rows, which begin with `old`."""
     if raw.null_count == len(raw):
         return raw
     cells = [
-        None if known is None else [(name, text) for name, text in known if not name.startswith(BEFORE)] or None
+        None if known is None else [(name, text) for name, text in known if not name.startswith(old)] or None
         for known in raw.to_pylist()
     ]
     return pa.array(cells, raw.type)
 
 
-def renamed(column: pa.ChunkedArray, names: Mapping[str, str]) -> pa.ChunkedArray:
-    """`_unchanged` or `_raw` with the current names of columns. Columns that are gone are left out."""
+def renamed(
+    column: pa.ChunkedArray, names: Mapping[str, str], *, old: str = "", now: str | None = None
+) -> pa.ChunkedArray:
+    """`_unchanged` or `_raw` with the current names of columns. Columns that are gone are left out.
+
+    Args:
+        column: The column.
+        names: The current names of columns by their names in it.
+        old: What the entries of old rows begin with in `_raw`; empty if there are none.
+        now: What they begin with in the result, if it is something else.
+    """
     if column.null_count == len(column):
         return column
     cells: list[Any] = []
@@ -121,12 +128,14 @@ def renamed(column: pa.ChunkedArray, names: Mapping[str, str]) -> pa.ChunkedArra
         if cell is None:
             cells.append(None)
         elif pa.types.is_map(column.type):
-            texts = [(*_split(name), text) for name, text in cell]
+            texts = [(*_split(name, old, now), text) for name, text in cell]
             cells.append([(prefix + names[name], text) for prefix, name, text in texts if name in names] or None)
         else:
             cells.append([names[name] for name in cell if name in names] or None)
     return pa.chunked_array([pa.array(cells, column.type)])
 
 
-def _split(name: str) -> tuple[str, str]:
-    return (BEFORE, name.removeprefix(BEFORE)) if name.startswith(BEFORE) else ("", name)
+def _split(name: str, old: str, now: str | None) -> tuple[str, str]:
+    if not old or not name.startswith(old):
+        return "", name
+    return old if now is None else now, name.removeprefix(old)

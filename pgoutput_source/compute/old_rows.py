@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.compute.columns import refuse_misfits
-from pgoutput_source.compute.kept_rows import KeptRows
+from pgoutput_source.compute.kept_rows import RAW, KeptRows
 from pgoutput_source.compute.keyed_changes import Found, KeyedChanges
-from pgoutput_source.compute.metadata import BEFORE, DELETE, UPDATE, Bools, Ints, operations, row_texts, unsent
+from pgoutput_source.compute.metadata import DELETE, UPDATE, Bools, Ints, operations, row_texts, unsent
 from pgoutput_source.compute.state import AFRESH
 from pgoutput_source.compute.versions import Seen, column_in
 from pgoutput_source.errors import ConfigurationError, StateError
@@ -134,9 +135,9 @@ class OldRows:
         codes, at = changes.there
         self.kept.drop(changes.names(np.concatenate([changes.deleted[0], changes.left[0]])))
         if changes.texts:
-            raw = row_texts(changes.data.column("_raw").take(pa.array(at)))
+            raw = row_texts(changes.data.column(changes.metadata.raw).take(pa.array(at)), changes.metadata.old)
             if raw.null_count < len(raw):
-                rows = rows.append_column("_raw", raw)
+                rows = rows.append_column(RAW, raw)
         self.kept.put(changes.names(codes), rows)
 
     # -- sent -------------------------------------------------------------------------------------------------------
@@ -149,27 +150,27 @@ class OldRows:
             ConfigurationError: Old rows don't have these columns.
             DecodeError: A column has a misfit.
         """
-        refuse_misfits(data, columns, BEFORE)
-        ops = operations(data)
-        has_before = data.column("_before").is_valid().to_numpy(zero_copy_only=False)
+        refuse_misfits(data, columns, old=True)
+        ops, metadata = operations(data), MetadataNames.of(data.schema)
+        has_before = data.column(metadata.before).is_valid().to_numpy(zero_copy_only=False)
         if (np.isin(ops, (UPDATE, DELETE)) & ~has_before).any():
             raise StateError(
                 "an update or delete came without its old row",
                 table=self.table,
-                hint=f"ALTER TABLE {self.table} REPLICA IDENTITY FULL, and don't drop _before on the way here",
+                hint=f"ALTER TABLE {self.table} REPLICA IDENTITY FULL, and don't drop {metadata.before} on the way",
             )
-        missing = {*columns} - {field.name for field in data.schema.field("_before").type}
+        missing = {*columns} - {field.name for field in data.schema.field(metadata.before).type}
         if missing:
             raise ConfigurationError(
-                f"_before has no column {', '.join(sorted(missing))}",
+                f"{metadata.before} has no column {', '.join(sorted(missing))}",
                 table=self.table,
                 hint="old rows must have it too: a column that map_batches adds is not in them",
             )
         for name in unsent(data, columns):
             raise self._not_sent(name)
-        olds = data.column("_before").filter(pa.array(has_before))
-        found = {name: pc.struct_field(olds, name) for name in columns}
-        return has_before, pa.table(found or {"_op": data.column("_op").filter(pa.array(has_before))})
+        olds = data.column(metadata.before).filter(pa.array(has_before))
+        found = {name: pc.struct_field(olds, [name]) for name in columns}
+        return has_before, pa.table(found or {metadata.op: data.column(metadata.op).filter(pa.array(has_before))})
 
     def _not_sent(self, name: str) -> StateError:
         return StateError(

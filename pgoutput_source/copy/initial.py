@@ -86,7 +86,9 @@ class InitialCopy:
         everything: bool = False,
     ) -> None:
         self._settings = settings
-        self._relations = Relations(origin, look_up, types=types_of(server_version))
+        self._relations = Relations(
+            origin, look_up, types=types_of(server_version), metadata_prefix=settings.metadata_prefix
+        )
         self._reader = ChunkReader(dsn, self._relations)
         self._keys: dict[int, Keys] = {}
         self._most_rows = CHUNK_ROWS

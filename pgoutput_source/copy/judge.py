@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pgoutput_source.changes.batches import ChangeBatch, UndecodedBatch
-from pgoutput_source.changes.schema import METADATA_COLUMNS, OP_CODE, OPS
+from pgoutput_source.changes.schema import OP_CODE, OPS
 from pgoutput_source.copy.keys import Key, Keys
 from pgoutput_source.copy.ledger import MOST_HOLES, TableCopy
 from pgoutput_source.copy.visibility import Bools
@@ -36,7 +36,6 @@ Ints = NDArray[np.int64]
 
 _I, _U, _D, _T = (OP_CODE[op] for op in "IUDT")
 _NAMES: Final = pa.array(OPS, pa.utf8())
-_OLD: Final = "_before."
 _UNREAD, _SHOWN, _DELIVER = range(3)
 
 
@@ -82,7 +81,7 @@ def _unjudged(batch: UndecodedBatch, copy: TableCopy) -> list[ChangeBatch]:
 
 def _truncated(batch: ChangeBatch, copy: TableCopy) -> list[ChangeBatch]:
     """A TRUNCATE during the copy: it is delivered if any row was delivered before, and the whole table is unread."""
-    copy.unproven.update(batch.data.column("_xid").to_pylist())
+    copy.unproven.update(batch.metadata("xid").to_pylist())
     copy.restart()
     if not copy.delivered:
         return []
@@ -102,8 +101,8 @@ class _Rows:
 
 def _judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> tuple[ChangeBatch | None, ChangeBatch | None]:
     """What to deliver of the rows before the first that makes a hole, and the rows after it."""
-    data = batch.data
-    rows = _Rows(batch, _codes(batch), data.column("_xid").to_numpy(), data.column("_commit_lsn").to_numpy())
+    data, names = batch.data, batch.schema.metadata_names
+    rows = _Rows(batch, _codes(batch), data.column(names.xid).to_numpy(), data.column(names.commit_lsn).to_numpy())
     if not copy.begun and not copy.holes:
         # Nothing was read, so every change is dropped, whatever its key.
         copy.unproven.update(np.unique(rows.xid).tolist())
@@ -113,7 +112,7 @@ def _judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> tuple[Chan
     to_old = (old == _DELIVER) & ~is_insert
     to_new = (new == _DELIVER) & ~is_delete
     entering = to_new & ~to_old
-    incomplete = entering & data.column("_unchanged").is_valid().to_numpy(zero_copy_only=False)
+    incomplete = entering & data.column(names.unchanged).is_valid().to_numpy(zero_copy_only=False)
     hole = int(np.argmax(incomplete)) if keys is not None and incomplete.any() else None
     end = len(data) if hole is None else hole + 1
     first = slice(0, end)
@@ -155,7 +154,8 @@ def _verdicts(rows: _Rows, copy: TableCopy, keys: Keys | None) -> tuple[NDArray[
         found = np.full(len(rows.code), _DELIVER, np.int8)
         return found, found
     new_keys = _new_keys(rows.batch, keys)
-    moved = np.flatnonzero(rows.batch.data.column("_before").is_valid().to_numpy(zero_copy_only=False))
+    before = rows.batch.data.column(rows.batch.schema.metadata_names.before)
+    moved = np.flatnonzero(before.is_valid().to_numpy(zero_copy_only=False))
     moved = moved[rows.code[moved] == _U]
     old_keys = _old_keys(rows.batch, moved, keys)
     other = [i for i, (row, key) in enumerate(zip(moved.tolist(), old_keys, strict=True)) if new_keys[row] != key]
@@ -195,15 +195,15 @@ def _of_places(rows: _Rows, places: Ints, copy: TableCopy) -> NDArray[np.int8]:
 
 def _new_keys(batch: ChangeBatch, keys: Keys) -> list[Key]:
     """The key of each row; for a delete, that of the old row."""
-    return keys.of(batch.data, batch.schema.columns, _raws(batch.data.column("_raw"), ""))
+    return keys.of(batch.data, batch.schema.columns, _raws(batch.data.column(batch.schema.metadata_names.raw), ""))
 
 
 def _old_keys(batch: ChangeBatch, rows: Ints, keys: Keys) -> list[Key]:
     if not len(rows):
         return []
-    at = pa.array(rows)
-    before = batch.data.column("_before").take(at)
-    return keys.of(before, batch.schema.columns, _raws(batch.data.column("_raw").take(at), _OLD))
+    at, names = pa.array(rows), batch.schema.metadata_names
+    before = batch.data.column(names.before).take(at)
+    return keys.of(before, batch.schema.columns, _raws(batch.data.column(names.raw).take(at), names.old))
 
 
 def _raws(raw: pa.MapArray, prefix: str) -> list[dict[str, str]]:
@@ -241,37 +241,38 @@ def _changed(batch: ChangeBatch, at: Ints, deletes: Bools, inserts: Bools) -> Ch
     if not deletes.any() and not inserts.any():
         return batch.replace(data)
     size = len(at)
-    before: pa.StructArray = data.column("_before")
+    names = batch.schema.metadata_names
+    before: pa.StructArray = data.column(names.before)
     arrays: list[pa.Array] = []
     for field in data.schema:
         array = data.column(field.name)
         match field.name:
-            case "_op":
+            case names.op:
                 codes = _codes(batch.replace(data)).copy()
                 codes[deletes], codes[inserts] = _D, _I
                 array = pa.DictionaryArray.from_arrays(pa.array(codes), _NAMES)
-            case "_before":
+            case names.before:
                 array = array.take(pa.array(np.arange(size), mask=inserts))
-            case "_unchanged":
+            case names.unchanged:
                 array = array.take(pa.array(np.arange(size), mask=deletes | inserts))
-            case "_raw":
-                array = _raw_of(array, deletes, inserts)
-            case name if name not in METADATA_COLUMNS and deletes.any():
-                both = pa.concat_arrays([array, pc.struct_field(before, name)])
+            case names.raw:
+                array = _raw_of(array, deletes, inserts, names.old)
+            case name if name not in names and deletes.any():
+                both = pa.concat_arrays([array, pc.struct_field(before, [name])])
                 array = both.take(pa.array(np.where(deletes, size, 0) + np.arange(size)))
         arrays.append(array)
     return batch.replace(pa.RecordBatch.from_arrays(arrays, schema=data.schema))
 
 
-def _raw_of(raw: pa.MapArray, deletes: Bools, inserts: Bools) -> pa.MapArray:
+def _raw_of(raw: pa.MapArray, deletes: Bools, inserts: Bools, before: str) -> pa.MapArray:
     if raw.null_count == len(raw):
         return raw
     rows: list[Any] = raw.to_pylist()
     for i in np.flatnonzero(deletes | inserts).tolist():
         items: Sequence[tuple[str, str]] = rows[i] or ()
-        old = [(name, text) for name, text in items if name.startswith(_OLD)]
+        old = [(name, text) for name, text in items if name.startswith(before)]
         if deletes[i]:
-            rows[i] = [(name.removeprefix(_OLD), text) for name, text in old] + old or None
+            rows[i] = [(name.removeprefix(before), text) for name, text in old] + old or None
         else:
             rows[i] = [item for item in items if item not in old] or None
     return pa.array(rows, raw.type)

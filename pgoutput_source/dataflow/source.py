@@ -115,6 +115,11 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         open_store()
         return source
 
+    @property
+    def metadata_prefix(self) -> str | None:
+        """What the names of the metadata columns begin with; None if the environment says it when the flow starts."""
+        return None if self._shown is None else self._shown.metadata_prefix
+
     def __repr__(self) -> str:
         if self._shown is None:
             return "PgOutputSource.from_env()"

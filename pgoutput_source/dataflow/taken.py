@@ -32,29 +32,39 @@ def take(up: Stream[Any], table: tuple[str, str]) -> None:
         notes.append((up.flow().substeps, up.stream_id, table))
 
 
+def prefixes(up: Stream[Any]) -> set[str]:
+    """What the metadata columns in `up` begin with, as far as it is known before the flow is whole."""
+    sources = _sources(_makers(up.flow().substeps), up.stream_id)
+    return {prefix for source in sources if (prefix := getattr(source, "metadata_prefix", "_")) is not None}
+
+
 def taken_from(source: object) -> set[tuple[str, str]]:
     """The tables that steps take from a source, as schema and name. Their flow must be whole."""
     tables = set[tuple[str, str]]()
     makers: dict[int, dict[str, Any]] = {}
     for steps, stream, table in _notes[source]:
         if id(steps) not in makers:
-            makers[id(steps)] = {made: step for step in _core(steps) for made in _streams(step, step.dwn_names)}
-        if table not in tables and _leads(makers[id(steps)], stream, source):
+            makers[id(steps)] = _makers(steps)
+        if table not in tables and any(found is source for found in _sources(makers[id(steps)], stream)):
             tables.add(table)
     return tables
 
 
-def _leads(makers: dict[str, Any], stream: str, source: object) -> bool:
+def _sources(makers: dict[str, Any], stream: str) -> Iterator[object]:
+    """The sources that a stream comes from; `makers` are the steps by the streams that they make."""
     waiting, seen = [stream], set[str]()
     while waiting:
         step = makers.get(waiting.pop())
         if step is None or step.step_id in seen:
             continue
-        if getattr(step, "source", None) is source:
-            return True
+        if (source := getattr(step, "source", None)) is not None:
+            yield source
         seen.add(step.step_id)
         waiting += _streams(step, step.ups_names)
-    return False
+
+
+def _makers(steps: Iterable[Any]) -> dict[str, Any]:
+    return {made: step for step in _core(steps) for made in _streams(step, step.dwn_names)}
 
 
 def _core(steps: Iterable[Any]) -> Iterator[Any]:

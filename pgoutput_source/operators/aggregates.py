@@ -17,7 +17,7 @@ from bytewax.dataflow import Stream, operator
 from bytewax.operators import StatefulBatchLogic
 
 from pgoutput_source.changes.batches import ChangeBatch
-from pgoutput_source.changes.schema import OPS
+from pgoutput_source.changes.schema import OPS, MetadataNames
 from pgoutput_source.compute.accumulators import (
     MOST_ROWS,
     Accumulator,
@@ -52,12 +52,10 @@ from pgoutput_source.compute.metadata import (
 )
 from pgoutput_source.compute.old_rows import OldRows
 from pgoutput_source.compute.state import AFRESH
+from pgoutput_source.dataflow.taken import prefixes
 from pgoutput_source.errors import StateError, check_version
 
 STATE_VERSION: Final = 1
-
-POSITION: Final = ("_op", "_commit_lsn", "_seq", "_commit_ts")
-"""The columns after an aggregate's own: what happened to the group, and as of which change."""
 
 _OPS: Final = pa.array(OPS, pa.utf8())
 
@@ -132,13 +130,20 @@ def aggregate(
         DecodeError: A sum exceeds its type, or a value can't be computed with (see `_raw`).
         StateError: An old row is needed that was never sent, or a column changed to a type that can't be added.
     """
-    grouping = Grouping.of(by, count=count, sum=sum, min=min, max=max, mean=mean, reserved=POSITION)
+    grouping = Grouping.of(by, count=count, sum=sum, min=min, max=max, mean=mean)
+    for prefix in prefixes(up):
+        grouping.check(_stands(MetadataNames.with_prefix(prefix)))
 
     def build(state: Any | None) -> _Aggregate:
         return _Aggregate(step_id, grouping, where, state)
 
     keyed = op.key_on("key", up, lambda _: "0")
     return op.key_rm("unkey", op.stateful_batch("groups", keyed, build))
+
+
+def _stands(metadata: MetadataNames) -> tuple[str, ...]:
+    """The columns after an aggregate's own: what happened to the group, and as of which change."""
+    return metadata.op, metadata.commit_lsn, metadata.seq, metadata.commit_ts
 
 
 class _Groups:
@@ -343,13 +348,15 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         slots, there, shown = (array[there | shown] for array in (slots, there, shown))
         code = np.where(there, np.where(shown, UPDATE, INSERT), DELETE).astype(np.int8)
         results = None
+        metadata = batch.schema.metadata_names
         if len(slots):
             last = batch.data.slice(len(batch) - 1)
             columns: dict[str, Any] = groups.results(slots)
-            columns["_op"] = pa.DictionaryArray.from_arrays(pa.array(code), _OPS)
-            for name in POSITION[1:]:
+            op_name, *position = _stands(metadata)
+            columns[op_name] = pa.DictionaryArray.from_arrays(pa.array(code), _OPS)
+            for name in position:
                 columns[name] = last.column(name).take(pa.array(np.zeros(len(slots), np.int64)))
-            results = sorted_batch(columns, groups.grouping.by)
+            results = sorted_batch(columns, groups.grouping.by, metadata)
         groups.shown[slots] = there
         groups.forget_empty(touched)
         return results
@@ -358,6 +365,7 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
         """Note a batch's columns and version; see `OldRows.know`."""
         if batch.data.schema is not self._schema:
             own = pa.schema([batch.data.schema.field(name) for name in own_columns(batch.data.schema)])
+            self.groups.grouping.check(_stands(batch.schema.metadata_names))
             self._columns = tuple(dict.fromkeys([*self.groups.grouping.columns, *referenced(self.where, own)]))
             self.groups.know(batch.data.schema)
             self._schema = batch.data.schema
@@ -376,6 +384,6 @@ class _Aggregate(StatefulBatchLogic[ChangeBatch, pa.RecordBatch, dict[str, Any]]
     def _from_before(self, data: pa.RecordBatch) -> list[pa.Table]:
         """The new row and the old row of each change."""
         has_before, old = self.old.sent(data, self._columns)
-        new = data.select(self._columns) if self._columns else data.select(["_op"])
+        new = data.select(self._columns) if self._columns else data.select([MetadataNames.of(data.schema).op])
         parts = [pa.Table.from_batches([new.filter(pa.array(operations(data) != DELETE))])]
         return [*parts, old] if has_before.any() else parts

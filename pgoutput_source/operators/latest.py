@@ -13,10 +13,10 @@ from bytewax.dataflow import Stream, operator
 from bytewax.operators import StatefulBatchLogic
 
 from pgoutput_source.changes.batches import ChangeBatch
-from pgoutput_source.changes.schema import OPS, TableSchema
-from pgoutput_source.compute.kept_rows import KNOWN, KeptRows
+from pgoutput_source.changes.schema import OPS, MetadataNames, TableSchema
+from pgoutput_source.compute.kept_rows import KNOWN, RAW, KeptRows
 from pgoutput_source.compute.keyed_changes import Filled, Found, KeyedChanges
-from pgoutput_source.compute.metadata import BEFORE, DELETE, TRUNCATE, operations, own_columns, row_texts, unsent
+from pgoutput_source.compute.metadata import DELETE, TRUNCATE, operations, own_columns, row_texts, unsent
 from pgoutput_source.compute.net_effect import Standing
 from pgoutput_source.compute.versions import Seen
 from pgoutput_source.errors import ConfigurationError, check_version
@@ -170,9 +170,9 @@ class _Latest(StatefulBatchLogic[ChangeBatch, ChangeBatch, dict[str, Any]]):
 
 def _truncate(first: pa.RecordBatch) -> pa.RecordBatch:
     """A truncate at the position of a table's first change: no earlier row of the table exists any more."""
-    arrays = []
+    arrays, op_name = [], MetadataNames.of(first.schema).op
     for field, column in zip(first.schema, first.columns, strict=True):
-        if field.name == "_op":
+        if field.name == op_name:
             arrays.append(pa.DictionaryArray.from_arrays(pa.array([TRUNCATE], pa.int8()), pa.array(OPS, pa.utf8())))
         else:
             arrays.append(pa.nulls(1, field.type) if field.nullable else column)
@@ -215,9 +215,10 @@ def _whole(changes: KeyedChanges, found: Found) -> tuple[pa.RecordBatch, dict[st
     unknown = {name: column.unknown for name, column in filled.items() if column.unknown is not None}
     if partly:
         named = [[n for n, mask in unknown.items() if mask[i]] or None for i in range(len(there))]
-        there = _with(there, "_unchanged", named)
+        there = _with(there, changes.metadata.unchanged, named)
     if any(column.texts for column in filled.values()):
-        there = _with(there, "_raw", _texts(there.column("_raw").to_pylist(), filled))
+        raw = changes.metadata.raw
+        there = _with(there, raw, _texts(there.column(raw).to_pylist(), filled))
     return there, unknown
 
 
@@ -238,8 +239,9 @@ def _to_keep(there: pa.RecordBatch, columns: list[str], unknown: dict[str, Any])
     for name, mask in unknown.items():
         if name in columns:
             rows = rows.append_column(KNOWN + name, pa.array(~mask))
-    raw = row_texts(there.column("_raw"))
-    return rows if raw.null_count == len(raw) else rows.append_column("_raw", raw)
+    metadata = MetadataNames.of(there.schema)
+    raw = row_texts(there.column(metadata.raw), metadata.old)
+    return rows if raw.null_count == len(raw) else rows.append_column(RAW, raw)
 
 
 def _outcomes(changes: KeyedChanges, there: pa.RecordBatch) -> pa.RecordBatch:
@@ -255,18 +257,19 @@ def _outcomes(changes: KeyedChanges, there: pa.RecordBatch) -> pa.RecordBatch:
 
 def _deletes(updates: pa.RecordBatch) -> pa.RecordBatch:
     """The deletes of the old keys of updates."""
-    before, raw = updates.column("_before"), updates.column("_raw")
-    columns = {name: pc.struct_field(before, name) for name in own_columns(updates.schema)}
+    metadata = MetadataNames.of(updates.schema)
+    before, raw = updates.column(metadata.before), updates.column(metadata.raw)
+    columns = {name: pc.struct_field(before, [name]) for name in own_columns(updates.schema)}
     ops = pa.array(OPS, pa.utf8())
-    columns["_op"] = pa.DictionaryArray.from_arrays(pa.array(np.full(len(updates), DELETE, np.int8)), ops)
-    columns["_unchanged"] = pa.nulls(len(updates), updates.schema.field("_unchanged").type)
+    columns[metadata.op] = pa.DictionaryArray.from_arrays(pa.array(np.full(len(updates), DELETE, np.int8)), ops)
+    columns[metadata.unchanged] = pa.nulls(len(updates), updates.schema.field(metadata.unchanged).type)
     if raw.null_count < len(raw):
-        columns["_raw"] = pa.array([_of_old_row(known) for known in raw.to_pylist()], raw.type)
+        columns[metadata.raw] = pa.array([_of_old_row(known, metadata.old) for known in raw.to_pylist()], raw.type)
     arrays = [columns.get(name, updates.column(name)) for name in updates.schema.names]
     return pa.RecordBatch.from_arrays(arrays, schema=updates.schema)
 
 
-def _of_old_row(known: list[tuple[str, str]] | None) -> list[tuple[str, str]] | None:
+def _of_old_row(known: list[tuple[str, str]] | None, old: str) -> list[tuple[str, str]] | None:
     """The entries of `_raw` for the old row, which is the row of a delete."""
-    olds = [(name, text) for name, text in known or () if name.startswith(BEFORE)]
-    return [*((name.removeprefix(BEFORE), text) for name, text in olds), *olds] or None
+    olds = [(name, text) for name, text in known or () if name.startswith(old)]
+    return [*((name.removeprefix(old), text) for name, text in olds), *olds] or None

@@ -18,9 +18,9 @@ from bytewax import operators as op
 from bytewax.dataflow import Stream, operator
 
 from pgoutput_source.changes.batches import ChangeBatch
-from pgoutput_source.changes.schema import METADATA_COLUMNS, Column, TableSchema
+from pgoutput_source.changes.schema import Column, MetadataNames, TableSchema
 from pgoutput_source.compute.columns import column_of
-from pgoutput_source.compute.metadata import BEFORE, own_columns
+from pgoutput_source.compute.metadata import own_columns
 from pgoutput_source.errors import ConfigurationError
 
 Mask: TypeAlias = Callable[[pa.Array], pa.Array]
@@ -143,7 +143,7 @@ def _reshaper(named: Mapping[str, Kept], *, others: bool) -> Callable[[ChangeBat
         own = own_columns(data.schema)
         kept = {name: named.get(name, Kept(name)) for name in (own if others else named)}
         names = [column.name for column in kept.values()]
-        if len(set(names)) < len(names) or set(names) & set(METADATA_COLUMNS):
+        if len(set(names)) < len(names) or set(names) & set(MetadataNames.of(data.schema)):
             raise ConfigurationError(
                 f"the columns would be {', '.join(names)}",
                 table=batch.table,
@@ -163,16 +163,17 @@ def _reshaped(batch: ChangeBatch, kept: dict[str, Kept], schemas: dict[TableSche
         columns = tuple(_column(old[name], c.name, arrays[c.name].type) for name, c in kept.items() if name in old)
         schema = schemas[batch.schema] = dataclasses.replace(batch.schema, columns=columns)
     fields = [_field(data.schema.field(name), schema, c.name, arrays[c.name].type) for name, c in kept.items()]
-    metadata = [data.schema.field(name) for name in data.schema.names if name in METADATA_COLUMNS]
+    named = MetadataNames.of(data.schema)
+    metadata = [data.schema.field(name) for name in data.schema.names if name in named]
     for i, field in enumerate(metadata):
         column = data.column(field.name)
-        if field.name == "_before":
+        if field.name == named.before:
             column = _before(column, kept, schema)
             metadata[i] = field.with_type(schema.row_type)
-        elif field.name == "_unchanged":
+        elif field.name == named.unchanged:
             column = _named(column, lambda names: [kept[n].name for n in names if n in kept])
-        elif field.name == "_raw":
-            column = _named(column, lambda texts: _texts(texts, kept))
+        elif field.name == named.raw:
+            column = _named(column, lambda texts: _texts(texts, kept, named.old))
         arrays[field.name] = column
     whole = pa.schema([*fields, *metadata], metadata=data.schema.metadata)
     return ChangeBatch(schema, pa.RecordBatch.from_arrays(list(arrays.values()), schema=whole))
@@ -214,7 +215,7 @@ def _before(before: pa.StructArray, kept: dict[str, Kept], schema: TableSchema) 
     old_names = {column.name: name for name, column in kept.items()}
     children = []
     for column in schema.columns:
-        values = _masked(pc.struct_field(before, old_names[column.name]), kept[old_names[column.name]])
+        values = _masked(pc.struct_field(before, [old_names[column.name]]), kept[old_names[column.name]])
         children.append(values.cast(column.arrow) if values.type != column.arrow else values)
     return pa.StructArray.from_arrays(children, fields=list(schema.row_type), mask=pc.is_null(before))
 
@@ -226,10 +227,10 @@ def _named(column: pa.Array, change: Callable[[Any], list[Any]]) -> pa.Array:
     return pa.array([None if names is None else change(names) or None for names in column.to_pylist()], column.type)
 
 
-def _texts(texts: list[tuple[str, str]], kept: dict[str, Kept]) -> list[tuple[str, str]]:
+def _texts(texts: list[tuple[str, str]], kept: dict[str, Kept], old: str) -> list[tuple[str, str]]:
     out = []
     for name, text in texts:
-        prefix = BEFORE if name.startswith(BEFORE) and name not in kept else ""
+        prefix = old if name.startswith(old) and name not in kept else ""
         column = kept.get(name.removeprefix(prefix))
         if column is not None and column.raw:
             out.append((prefix + column.name, text))

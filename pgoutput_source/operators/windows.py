@@ -10,7 +10,7 @@ import logging
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -23,7 +23,8 @@ from bytewax.operators import StatefulBatchLogic
 from bytewax.operators.windowing import UTC_MAX, UTC_MIN, Clock, ClockLogic
 
 from pgoutput_source.changes.batches import ChangeBatch
-from pgoutput_source.compute.columns import filtered, sorted_batch
+from pgoutput_source.changes.schema import MetadataNames
+from pgoutput_source.compute.columns import ROW, filtered, sorted_batch
 from pgoutput_source.compute.grouping import ROWS, Columns, Grouping
 from pgoutput_source.compute.metadata import of_operations
 from pgoutput_source.compute.state import pack, unpack
@@ -283,10 +284,13 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The result of some batches: the newest commit time in them (µs since 1970), and their partial results."""
+    """The result of some batches: the newest commit time in them (µs since 1970), their partial results, and what
+    the names of their metadata columns begin with.
+    """
 
     newest: int
     partial: pa.Table
+    prefix: str = "_"
 
 
 @operator
@@ -307,12 +311,13 @@ def windows(
         return [keyed for batch in batches if len(batch) for keyed in _split(part(batch.data), grouping, shards)]
 
     def part(data: pa.RecordBatch) -> Part:
-        times = data.column("_commit_ts").cast(pa.int64()).to_numpy()
+        metadata = MetadataNames.of(data.schema)
+        times = data.column(metadata.commit_ts).cast(pa.int64()).to_numpy()
         newest = int(times.max())
-        data = of_operations(data.append_column("_window", pa.array(spans.panes(times))), ops)
+        data = of_operations(data.append_column(ROW, pa.array(spans.panes(times))), ops)
         if where is not None:
             data = filtered(data, where)
-        return Part(newest, spans.spread(grouping.partial(data, {"window": data.column("_window")})))
+        return Part(newest, spans.spread(grouping.partial(data, {"window": data.column(ROW)})), metadata.prefix)
 
     keyed = op.flat_map_batch("parts", up, parts)
 
@@ -336,7 +341,7 @@ def _split(part: Part, grouping: Grouping, shards: int) -> list[tuple[str, Part]
     shard = np.array([zlib.crc32(repr(group).encode()) % shards for group in groups], np.int64)
     if not names:
         shard = np.zeros(part.partial.num_rows, np.int64)
-    return [(str(i), Part(part.newest, part.partial.filter(pa.array(shard == i)))) for i in range(shards)]
+    return [(str(i), replace(part, partial=part.partial.filter(pa.array(shard == i)))) for i in range(shards)]
 
 
 class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, Any]]):
@@ -356,10 +361,12 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         self.idle = idle
         self.newest: int | None = None  # the newest commit time seen
         self.closed: int | None = None  # windows that end here or earlier are closed for good
+        self.names = MetadataNames.of(pa.schema([]))
         self.open: list[pa.Table] = []
         if state is not None:
             check_version(state, STATE_VERSION, f"step {step_id!r}")
             self.newest, self.closed = state["newest"], state["closed"]
+            self.names = MetadataNames.with_prefix(state.get("prefix", self.names.prefix))
             kept = unpack(state["open"])
             self.open = [] if kept is None else [kept]
         self._compacted = sum(t.num_rows for t in self.open)
@@ -373,6 +380,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
     def on_batch(self, values: list[Part]) -> tuple[Iterable[tuple[bool, pa.RecordBatch]], bool]:
         out = []
         for part in values:
+            self.names = MetadataNames.with_prefix(part.prefix)
             out += self._take(part)
             watermark = part.newest - self.wait
             if self.closed is None or watermark > self.closed:
@@ -401,7 +409,13 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
     def snapshot(self) -> dict[str, Any]:
         self._compact()
         kept = pack(self.open[0]) if self.open else None
-        return {"v": STATE_VERSION, "newest": self.newest, "closed": self.closed, "open": kept}
+        return {
+            "v": STATE_VERSION,
+            "newest": self.newest,
+            "closed": self.closed,
+            "open": kept,
+            "prefix": self.names.prefix,
+        }
 
     def _wait_for_quiet(self, span: timedelta) -> None:
         self._quiet = 0
@@ -459,7 +473,7 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
             "window_end": pc.add(start, self.spans.every).cast(_TIMESTAMP),
             **self.grouping.results(partial),
         }
-        return sorted_batch(columns, ["window_start", *self.grouping.by])
+        return sorted_batch(columns, ["window_start", *self.grouping.by], self.names)
 
 
 def _first(tables: Sequence[pa.Table]) -> float:

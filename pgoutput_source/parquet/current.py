@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pgoutput_source.changes.schema import OP_CODE
+from pgoutput_source.changes.schema import OP_CODE, MetadataNames
 from pgoutput_source.compute.keys import KeyColumns, moved
-from pgoutput_source.compute.metadata import BEFORE, DELETE, TRUNCATE, Bools, Ints, own_columns, texts
+from pgoutput_source.compute.metadata import DELETE, TRUNCATE, Bools, Ints, own_columns, texts
 from pgoutput_source.compute.net_effect import Crowd, Lives, digests, lives
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.parquet.history import History
+from pgoutput_source.parquet.history import OLD, History
 from pgoutput_source.parquet.place import local_path
-
-_NEEDED: Final = ("_op", "_commit_lsn", "_seq")
 
 
 def current(folder: str | Path, *, key: str | Sequence[str], table: str | None = None) -> pa.Table:
@@ -68,21 +66,26 @@ def current(folder: str | Path, *, key: str | Sequence[str], table: str | None =
     history = History(local_path(folder).absolute(), table)
     _check_columns(history.schema, keys, folder)
     changes = _changes(history, keys)
-    own = [name for name in history.schema.names if name != "_before"]
-    result = history.take(changes.place[changes.last], own)
-    if "_unchanged" in own:
+    own = [name for name in history.schema.names if name != history.metadata.before]
+    result = history.take(changes.place[changes.last], own).replace_schema_metadata(history.metadata.said or None)
+    if history.metadata.unchanged in own:
         result = _filled(history, changes, result)
     return result
 
 
 def _check_columns(schema: pa.Schema, keys: tuple[str, ...], folder: str | Path) -> None:
-    missing = [name for name in (*_NEEDED, *keys) if name not in schema.names]
+    missing = [name for name in (*_needed(schema), *keys) if name not in schema.names]
     if missing or not keys:
         own = ", ".join(own_columns(schema))
         raise ConfigurationError(
             f"the files in {folder} have no column {missing[0]!r}" if missing else "key is empty",
             hint=f"pass key= with columns that identify a row; the columns are {own}",
         )
+
+
+def _needed(schema: pa.Schema) -> tuple[str, ...]:
+    metadata = MetadataNames.of(schema)
+    return metadata.op, metadata.commit_lsn, metadata.seq
 
 
 # -- changes --------------------------------------------------------------------------------------------------------
@@ -105,40 +108,40 @@ class _Changes(NamedTuple):
 
 
 def _changes(history: History, keys: tuple[str, ...]) -> _Changes:
-    schema = history.schema
-    olds = keys if "_before" in schema.names and all(_in_before(schema, name) for name in keys) else ()
-    names = [*_NEEDED, *keys, *(["_raw"] if "_raw" in schema.names else [])]
+    schema, metadata = history.schema, history.metadata
+    olds = keys if metadata.before in schema.names and all(_in_before(schema, name) for name in keys) else ()
+    names = [*_needed(schema), *keys, *([metadata.raw] if metadata.raw in schema.names else [])]
     table = history.columns(names, olds, keys)
-    ops = _operations(table.column("_op"))
-    place = _in_order(table)
+    ops = _operations(table.column(metadata.op))
+    place = _in_order(table, metadata)
     truncates = np.flatnonzero(ops[place] == TRUNCATE)
     if len(truncates):
         place = place[truncates[-1] + 1 :]
     taken = table.take(pa.array(place))
     ops = ops[place]
-    raw = _array(taken, "_raw") if "_raw" in names else None
+    raw = _array(taken, metadata.raw) if metadata.raw in names else None
     news = KeyColumns.of({name: _array(taken, name) for name in keys}, schema, raw)
-    before = KeyColumns.of({n: _array(taken, BEFORE + n) for n in keys}, schema, raw, BEFORE) if olds else None
+    before = KeyColumns.of({n: _array(taken, OLD + n) for n in keys}, schema, raw, metadata.old) if olds else None
     # The output of `cdc.aggregate` has no LSNs of changes. There, NULL is a group that can be removed like any other.
-    if "_lsn" in schema.names:
+    if metadata.lsn in schema.names:
         _check_deletes(news.known()[ops == DELETE], keys, history.whole()[place][ops == DELETE])
     is_whole = history.whole()[place]
-    sent = taken.column(BEFORE).to_numpy() if olds else np.zeros(len(place), np.bool_)
+    sent = taken.column(OLD).to_numpy() if olds else np.zeros(len(place), np.bool_)
     moves = moved(ops, news, before, sent, is_whole)
     together = news if before is None else news.followed_by(before.take(moves))
     code, _ = together.encode()
     n = len(place)
-    twice = _twice(taken, code[:n], ops)
+    twice = _twice(taken, metadata, code[:n], ops)
     if twice.any():
         once = np.flatnonzero(~twice)
         stays = ~twice[moves]
         code = np.concatenate([code[:n][once], code[n:][stays]])
         moves = (np.cumsum(~twice) - 1)[moves[stays]]
         place, ops, is_whole, n = place[once], ops[once], is_whole[once], len(once)
-        taken = taken.select(["_commit_lsn"]).take(pa.array(once))
+        taken = taken.select([metadata.commit_lsn]).take(pa.array(once))
     crowd = None
     if olds and is_whole.any():
-        crowd = _crowd(history, taken.column("_commit_lsn").to_numpy().astype(np.int64), is_whole, place)
+        crowd = _crowd(history, taken.column(metadata.commit_lsn).to_numpy().astype(np.int64), is_whole, place)
     found = lives(ops, code[:n], moves, code[n:], crowd)
     event = found.last()
     event = event[~found.ends[event]]
@@ -147,20 +150,20 @@ def _changes(history: History, keys: tuple[str, ...]) -> _Changes:
 
 
 def _in_before(schema: pa.Schema, name: str) -> bool:
-    return bool(schema.field("_before").type.get_field_index(name) >= 0)
+    return bool(schema.field(MetadataNames.of(schema).before).type.get_field_index(name) >= 0)
 
 
-def _in_order(table: pa.Table) -> Ints:
+def _in_order(table: pa.Table, metadata: MetadataNames) -> Ints:
     """The places of all changes in position order."""
-    lsn, seq = (table.column(name).to_numpy() for name in ("_commit_lsn", "_seq"))
+    lsn, seq = (table.column(name).to_numpy() for name in (metadata.commit_lsn, metadata.seq))
     place: Ints = np.lexsort((seq, lsn)).astype(np.int64)
     return place
 
 
-def _twice(taken: pa.Table, code: Ints, ops: NDArray[np.int8]) -> Bools:
+def _twice(taken: pa.Table, metadata: MetadataNames, code: Ints, ops: NDArray[np.int8]) -> Bools:
     """Which changes repeat another one: the same operation on the same key at the same position."""
     n = len(code)
-    lsn, seq = (taken.column(name).to_numpy() for name in ("_commit_lsn", "_seq"))
+    lsn, seq = (taken.column(name).to_numpy() for name in (metadata.commit_lsn, metadata.seq))
     again = np.zeros(n, np.bool_)
     again[1:] = (lsn[1:] == lsn[:-1]) & (seq[1:] == seq[:-1])
     if again.any():
@@ -173,19 +176,19 @@ def _twice(taken: pa.Table, code: Ints, ops: NDArray[np.int8]) -> Bools:
 
 
 def _crowd(history: History, transaction: Ints, is_whole: Bools, place: Ints) -> Crowd:
-    names = [n for n in own_columns(history.schema) if _in_before(history.schema, n)]
+    names, metadata = [n for n in own_columns(history.schema) if _in_before(history.schema, n)], history.metadata
 
     def contents(rows: Ints, prefix: str) -> list[bytes]:
-        raw = ["_raw"] if "_raw" in history.schema.names else []
+        raw = [metadata.raw] if metadata.raw in history.schema.names else []
         table = history.take(place[rows], [*([] if prefix else names), *raw], names if prefix else ())
         found = digests([_array(table, prefix + name) for name in sorted(names)])
-        for name, odd in texts(_array(table, "_raw") if raw else None).items():
-            if name.startswith(BEFORE) == bool(prefix):
+        for name, odd in sorted(texts(_array(table, metadata.raw) if raw else None).items()):
+            if name.startswith(metadata.old) == bool(prefix):
                 for row, text in zip(odd.rows.tolist(), odd.texts, strict=True):
-                    found[row] += f"{name.removeprefix(BEFORE)}={text}".encode()
+                    found[row] += f"{name.removeprefix(metadata.old)}={text}".encode()
         return found
 
-    return Crowd(transaction, is_whole, lambda rows: contents(rows, ""), lambda rows: contents(rows, BEFORE))
+    return Crowd(transaction, is_whole, lambda rows: contents(rows, ""), lambda rows: contents(rows, OLD))
 
 
 def _operations(column: pa.ChunkedArray) -> NDArray[np.int8]:
@@ -211,7 +214,8 @@ def _check_deletes(known: Bools, keys: tuple[str, ...], is_whole: Bools) -> None
 
 def _filled(history: History, changes: _Changes, result: pa.Table) -> pa.Table:
     """Fill in the values that the changes did not have. Values that no file has are named in `_unchanged`."""
-    unchanged = _array(history.columns(["_unchanged"]), "_unchanged")
+    metadata = history.metadata
+    unchanged = _array(history.columns([metadata.unchanged]), metadata.unchanged)
     of_change = pc.list_parent_indices(unchanged).to_numpy()
     of_name = pc.list_flatten(unchanged).dictionary_encode()
     codes = {name: code for code, name in enumerate(of_name.dictionary.to_pylist())}
@@ -232,21 +236,22 @@ def _filled(history: History, changes: _Changes, result: pa.Table) -> pa.Table:
         for row in missing[source < 0].tolist():
             unknown.setdefault(row, []).append(name)
         missing, source = missing[source >= 0], source[source >= 0]
-        columns = [name, *(["_raw"] if "_raw" in history.schema.names else [])]
+        columns = [name, *([metadata.raw] if metadata.raw in history.schema.names else [])]
         values = history.take(changes.place[source], columns)
         where = np.arange(len(result))
         where[missing] = len(result) + np.arange(len(missing))
         index = result.schema.get_field_index(name)
         both = pa.chunked_array([*result.column(index).chunks, *values.column(name).chunks], result.field(index).type)
         result = result.set_column(index, result.field(index), both.take(pa.array(where)))
-        odd = texts(_array(values, "_raw") if len(columns) > 1 else None).get(name)
+        odd = texts(_array(values, metadata.raw) if len(columns) > 1 else None).get(name)
         for at, text in zip(odd.rows.tolist(), odd.texts, strict=True) if odd else ():
             raw.setdefault(int(missing[at]), {})[name] = text
     if open_:
-        result = _with_values(result, "_unchanged", {row: unknown.get(row) for row in open_})
+        result = _with_values(result, metadata.unchanged, {row: unknown.get(row) for row in open_})
     if raw:
-        old = result.column("_raw")
-        result = _with_values(result, "_raw", {i: {**dict(old[i].as_py() or ()), **more} for i, more in raw.items()})
+        old = result.column(metadata.raw)
+        known = {i: {**dict(old[i].as_py() or ()), **more} for i, more in raw.items()}
+        result = _with_values(result, metadata.raw, known)
     return result
 
 

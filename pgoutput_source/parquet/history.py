@@ -12,19 +12,24 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from pgoutput_source.compute.metadata import BEFORE, Bools, Ints, own_columns, renamed
+from pgoutput_source.changes.schema import MetadataNames
+from pgoutput_source.compute.metadata import Bools, Ints, own_columns, renamed
 from pgoutput_source.compute.versions import Past, column_in, relation_of
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.parquet.folder import Asked, may_be, table_of
 from pgoutput_source.parquet.read import common_type, schemas_of
 
 logger = logging.getLogger(__name__)
+
+OLD: Final = "old\0"
+"""Stands before the name of a column of old rows. No column of a table's has such a name, as it has a zero byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +54,27 @@ class Run:
         return (self.schema.metadata or {}).get(b"pg.identity") == b"f"
 
     @property
-    def renamed(self) -> dict[str, str]:
-        """The current names of columns by their names in the files; empty if all are the same."""
-        names = {past.name: name for name, past in self.past.items() if past.name is not None}
-        return {} if all(old == new for old, new in names.items()) else names
+    def metadata(self) -> MetadataNames:
+        """The names of the metadata columns in the files."""
+        return MetadataNames.of(self.schema)
+
+    @property
+    def current(self) -> dict[str, str]:
+        """The current names of columns by their names in the files."""
+        return {past.name: name for name, past in self.past.items() if past.name is not None}
 
 
 class History:
     """All changes of a table in a folder, in the order of the files.
 
-    `schema` is that of the newest version, without columns that the table no longer has.
+    `schema` is that of the newest version, without columns that the table no longer has. `metadata` has the names of
+    its metadata columns, which stand for those of all files.
     """
 
     def __init__(self, folder: Path, table: str | None) -> None:
         files = _of_relation(_of_table(folder, table), folder)
         newest = list(files.values())[-1]
-        self.schema = newest
+        self.schema, self.metadata = newest, MetadataNames.of(newest)
         self.runs: list[Run] = []
         for schema, group in _runs(files):
             data = ds.dataset([str(file) for file in group], schema=schema, format="parquet")
@@ -74,7 +84,7 @@ class History:
         self._say_what_is_unknown(table_of(newest) or str(folder))
 
     def columns(self, names: Sequence[str], olds: Sequence[str] = (), keys: Sequence[str] = ()) -> pa.Table:
-        """Columns of all changes. Columns of old rows are prefixed with `BEFORE`; the column `BEFORE` says if there is
+        """Columns of all changes. Columns of old rows are prefixed with `OLD`; the column `OLD` says if there is
         an old row.
 
         An unknown value is null. `keys` count as known whatever their type was, and get a type that holds the values
@@ -185,37 +195,40 @@ def _read(
     places: pa.Array | None = None,
 ) -> pa.Table:
     expressions: dict[str, pc.Expression] = {}
+    metadata, was = MetadataNames.of(newest), run.metadata
     for name in names:
         expressions[name] = _expression(run, newest, name, kinds.get(name))
     if olds:
-        there = "_before" in run.schema.names
-        expressions[BEFORE] = pc.field("_before").is_valid() if there else pc.scalar(False)
+        there = was.before in run.schema.names
+        expressions[OLD] = pc.field(was.before).is_valid() if there else pc.scalar(False)
     for name in olds:
         past = run.past[name]
         kind = kinds.get(name, newest.field(name).type)
-        here = past.name is not None and "_before" in run.schema.names and _has(run.schema, past.name)
+        here = past.name is not None and was.before in run.schema.names and _has(run.schema, past.name)
         if here and (past.known or name in kinds):
-            expressions[BEFORE + name] = pc.field("_before", past.name).cast(kind)
+            expressions[OLD + name] = pc.field(was.before, past.name).cast(kind)
         else:
-            expressions[BEFORE + name] = pc.scalar(pa.scalar(None, kind))
+            expressions[OLD + name] = pc.scalar(pa.scalar(None, kind))
     scanner = run.data.scanner(columns=expressions)
     table = scanner.to_table() if places is None else scanner.take(places)
-    for name in ("_unchanged", "_raw"):
-        if name in names and name in run.schema.names and run.renamed:
+    if was != metadata or any(old != new for old, new in run.current.items()):
+        for name in {metadata.unchanged, metadata.raw} & set(names):
             index = table.schema.get_field_index(name)
-            table = table.set_column(index, name, renamed(table.column(name), run.renamed))
+            column = renamed(table.column(name), run.current, old=was.old, now=metadata.old)
+            table = table.set_column(index, name, column)
     return table
 
 
 def _has(schema: pa.Schema, name: str) -> bool:
-    return bool(schema.field("_before").type.get_field_index(name) >= 0)
+    return bool(schema.field(MetadataNames.of(schema).before).type.get_field_index(name) >= 0)
 
 
 def _expression(run: Run, newest: pa.Schema, name: str, kind: pa.DataType | None) -> pc.Expression:
     target = newest.field(name).type if kind is None else kind
     past = run.past.get(name)
     if past is None:  # a metadata column
-        return pc.field(name) if name in run.schema.names else pc.scalar(pa.scalar(None, target))
+        named = dict(zip(MetadataNames.of(newest), run.metadata, strict=True))[name]
+        return pc.field(named) if named in run.schema.names else pc.scalar(pa.scalar(None, target))
     if past.name is not None and (past.known or kind is not None):
         here = run.schema.field(past.name).type
         return pc.field(past.name) if here == target else pc.field(past.name).cast(target)

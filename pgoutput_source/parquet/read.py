@@ -13,6 +13,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from pgoutput_source.changes.schema import MetadataNames
+from pgoutput_source.compute.metadata import renamed
 from pgoutput_source.parquet.folder import FOOTER, INDEX, Asked
 from pgoutput_source.parquet.place import local_path
 
@@ -27,7 +29,8 @@ def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
     A column that a file lacks is null in its rows. A column whose type has changed gets a type that holds the values of
     all files: the wider number, or text. If there is none (text became an array), it has the type of the newest file,
     and values of the older type are in a second column, named like ``tags (text)`` after their PostgreSQL type. Files
-    with such values are read into memory.
+    with such values are read into memory. So are files that were written with another `metadata_prefix` than the newest
+    file: their metadata columns get its names.
 
     Columns are matched by name. `current` matches them by identity, so that a renamed column keeps its values.
 
@@ -49,17 +52,26 @@ def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
     schemas = schemas_of(local_path(folder).absolute(), table)
     if not schemas:
         return ds.dataset([], schema=pa.schema([]), format=_FORMAT)
-    schema, apart = _together(list(schemas.values()))
-    if not apart:
+    metadata = MetadataNames.of(list(schemas.values())[-1])
+    schema, apart = _together([_under(schema, metadata) for schema in schemas.values()])
+    others = {file for file in schemas if MetadataNames.of(schemas[file]) != metadata}
+    if not apart and not others:
         return ds.dataset([str(file) for file in schemas], schema=schema, format=_FORMAT)
-    logger.warning(
-        "%s: the new type of %s can't hold older values: they are in separate columns",
-        folder, ", ".join(sorted(apart)),
-    )  # fmt: skip
+    if apart:
+        logger.warning(
+            "%s: the new type of %s can't hold older values: they are in separate columns",
+            folder, ", ".join(sorted(apart)),
+        )  # fmt: skip
+    if others:
+        logger.warning(
+            "%s: the metadata columns of %d files do not begin with %s: these files are read into memory",
+            folder, len(others), metadata.prefix,
+        )  # fmt: skip
     children: list[ds.Dataset] = []
-    for odd, group in itertools.groupby(schemas, lambda file: _splits(schemas[file], apart)):
+    for odd, group in itertools.groupby(schemas, lambda file: file in others or _splits(schemas[file], apart)):
         if odd:
-            children.append(ds.dataset(pa.concat_tables([_split(pq.read_table(f), apart, schema) for f in group])))
+            tables = [_named(pq.ParquetFile(file).read(), metadata) for file in group]
+            children.append(ds.dataset(pa.concat_tables([_split(table, apart, schema) for table in tables])))
         else:
             children.append(ds.dataset([str(file) for file in group], schema=schema, format=_FORMAT))
     return ds.dataset(children)
@@ -103,6 +115,29 @@ def _index(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
+# -- metadata columns under other names ------------------------------------------------------------------------------
+
+
+def _under(schema: pa.Schema, metadata: MetadataNames) -> pa.Schema:
+    """A schema with these names of its metadata columns."""
+    names = dict(zip(MetadataNames.of(schema), metadata, strict=True))
+    fields = [field.with_name(names.get(field.name, field.name)) for field in schema]
+    return pa.schema(fields, metadata={**(schema.metadata or {}), **metadata.said})
+
+
+def _named(table: pa.Table, metadata: MetadataNames) -> pa.Table:
+    """A file's rows with these names of its metadata columns."""
+    was = MetadataNames.of(table.schema)
+    if was == metadata:
+        return table
+    index = table.schema.get_field_index(was.raw)
+    if index >= 0:
+        own = {name: name for name in table.column_names}
+        texts = renamed(table.column(index), own, old=was.old, now=metadata.old)
+        table = table.set_column(index, table.field(index), texts)
+    return table.rename_columns(_under(table.schema, metadata).names).replace_schema_metadata(metadata.said or None)
+
+
 # -- types that changed ---------------------------------------------------------------------------------------------
 
 
@@ -144,7 +179,7 @@ def _together(schemas: Sequence[pa.Schema]) -> tuple[pa.Schema, dict[str, pa.Dat
     for name, by_type in versions.items():
         newest = list(by_type.values())[-1]
         kind = common_type(by_type) if len(by_type) > 1 else newest.type
-        if kind is None and name == "_before":
+        if kind is None and name == MetadataNames.of(schemas[-1]).before:
             kind = pa.struct(_together([pa.schema(list(old.type)) for old in by_type.values()])[0])
         elif kind is None:
             apart[name], kind = newest.type, newest.type
@@ -166,14 +201,15 @@ def _splits(schema: pa.Schema, apart: Mapping[str, pa.DataType]) -> bool:
 def _split(table: pa.Table, apart: Mapping[str, pa.DataType], schema: pa.Schema) -> pa.Table:
     """A file's rows, with values that don't fit the newest type in separate columns."""
     columns = _apart(dict(zip(table.column_names, table.columns, strict=True)), list(table.schema), apart)
-    if "_before" in columns:
-        before = columns["_before"].combine_chunks()
+    name = MetadataNames.of(schema).before
+    if name in columns:
+        before = columns[name].combine_chunks()
         children = [before.field(i) for i in range(before.type.num_fields)]
         named = dict(zip([f.name for f in before.type], children, strict=True))
         inner = _apart(named, list(before.type), apart)
-        kind = schema.field("_before").type
+        kind = schema.field(name).type
         arrays = [_as(inner.get(f.name), f.type, len(before)) for f in kind]
-        columns["_before"] = pa.StructArray.from_arrays(arrays, fields=list(kind), mask=before.is_null())
+        columns[name] = pa.StructArray.from_arrays(arrays, fields=list(kind), mask=before.is_null())
     return pa.table([_as(columns.get(f.name), f.type, len(table)) for f in schema], schema=schema)
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.parquet.folder import FOOTER, Part, origin_of, schema_digest, table_of
 from pgoutput_source.parquet.place import explained
@@ -23,7 +24,6 @@ ROW_GROUP_BYTES: Final = 32 * 1024 * 1024
 """How much Arrow data is collected before it is compressed. This bounds memory."""
 
 _SAMPLE: Final = 1024
-_POSITION: Final = ("_commit_lsn", "_seq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +155,11 @@ def merge(codec: Codec, parts: list[Part], files: list[Path], target: Path) -> P
 
 def positions(table: pa.Table) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
     """The lowest and highest position in `table`, whatever the order of its rows; None if it has none."""
-    if not all(name in table.schema.names and pa.types.is_integer(table.schema.field(name).type) for name in _POSITION):
+    metadata = MetadataNames.of(table.schema)
+    names = (metadata.commit_lsn, metadata.seq)
+    if not all(name in table.schema.names and pa.types.is_integer(table.schema.field(name).type) for name in names):
         return None, None
-    commits, seqs = (table.column(name) for name in _POSITION)
+    commits, seqs = (table.column(name) for name in names)
     ends = []
     for function in (pc.min, pc.max):
         commit = function(commits)

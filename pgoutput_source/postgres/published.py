@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pgoutput_source.changes.schema import METADATA_COLUMNS
+from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.errors import PublicationError
 from pgoutput_source.postgres.connection import Connection
 from pgoutput_source.postgres.publications import text_columns
@@ -239,6 +239,7 @@ def _partitions(conn: Connection, published: Published) -> Iterator[Remark]:
 
 
 def _columns(conn: Connection, settings: SourceSettings) -> Iterator[Remark]:
+    metadata = MetadataNames.with_prefix(settings.metadata_prefix)
     # Column lists exist from PostgreSQL 15 on. As a key of the row's JSON, attnames may be absent.
     rows = conn.execute(
         """
@@ -254,11 +255,13 @@ def _columns(conn: Connection, settings: SourceSettings) -> Iterator[Remark]:
     ).fetchall()
     for schema, table, columns in rows:
         name = _text((schema, table))
-        if clash := [column for column in METADATA_COLUMNS if column in columns]:
+        if clash := [column for column in metadata if column in columns]:
             yield Remark(
                 f"table {name} has columns with the names of metadata columns: {', '.join(clash)}. A flow stops at the "
                 "first change of it",
-                "leave them out of the publication with a column list (PostgreSQL 15), or leave the table out",
+                'give the metadata columns other names: metadata_prefix="cdc_"'
+                if metadata.prefix == "_"
+                else "choose another metadata_prefix, which begins the names of the metadata columns",
             )
         if not columns:
             yield Remark(f"table {name} has no published columns: its changes have no values", "leave it out")

@@ -156,7 +156,7 @@ def _lines(item: Item) -> Iterator[str]:
             case pa.RecordBatch() | pa.Table():
                 for batch in [item] if isinstance(item, pa.RecordBatch) else item.to_batches():
                     for part in _parts(batch):
-                        yield _text(_rows(part.schema.names, part.columns, {}))
+                        yield _text(_rows(part.schema.names, part.columns, part.num_rows, {}))
             case Mapping():
                 yield exact_json.dumps(dict(item)) + "\n"
             case _:
@@ -173,36 +173,37 @@ def _parts(data: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         yield data.slice(start, _TOGETHER)
 
 
-def _rows(names: Sequence[str], columns: Sequence[pa.Array], known: Mapping[str, Column]) -> list[_Row]:
+def _rows(names: Sequence[str], columns: Sequence[pa.Array], length: int, known: Mapping[str, Column]) -> list[_Row]:
     """Rows as the JSON text of each value. `known` describes a table's columns beyond what their Arrow types say."""
     texts = [
         list(map(exact_json.dumps, to_python(column, known.get(name), parsed=False)))
         for name, column in zip(names, columns, strict=True)
     ]
-    return rows(names, texts, len(columns[0]) if columns else 0)
+    return rows(names, texts, length)
 
 
 def _changes(batch: ChangeBatch) -> Iterator[list[_Row]]:
-    own = {column.name: column for column in batch.schema.columns}
+    own, metadata = {column.name: column for column in batch.schema.columns}, batch.schema.metadata_names
     for part in _parts(batch.data):
-        names = [name for name in part.schema.names if name != "_before"]
-        found = _rows(names, [part.column(name) for name in names], own)
-        for name in {"_unchanged", "_raw"} & set(names):
+        names = [name for name in part.schema.names if name != metadata.before]
+        found = _rows(names, [part.column(name) for name in names], part.num_rows, own)
+        for name in {metadata.unchanged, metadata.raw} & set(names):
             for i in np.flatnonzero(part.column(name).is_null().to_numpy(zero_copy_only=False)).tolist():
                 del found[i][name]
-        if "_unchanged" in names:
-            unchanged = part.column("_unchanged")
+        if metadata.unchanged in names:
+            unchanged = part.column(metadata.unchanged)
             for i in np.flatnonzero(unchanged.is_valid().to_numpy(zero_copy_only=False)).tolist():
                 for name in unchanged[i].as_py():
                     found[i].pop(name, None)
-        if "_before" in part.schema.names:
-            before = part.column("_before")
+        if metadata.before in part.schema.names:
+            before = part.column(metadata.before)
             # Unless the replica identity is FULL, an old row has only the key. Other columns are absent, not NULL.
             sent = [field.name for field in before.type if field.name in own and own[field.name].key]
             there = np.flatnonzero(before.is_valid().to_numpy(zero_copy_only=False)).tolist()
             olds = before.drop_null()
-            for i, old in zip(there, _rows(sent, [olds.field(name) for name in sent], own), strict=True):
-                found[i]["_before"] = _object(old)
+            olds_sent = _rows(sent, [olds.field(name) for name in sent], len(olds), own)
+            for i, old in zip(there, olds_sent, strict=True):
+                found[i][metadata.before] = _object(old)
         yield found
 
 

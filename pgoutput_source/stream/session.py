@@ -282,6 +282,7 @@ def _assembler(dsn: str, settings: SourceSettings, start: Start, state: State | 
         look_up=Definitions(dsn, settings.reconnect_seconds),
         streamed=_streamed(settings),
         types=types_of(system.server_version),
+        metadata_prefix=settings.metadata_prefix,
         known_tables=None if settings.on_schema_change == "evolve" else (state or {}).get("tables", {}),
     )
 
