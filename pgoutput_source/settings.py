@@ -189,18 +189,16 @@ class SourceSettings(BaseModel):
             files. None stands for the embedded server.
         slot: Name of the replication slot.
         publication: Names of the publications; a str is one name.
-        create: Create publication and slot where they are missing.
-        until: None runs for ever, "current" up to everything committed before the start, an LSN up to there.
-        snapshot: What becomes of the rows that are in the tables already. "never" streams changes only. "initial"
-            copies every published row, as a change with `_op` R, while the changes of all tables are streamed: no row
-            is skipped and none comes twice. Tables that are published later are copied, too. The resume state records
-            how far the copy is: without one it begins again at each start. A run that resumes a state without a copy
-            continues without it. "only" copies in the same way and then ends: its slot is a temporary one, which the
-            server drops with the connection, whatever happens. A run that was cut off is begun again, and empties the
-            tables first.
-        status_interval: Seconds between two reports to the server; it is lowered to a third of the server's
-            wal_sender_timeout where that is less.
-        max_frames: Most messages that one poll returns.
+        create: Whether to create publication and slot if they are missing.
+        until: None runs for ever; "current" stops after everything committed before the start; an LSN stops there.
+        snapshot: What to do with the rows that the tables already have. "never" only streams changes. "initial" copies
+            every published row, as a change with `_op` R, while the changes of all tables are streamed: no row is
+            missing and none comes twice. Tables that are published later are copied too. The resume state records the
+            progress of the copy; without one the copy starts over at each start. A run that resumes a state without a
+            copy continues without it. "only" makes the same copy and then ends. Its slot is temporary: the server drops
+            it with the connection, whatever happens. A run that was cut off starts over, and empties the tables first.
+        status_interval: Seconds between two reports to the server, at most a quarter of its wal_sender_timeout.
+        max_frames: The most messages that one poll returns.
         max_bytes: Bytes after which a poll returns. It bounds the memory, except for a single larger row.
         reconnect_seconds: How long to retry a lost connection before the run fails.
         slot_wait_seconds: How long to wait at the start for a slot that another process still holds.

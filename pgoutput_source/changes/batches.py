@@ -51,11 +51,11 @@ class ChangeBatch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its arrays take."""
+        """The size of its arrays in bytes."""
         return int(self.data.nbytes)
 
     def metadata(self, name: str) -> pa.Array:
-        """One of the columns that are known without any value of the table's own, by its name in `MetadataNames`.
+        """A column that is known without the table's own values, by its name in `MetadataNames`.
 
         These are `op`, `commit_lsn`, `seq`, `lsn`, `xid` and `commit_ts`.
         """
@@ -96,15 +96,15 @@ class ChangeBatch:
 
 
 class UndecodedBatch(ChangeBatch):
-    """Changes whose values can't be had, and the reason: who takes them gets the error, and nobody else.
+    """Changes whose values can't be decoded, and the reason. Only a consumer of these changes gets the error.
 
-    Where each change stands, and what it is, is known: `len()`, `first`, `last` and `metadata` work. Everything that
+    The position and operation of each change are known: `len()`, `first`, `last` and `metadata` work. Everything that
     needs `data` raises `error`.
 
     Args:
         schema: The version of the table.
-        metadata: The columns that `ChangeBatch.metadata` gives, one row for each change: see `known_fields`.
-        error: Why there is no more; what it says of itself is kept, and not what it was raised from.
+        metadata: The columns of `ChangeBatch.metadata`, one row per change: see `known_fields`.
+        error: Why the values can't be decoded. Its traceback and its cause are not kept.
 
     Example:
         >>> from pgoutput_source.testing import batch
@@ -124,7 +124,7 @@ class UndecodedBatch(ChangeBatch):
     _metadata: pa.RecordBatch
 
     def __init__(self, schema: TableSchema, metadata: pa.RecordBatch, error: PgOutputError) -> None:
-        # The traceback of an error that was raised holds all bytes of the poll.
+        # The traceback of a raised error would keep all bytes of the poll alive.
         for name, value in (("schema", schema), ("_metadata", metadata), ("error", copy.copy(error))):
             object.__setattr__(self, name, value)
 
@@ -138,11 +138,11 @@ class UndecodedBatch(ChangeBatch):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its arrays take."""
+        """The size of its arrays in bytes."""
         return int(self._metadata.nbytes)
 
     def metadata(self, name: str) -> pa.Array:
-        """One of the columns that are known: see `ChangeBatch.metadata`."""
+        """A column that is known: see `ChangeBatch.metadata`."""
         return self._metadata.column(getattr(self.schema.metadata_names, name))
 
     def __eq__(self, other: object) -> bool:
@@ -160,7 +160,7 @@ class UndecodedBatch(ChangeBatch):
 
 
 def known_fields(prefix: str = "_") -> list[pa.Field]:
-    """The fields of the metadata columns that an `UndecodedBatch` has: those that hold no value of the table's own."""
+    """The fields of the metadata columns of an `UndecodedBatch`: those without values of the table's own columns."""
     return metadata_fields(pa.struct([]), prefix)[:_KNOWN]
 
 
@@ -172,8 +172,8 @@ def events_of(batches: Iterable[ChangeBatch], facts: Facts | None = None) -> Ite
     """The changes of all batches as events, in the order of their positions.
 
     Args:
-        batches: Batches whose rows are in position order each, such as a `ChangeSet`.
-        facts: Asked once per batch for what the catalogue knows of its table.
+        batches: Batches, each with its rows in position order, such as a `ChangeSet`.
+        facts: Called once per batch; returns what the catalogue knows about its table.
     """
     return events_from(((b.schema, b.data) for b in batches), facts)
 
@@ -220,8 +220,8 @@ class ChangeSet:
     `batches` has one `ChangeBatch` per version of a table, ordered by their first change. `truncates` are the
     statements of the rows with `_op` T. `messages` are the logical decoding messages.
 
-    A batch whose values can't be decoded is an `UndecodedBatch`. It is there for those who go through all batches, and
-    its error is raised for those who take it: by `of`, `table` and `events`, and by the batch's own `data`.
+    A batch whose values can't be decoded is an `UndecodedBatch`. A loop over all batches finds it. Its error is raised
+    when it is used: by `of`, `table` and `events`, and by the batch's own `data`.
 
     Example:
         >>> from pgoutput_source.testing import batch
@@ -252,7 +252,7 @@ class ChangeSet:
             name: Schema and table: ``public.orders``, or ``a."b.c"`` when a dot would be ambiguous.
 
         Raises:
-            ConfigurationError: The table did not change, or the type of a column did.
+            ConfigurationError: The table has no changes, or the type of a column changed.
             DecodeError, ConfigurationError, SchemaChanged: Its changes can't be decoded.
         """
         versions = [pa.Table.from_batches([b.data]) for b in self.of(name)]

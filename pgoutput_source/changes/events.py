@@ -1,7 +1,7 @@
 """`ChangeEvent`: one change as a frozen object with pypgoutput's JSON, made from batches in bulk.
 
 `events_from` turns columns into values a few thousand rows at a time, and merges all tables of a set into the exact
-order in which PostgreSQL sent the changes. What many events have in common (the table, the transaction) they share.
+order in which PostgreSQL sent the changes. Events share the objects that they have in common: table and transaction.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _merged(makers: list[_EventMaker]) -> Iterator[ChangeEvent]:
 
 
 def _uncontradicted(data: pa.RecordBatch, facts: TableFacts | None) -> TableFacts | None:
-    """Without the columns that hold a NULL: they were declared NOT NULL since, or are no more.
+    """Facts without NOT NULL columns that have a NULL here: they were declared so later, or are not any more.
 
     A value that PostgreSQL did not send, or whose text is in `_raw`, is not a NULL.
     """

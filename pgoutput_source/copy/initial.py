@@ -66,8 +66,8 @@ class InitialCopy:
         origin: Written into the metadata of each batch, as for the stream.
         look_up: Describes types that the database defines.
         state: What `state` returned before; None for none.
-        everything: Copy every published table from its start, unless `state` says that all were copied; otherwise go
-            on as `state` says, and copy what is asked for.
+        everything: Whether to copy every published table from its start, unless `state` says that all were copied.
+            Otherwise the copy continues from `state`, and copies what is requested.
 
     Raises:
         NotConfigured: The role may not read a table. The hint has the SQL to allow it.
@@ -94,10 +94,10 @@ class InitialCopy:
         self._most_rows = CHUNK_ROWS
         self._rows: dict[int, int] = {}
         self._estimates: dict[int, int] = {}
-        self._names: dict[int, str] = {}  # of what is published
-        self._former: dict[int, str] = {}  # names before a renaming that the catalogue told of
-        self._awaited: dict[int, tuple[str, Signature]] = {}  # versions for which the stream was waited for
-        self._leaving: dict[int, int] = {}  # done, not published any more: until the stream has passed this position
+        self._names: dict[int, str] = {}  # of published tables
+        self._former: dict[int, str] = {}  # names before a rename that the catalogue showed
+        self._awaited: dict[int, tuple[str, Signature]] = {}  # versions for which the copy waited for the stream
+        self._leaving: dict[int, int] = {}  # done and no longer published: kept until the stream passes this position
         self._published: dict[int, Published] = {}
         self._whole: Iterator[ChangeBatch] | None = None
         self._not_before = 0.0
@@ -252,7 +252,7 @@ class InitialCopy:
             name = ""
         found = [relation for relation, known in self._names.items() if known == name]
         if not found:
-            logger.warning("slot %s: a copy of %r was asked for, and it is not published", self._settings.slot, asked)
+            logger.warning("slot %s: a copy of %r was requested, but it is not published", self._settings.slot, asked)
         for relation in found:
             self.again(relation)
 
@@ -353,7 +353,7 @@ class InitialCopy:
                 self._missing(copy)
                 return None
         if copy.gone:
-            # Published again: what happened meanwhile was not streamed.
+            # It is published again, but what happened meanwhile was not streamed.
             self.again(relation)
             return None
         chunk = self._opened(copy)
@@ -370,12 +370,12 @@ class InitialCopy:
             raise
 
     def _missing(self, copy: TableCopy) -> None:
-        """The table was dropped, or is not published any more: its last changes are judged, then it is forgotten."""
+        """The table was dropped, or is no longer published: forget it after its last changes were judged."""
         if not copy.gone:
             copy.gone, copy.wait = True, self._reader.snapshot().high
             return
         logger.warning(
-            "slot %s: %s was dropped or is not published any more: its copy ends", self._settings.slot, copy.name
+            "slot %s: %s was dropped or is no longer published: its copy ends", self._settings.slot, copy.name
         )
         self._let_go(copy.relation_id)
         self.ledger.forget([copy.relation_id])
@@ -525,9 +525,9 @@ def copy_of(
 
     Args:
         dsn: A libpq connection string.
-        settings: Of the session.
-        system: The database system that was found.
-        saved: What `InitialCopy.state` of an earlier session returned, if there was one that copied anything.
+        settings: The session's settings.
+        system: The database system that was found at the start.
+        saved: What `InitialCopy.state` of an earlier session returned, if one copied anything.
         resumed: Whether the session continues the stream of an earlier one.
 
     Raises:

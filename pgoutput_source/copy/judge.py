@@ -70,7 +70,7 @@ def judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> list[Change
 
 
 def _unjudged(batch: UndecodedBatch, copy: TableCopy) -> list[ChangeBatch]:
-    """Changes without keys: who takes the table gets their error, unless nothing was read, so that all are dropped."""
+    """Changes without keys: a consumer of the table gets their error, unless nothing was read and all are dropped."""
     copy.unproven.update(np.unique(batch.metadata("xid").to_numpy()).tolist())
     found: list[ChangeBatch] = [batch] if copy.begun or copy.holes else []
     if (_codes(batch) == _T).any():

@@ -48,9 +48,9 @@ class TableCopy:
 
     Attributes:
         relation_id: The table's OID.
-        name: Schema and table, as batches have it.
-        registered: No transaction before it may be running when the first chunk is read: those that were running when
-            the table entered the copy are streamed in part only.
+        name: Schema and table, as in batches.
+        registered: No earlier transaction may be running when the first chunk is read. The transactions that ran when
+            the table entered the copy are only partly streamed.
         ranges: What was read, ascending.
         holes: Single keys to read again, and the snapshot under which each was read; None if still unread.
         unproven: 32-bit xids of transactions with changes that were dropped because they were unread. The next snapshot
@@ -58,10 +58,10 @@ class TableCopy:
         delivered: Whether anything was delivered since the table was last empty downstream.
         partial: Whether part of an unfinished read was delivered. It can only be repeated, after a truncate.
         key: The columns of the key by which it is read; empty if it is read as a whole, or not begun.
-        columns: Those of the version that was last read.
-        wait: No chunk is read before the stream has passed this position.
-        gone: Whether it was found to be dropped, or not published any more.
-        rows: How many were read.
+        columns: The columns of the version that was last read.
+        wait: No chunk is read until the stream has passed this position.
+        gone: Whether the table was found to be dropped or no longer published.
+        rows: How many rows were read.
         restarts: How often the copy began again.
     """
 
@@ -191,11 +191,11 @@ class Ledger:
     """The copies of all tables of a slot, and the position of the last row that they delivered.
 
     Attributes:
-        all: Whether every table that is published enters the copy, or only those that are named.
-        copying: Those that are not done, by relation.
-        done: The relations that are.
-        filled: The names of tables under which anything was delivered. A table that is dropped and created again has
-            another relation and the same name: what is downstream has to be emptied before it is copied.
+        all: Whether every published table enters the copy, or only requested ones.
+        copying: The copies that are not done, by relation.
+        done: The relations whose copies are done.
+        filled: The table names under which anything was delivered. A recreated table has another relation but the same
+            name, so the table downstream must be emptied before the new one is copied.
         last: The position of the last row, or (0, -1).
     """
 
@@ -221,19 +221,19 @@ class Ledger:
         return copy
 
     def begin(self) -> None:
-        """Every published table is to be copied from its start; what is downstream of one is emptied first."""
+        """Copy every published table from its start. Each is emptied downstream first."""
         self.all = True
         self.copying, self.done = {}, set()
 
     def rename(self, copy: TableCopy, name: str) -> None:
-        """The table has another name from now on, under which it is copied from the start."""
+        """Change the name of a table. Under the new name it is copied from the start."""
         if copy.begun:
             copy.restart()
         copy.name = name
         copy.partial = copy.delivered = name in self.filled
 
     def filling(self, copy: TableCopy) -> None:
-        """Something of the table is delivered."""
+        """Note that something of the table is delivered."""
         copy.delivered = True
         self.filled.add(copy.name)
 

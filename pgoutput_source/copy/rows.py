@@ -66,7 +66,7 @@ def batch_of(
 
     Args:
         schema: The version of the table.
-        arrays: Its columns, or why they can't be had: then it is an `UndecodedBatch`.
+        arrays: Its columns, or the reason why they can't be decoded: then the result is an `UndecodedBatch`.
         raw: The column `_raw`.
         position: The position of the first row. The others count up.
         lsn: The WAL position that was read after the snapshot, for `_lsn`.

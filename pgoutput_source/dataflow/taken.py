@@ -1,7 +1,7 @@
-"""Which tables the steps of a dataflow take from a source: noted as the flow is built, traced as it starts.
+"""Which tables the steps of a dataflow take from a source: noted while the flow is built, traced when it starts.
 
-While an operator is built, the steps of the operators around it can't be seen yet. So a note names only a stream, and
-each source that exists gets it. When the source starts, its flow is whole, and the streams are followed back to it.
+While an operator is built, the steps of the operators around it are not visible yet. So a note only names a stream, and
+goes to every existing source. When a source starts, its flow is complete, and the streams are followed back to it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from weakref import WeakKeyDictionary
 from bytewax.dataflow import Stream
 
 Note = tuple[list[Any], str, tuple[str, str]]
-"""The steps of a flow, the stream that a step of it takes, and the table that the step wants of it."""
+"""The steps of a flow, a stream that one of its steps takes, and the table that the step takes from it."""
 
 _notes: Final[WeakKeyDictionary[Any, list[Note]]] = WeakKeyDictionary()
 
 
 def made(source: object) -> None:
-    """A source exists, and steps may take tables from it from now on."""
+    """Note that a source exists. Steps may take tables from it from now on."""
     _notes[source] = []
 
 
 def take(up: Stream[Any], table: tuple[str, str]) -> None:
-    """Note that a step takes `table`, as schema and name, from the sources that `up` comes from."""
+    """Note that a step takes `table` (schema and name) from the sources upstream of `up`."""
     for notes in _notes.values():
         notes.append((up.flow().substeps, up.stream_id, table))
 
@@ -39,7 +39,7 @@ def prefixes(up: Stream[Any]) -> set[str]:
 
 
 def taken_from(source: object) -> set[tuple[str, str]]:
-    """The tables that steps take from a source, as schema and name. Their flow must be whole."""
+    """The tables that steps take from a source, as schema and name. The flow must be complete."""
     tables = set[tuple[str, str]]()
     makers: dict[int, dict[str, Any]] = {}
     for steps, stream, table in _notes[source]:

@@ -87,7 +87,8 @@ class SlotSession:
         self.frames.start(Lsn(0) if state is None else start.acknowledged)
         self._copy: InitialCopy | None = None
         try:
-            # After the slot: what ran before it was made is not streamed, and must be over before a chunk is read.
+            # After the slot: transactions that ran before its creation are not streamed, and must end before a chunk is
+            # read.
             if frames is None:
                 self._copy = copy_of(dsn, settings, start.system, copied, resumed=state is not None)
         except BaseException:
@@ -189,13 +190,13 @@ class SlotSession:
         return changes
 
     def _warn(self, batches: Iterable[ChangeBatch]) -> None:
-        """Say once of each table that its changes can't be decoded: if nobody takes it, nothing else would."""
+        """Warn once per table that its changes can't be decoded. If nobody takes the table, nothing else reports it."""
         for batch in batches:
             if isinstance(batch, UndecodedBatch) and batch.table not in self._undecoded:
                 self._undecoded.add(batch.table)
                 logger.warning(
-                    "slot %s: changes of %s can't be decoded. What takes this table gets the error, and all else "
-                    "passes over them: %s",
+                    "slot %s: changes of %s can't be decoded. A step that takes this table gets the error; others "
+                    "ignore it: %s",
                     self.settings.slot,
                     batch.table,
                     str(batch.error).replace("\n", "; "),
@@ -218,7 +219,7 @@ class SlotSession:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will be delivered: the end of the run or of its copy, or its source has no more."""
+        """Whether nothing more will be delivered: the run or its copy has ended, or the source has no more frames."""
         if not self._reached and not self.in_transaction and not self.copying:
             self._reached = (
                 self._only or self.frames.exhausted or (self.until is not None and self.safe_lsn >= self.until)
@@ -288,7 +289,7 @@ def _assembler(dsn: str, settings: SourceSettings, start: Start, state: State | 
 
 
 def _streamed(settings: SourceSettings) -> StreamedTransactions | None:
-    """What stands between a stream and its assembler: nothing without streaming."""
+    """What goes between a stream and its assembler: nothing without streaming."""
     if settings.streaming == "off":
         return None
     return StreamedTransactions(

@@ -82,10 +82,10 @@ class Walsender:
         publications: Names of the publications.
         options: pgoutput's other options.
         binary: "on", "off", or "auto", which asks the catalogue.
-        temporary: Create the slot first, for as long as the connection lasts.
-        previous: The process of a former connection of ours, which may still hold the slot: it is terminated.
-        admit: Called with the opened walsender before anything is read from it or sent to it; it may refuse the server
-            by raising.
+        temporary: Whether to create the slot first, for as long as the connection lasts.
+        previous: The server process of our last connection. If it still holds the slot, it is terminated.
+        admit: Called with the opened walsender before anything is read from it or sent to it. It raises to refuse the
+            server.
 
     Attributes:
         system_id, timeline, wal_end: From IDENTIFY_SYSTEM, before the stream began.
