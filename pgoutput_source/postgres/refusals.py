@@ -172,7 +172,7 @@ def connect_error(error: psycopg.Error, dsn: str) -> ServerError:
 
 
 def _refusals(lines: Iterable[str]) -> Iterator[_Refusal]:
-    """One for each attempt. What names no attempt and says nothing that is known is advice of libpq's on the last."""
+    """One refusal per attempt. A line that names no attempt and matches nothing is libpq's advice on the last one."""
     for number, line in enumerate(lines):
         said = _ATTEMPT.sub("", line)
         refusal = _refusal(said)

@@ -126,7 +126,7 @@ def create_slot(conn: Connection, slot: str, *, failover: bool = False) -> None:
 
 @contextmanager
 def waiting(slot: str, *, standby: bool) -> Iterator[None]:
-    """While the body creates a slot, log every few seconds what that waits for."""
+    """Log every few seconds what the creation of a slot in the body waits for."""
     done = threading.Event()
 
     def say() -> None:

@@ -74,7 +74,7 @@ class ReplicationStream:
         status_interval: Seconds between two reports, at most a quarter of the server's wal_sender_timeout.
         reconnect_seconds: How long to retry after a loss while nothing new comes.
         slot_wait_seconds: How long `start` waits for a slot that another process holds.
-        temporary: Create the slot, for as long as the connection lasts: it is not replaced.
+        temporary: Whether to create the slot, for as long as the connection lasts. A lost connection is not replaced.
 
     Attributes:
         generation: Counts reconnects.
@@ -478,9 +478,9 @@ class ReplicationStream:
         self._hang_up()
         if self._temporary:
             self._fatal = ConnectionFailed(
-                f"slot {self.slot!r}: {why}; the slot was a temporary one and is gone",
-                hint="start the copy again. It begins from the start, and with the same recovery folder it empties the "
-                "tables first",
+                f"slot {self.slot!r}: {why}; the slot was temporary and is gone",
+                hint="start the copy again. It starts over, and with the same recovery folder it empties the tables "
+                "first",
             )
             return
         now = time.monotonic()

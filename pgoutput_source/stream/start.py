@@ -123,8 +123,8 @@ def _begin_only(dsn: str, settings: SourceSettings, state: State | None, tables:
         slot = slot_state(conn, settings.slot)
         if slot is not None and not slot.temporary:
             raise ConfigurationError(
-                f"snapshot='only' makes a temporary slot {settings.slot!r}, and there is a slot of this name",
-                hint="name another: one that does not exist",
+                f"snapshot='only' creates a temporary slot {settings.slot!r}, but there is a slot of this name",
+                hint="name a slot that does not exist",
             )
         check_tables(conn, settings, tables)
         system = identify(conn)

@@ -164,7 +164,7 @@ class Walsender:
         self.timeout = _seconds(one_row(conn, "SHOW wal_sender_timeout")[0]) or 60.0
 
     def _create(self, conn: Connection) -> None:
-        # Its consistent point comes when the transactions that run now have ended.
+        # The slot is ready once the transactions that are running now have ended.
         command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL {} NOEXPORT_SNAPSHOT").format(
             sql.Identifier(self.slot), sql.Identifier(PLUGIN)
         )

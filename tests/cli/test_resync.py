@@ -18,7 +18,7 @@ import pytest
 from harness.database import NEWEST, Database
 from harness.flow import Flow, confirmed, following, publish, wait_for
 from harness.resync import run
-from harness.slots import absent, ahead, ids, insert, lost, made_anew, of_another_plugin
+from harness.slots import absent, ahead, ids, insert, lost, of_another_plugin, recreated
 
 from pgoutput_source.cli import resync
 from pgoutput_source.embedded import Server
@@ -52,7 +52,7 @@ def everything(db: Database, folder: Path) -> tuple[list[tuple[Any, ...]], dict[
 
 @pytest.mark.parametrize(
     ("spoil", "killed"),
-    [(absent, True), (made_anew, True), (ahead, False), (lost, False)],
+    [(absent, True), (recreated, True), (ahead, False), (lost, False)],
     ids=["absent", "recreated", "moved", "lost"],
 )
 def test_a_flow_resumes_after_the_gap(

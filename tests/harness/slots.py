@@ -24,7 +24,7 @@ def ahead(db: Database, flow: Flow) -> None:
         connection.execute("SELECT pg_replication_slot_advance('cdc', pg_current_wal_lsn())")
 
 
-def made_anew(db: Database, flow: Flow) -> None:
+def recreated(db: Database, flow: Flow) -> None:
     absent(db, flow)
     with db.connect() as connection:
         connection.execute("INSERT INTO t SELECT generate_series(101, 200)")

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from harness.database import NEWEST, Database
 from harness.flow import Busy, Flow, confirmed, failure, following, publish, wait_for
-from harness.slots import absent, ahead, ids, insert, invalidate, lost, made_anew, of_another_plugin
+from harness.slots import absent, ahead, ids, insert, invalidate, lost, of_another_plugin, recreated
 from harness.workload import Workload, differences, replayed, tables
 from psycopg.conninfo import make_conninfo
 
@@ -70,7 +70,7 @@ CASES: list[tuple[Spoil, str | None, str | None, str]] = [
     (idle_for_too_long, "SlotLost", "SlotLost", "idle_replication_slot_timeout"),
     (absent, "SlotNotFound", "SlotNotFound", "slot"),
     (ahead, None, "SlotAhead", "resync"),
-    (made_anew, None, "SlotAhead", "resync"),
+    (recreated, None, "SlotAhead", "resync"),
     (lost, "SlotLost", "SlotLost", "resync"),
     (of_another_plugin, "SlotMismatch", "SlotMismatch", "another slot"),
     (physical, "SlotMismatch", "SlotMismatch", "another slot"),
@@ -102,7 +102,7 @@ def test_a_slot_that_does_not_fit(
             insert(db, 201, 300)
             flow.run("-s", "0", *arguments, PGOUTPUT_UNTIL="current")
             # Without a state the slot is the only memory, and what it has is all there is.
-            assert ids(flow) == [*([] if spoil in (ahead, made_anew) else range(1, 101)), *range(201, 301)]
+            assert ids(flow) == [*([] if spoil in (ahead, recreated) else range(1, 101)), *range(201, 301)]
             assert [name for name, *_ in slots(db)] == ["cdc"]
             return
         said, code = failure(

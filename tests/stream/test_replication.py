@@ -343,7 +343,7 @@ def test_a_position_beyond_the_servers_wal_is_refused(source: Source) -> None:
     assert source.state().confirmed_flush_lsn < Lsn("FF/0")  # type: ignore[operator]
 
 
-def test_a_slot_that_was_made_anew_while_nobody_was_connected_is_refused(source: Source) -> None:
+def test_a_slot_that_was_recreated_while_nobody_was_connected_is_refused(source: Source) -> None:
     source.insert(1, 10)
     stream = source.stream()
     read(stream, current_lsn(source.conn))
