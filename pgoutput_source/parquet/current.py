@@ -21,8 +21,7 @@ from pgoutput_source.parquet.place import local_path
 
 
 def current(folder: str | Path, *, key: str | Sequence[str], table: str | None = None) -> pa.Table:
-    """The rows of a table after the last change in the published files of a `ParquetSink`: one per key, without deleted
-    ones.
+    """The rows of a table after the last change in a `ParquetSink`'s published files: one for each existing key.
 
     It equals ``SELECT * FROM`` the table at that change's position, as far as the files have its history: rows that
     have not changed since the slot was created are missing. PostgreSQL does not send a large value that did not change,

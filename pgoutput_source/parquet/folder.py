@@ -210,8 +210,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 class Folder:
-    """The folder, owned by one partition of a sink. Opening locks it against other processes and partitions, and
-    repairs it.
+    """The folder, owned by one partition of a sink. Opening it locks out other owners, and repairs the folder.
 
     Raises:
         SinkError: It can't be created or written, is in use, or holds Parquet files of another program.

@@ -87,7 +87,8 @@ class History:
         """Columns of all changes. Columns of old rows are prefixed with `OLD`; the column `OLD` says if there is
         an old row.
 
-        An unknown value is null. `keys` count as known whatever their type was, and get a type that holds the values
+        Columns of old rows are prefixed with `BEFORE`; the column `BEFORE` tells whether there is an old row. An
+        unknown value is null. `keys` count as known whatever their type was, and get a type that holds the values
         of all versions.
         """
         kinds = {name: self._key_type(name) for name in keys}

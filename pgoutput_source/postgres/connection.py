@@ -77,8 +77,9 @@ _PAUSE: Final = 2.0  # seconds, at most, between two attempts
 
 
 class _Cursor(psycopg.ClientCursor[Row]):
-    """Raises the package's errors, so that no caller can forget to. Parameters are quoted on the client's side, because
-    a walsender takes none.
+    """Raises the package's errors, so that no caller can forget to.
+
+    It quotes parameters on the client's side, because a walsender takes none.
     """
 
     def execute(
