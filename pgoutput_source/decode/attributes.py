@@ -14,16 +14,16 @@ https://www.postgresql.org/docs/current/catalog-pg-attribute.html
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pgoutput_source.changes.schema import Missing
 from pgoutput_source.protocol.messages import RelationColumn
 
 QUERY = """
-SELECT c.oid::bigint, c.relkind = 'r' AND c.relfilenode = c.oid, a.attnum::int, a.attname::text, a.atttypid::bigint,
-       a.atttypmod, a.attisdropped, a.attgenerated <> '', a.xmin::text::bigint, a.atthasmissing,
+SELECT c.oid::bigint, CASE c.relkind WHEN 'r' THEN c.relfilenode::bigint END, a.attnum::int, a.attname::text,
+       a.atttypid::bigint, a.atttypmod, a.attisdropped, a.attgenerated <> '', a.xmin::text::bigint, a.atthasmissing,
        (a.attmissingval::text::text[])[1]
 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0
 WHERE c.oid = ANY (%(relations)s::bigint[]::oid[])
@@ -53,11 +53,34 @@ class Attribute(NamedTuple):
 class Attributes:
     """All columns that a table has or had, as the catalogue of now describes them.
 
-    `never_rewritten` says that the table still has the file that it was created with.
+    Attributes:
+        never_rewritten: Whether the table still has the file that it was created with.
+        file: The table's file, by its number; None if it has none of its own.
+        rows: The columns.
+        known: What rows hold that are older than a column, where an earlier look at the table told.
     """
 
     never_rewritten: bool
+    file: int | None
     rows: tuple[Attribute, ...]
+    known: Mapping[int, Missing] = field(default_factory=dict)
+
+    def following(self, earlier: Attributes) -> Attributes:
+        """The same, with what an earlier look at the table told.
+
+        The catalogue of now does not say why a table has another file than at first. TRUNCATE and VACUUM FULL write
+        one, which tells nothing of a column, and so does ADD COLUMN with a default that is no constant. But a column
+        that came while the file stayed had none, and what was known of a column holds until its row is written again.
+        """
+        old = {a.attnum: a for a in earlier.rows}
+        known: dict[int, Missing] = {}
+        for a in self.rows:
+            missing = Missing(None) if self.file is not None and self.file == earlier.file else None
+            if a.attnum in old:
+                missing = earlier.missing(a.attnum) if old[a.attnum].xmin == a.xmin else None
+            if missing is not None:
+                known[a.attnum] = missing
+        return replace(self, known=known)
 
     def numbers(self, columns: Sequence[RelationColumn], xid: int) -> list[int | None]:
         """The `attnum` of each column of a Relation message that came in transaction `xid`."""
@@ -103,7 +126,7 @@ class Attributes:
         if row.has_missing:
             return Missing(row.missing)
         # A default that is no constant has the table rewritten, and so does VACUUM FULL, which forgets the value.
-        return Missing(None) if self.never_rewritten else None
+        return Missing(None) if self.never_rewritten else self.known.get(attnum)
 
     def _is_older(self, attribute: Attribute, xid: int) -> bool:
         """Whether the row was written before transaction `xid`, or by it when it created the table."""
@@ -116,7 +139,10 @@ class Attributes:
 
 def attributes_of(rows: Sequence[Sequence[object]]) -> dict[int, Attributes]:
     """What `QUERY` found, by relation."""
-    found: dict[int, tuple[bool, list[Attribute]]] = {}
-    for relation_id, never_rewritten, *attribute in rows:
-        found.setdefault(int(str(relation_id)), (bool(never_rewritten), []))[1].append(Attribute(*attribute))  # type: ignore[arg-type]
-    return {relation_id: Attributes(kept, tuple(each)) for relation_id, (kept, each) in found.items()}
+    files: dict[int, int | None] = {}
+    found: dict[int, list[Attribute]] = {}
+    for number, file, *attribute in rows:
+        relation_id = int(str(number))
+        files[relation_id] = None if file is None else int(str(file))
+        found.setdefault(relation_id, []).append(Attribute(*attribute))  # type: ignore[arg-type]
+    return {each: Attributes(files[each] == each, files[each], tuple(rows)) for each, rows in found.items()}

@@ -115,6 +115,7 @@ class Relations:
         self._nameless: dict[int, TableSchema] = {}
         self._type_names: dict[int, str] = {}
         self._attributes: Mapping[int, Attributes] = {}
+        self._looked: dict[int, Attributes] = {}  # what the last look at each table found
 
     def current(self, relation_id: int) -> TableVersion:
         """The version that is valid now.
@@ -141,10 +142,15 @@ class Relations:
         if self._look_up is None or not relation_ids:
             return
         try:
-            self._attributes = self._look_up.attributes(relation_ids)
+            found = self._look_up.attributes(relation_ids)
         except ServerError as e:
             # Without numbers columns are told apart by name. That is no reason to stop.
             logger.warning("columns are told apart by name alone, as the catalogue can't be read: %s", e.message)
+            return
+        self._attributes = {
+            relation_id: now.following(self._looked.get(relation_id, now)) for relation_id, now in found.items()
+        }
+        self._looked |= self._attributes
 
     def announce(self, relation: messages.Relation, xid: int | None = None) -> list[Beginning]:
         """Take note of a Relation message in transaction `xid`; the versions that begin with it, if anything changed.

@@ -11,7 +11,7 @@ import pytest
 from harness.database import Database
 from harness.notation import peeked
 
-from pgoutput_source.changes import ChangeSet
+from pgoutput_source.changes import ChangeBatch, ChangeSet
 from pgoutput_source.changes.schema import Missing, TableSchema, attnum_of, missing_of
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.decode.attributes import Attributes
@@ -172,6 +172,39 @@ def test_what_rows_hold_that_are_older_than_a_column_is_in_its_field(any_db: Dat
         ("l", Missing("{1,2}")),
     ]
     assert {missing_of(f) for f in later[2].data.schema} == {None}
+
+
+def test_an_earlier_look_tells_what_the_catalogue_of_now_does_not(any_db: Database) -> None:
+    """A table that has another file than at first; whoever was there knows which columns came without a rewrite."""
+    connection = any_db.connect()
+    there, seen = Assembler(look_up=Definitions(any_db.dsn)), 0
+    connection.execute("CREATE TABLE t (id serial PRIMARY KEY)")
+    connection.execute("CREATE PUBLICATION p FOR TABLE t")
+    connection.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+    found: tuple[ChangeBatch, ...] = ()
+    for statements in (
+        "",
+        "TRUNCATE t",
+        "ALTER TABLE t ADD plain text, ADD renamed int",
+        "ALTER TABLE t ADD drawn uuid DEFAULT gen_random_uuid(); ALTER TABLE t ALTER drawn DROP DEFAULT",  # a new file
+        "ALTER TABLE t RENAME renamed TO other; ALTER TABLE t ALTER other TYPE text USING id::text",
+        "ALTER TABLE t ADD last int",
+        "VACUUM FULL t",
+        "ALTER TABLE t ADD one int DEFAULT 1",
+    ):
+        for statement in filter(None, statements.split("; ")):
+            connection.execute(statement.encode())
+        connection.execute("INSERT INTO t DEFAULT VALUES")
+        frames = peeked(connection)
+        found = there.feed(frames[seen:]).batches
+        seen = len(frames)
+    late = Assembler(look_up=Definitions(any_db.dsn)).feed(peeked(connection)).batches
+
+    null = Missing(None)
+    told = {c.name: c.missing for c in found[-1].schema.columns}
+    assert told == {"id": null, "plain": null, "drawn": None, "other": None, "last": null, "one": Missing("1")}
+    told = {c.name: c.missing for c in late[-1].schema.columns}
+    assert told == dict.fromkeys(told) | {"one": Missing("1")}
 
 
 def test_a_column_that_is_left_out_gives_its_number_to_no_other(any_db: Database) -> None:
