@@ -202,22 +202,21 @@ class SourceSettings(BaseModel):
         max_bytes: Bytes after which a poll returns. It bounds the memory, except for a single larger row.
         reconnect_seconds: How long to retry a lost connection before the run fails.
         slot_wait_seconds: How long to wait at the start for a slot that another process still holds.
-        stall_seconds: After so long without a call from Bytewax, while the server has more, the process ends with exit
-            code 70, so that the slot is free for another; longer than any step or sink may take. None only warns.
-        heartbeat_seconds: After so long without a change a few bytes are written to the server's WAL, so that the slot
-            moves on a server where nobody writes. None, the default, writes nothing, and is enough to release WAL.
-        on_misfit: What happens to a value that its column's Arrow type can't hold: "raw" leaves the cell null and
-            keeps the exact text in `_raw`, "error" stops what takes the table.
-        metadata_prefix: What the names of the metadata columns begin with, which follow a table's own: `_op`, `_seq`
-            and so on. Choose another if a table has a column of such a name. 1 to 32 letters, digits and underscores;
-            the first is no digit.
-        on_schema_change: What happens when a table's name, columns or replica identity are not what they were when
-            this run, or the one that it resumes, first saw them: "evolve" continues with batches of the new version,
-            "fail" stops what takes the table with `SchemaChanged`, and everything if the name is another.
-        origin: "any" brings all changes, "none" skips those that came to the server by replication themselves;
-            from PostgreSQL 16 on.
-        streaming: "on" has PostgreSQL send large transactions while they are in progress instead of keeping them on
-            its own disk until they commit; they are kept here, and come out at their commit as ever. "parallel" is the
+        stall_seconds: If Bytewax does not call the source for this long although the server has more, the process ends
+            with exit code 70, which frees the slot. Set it longer than any step or sink may take. None only warns.
+        heartbeat_seconds: After this long without a change, write a few bytes to the server's WAL, so that the slot
+            advances even on an idle server. None, the default, writes nothing, and is enough to release WAL.
+        on_misfit: What to do with a value that its column's Arrow type can't hold: "raw" leaves the cell null and keeps
+            the exact text in `_raw`; "error" raises an error in whatever takes the table.
+        metadata_prefix: What the names of the metadata columns (`_op`, `_seq` and so on) begin with. Choose another
+            prefix if a table has a column with such a name: 1 to 32 letters, digits and underscores, not beginning with
+            a digit.
+        on_schema_change: What to do when a table's name, columns or replica identity differ from when this run, or the
+            one that it resumes, first saw them: "evolve" continues with batches of the new version; "fail" raises
+            `SchemaChanged` in whatever takes the table, and stops the run if the name changed.
+        origin: "any" brings all changes; "none" skips those that came to the server by replication (PostgreSQL 16).
+        streaming: "on" makes PostgreSQL send large transactions while they are in progress, instead of keeping them on
+            its own disk until they commit. They are kept here until then, and delivered as always. "parallel" is the
             same with PostgreSQL 16's protocol.
         binary: "on" makes PostgreSQL send values in the format of their types' send functions, instead of text ("off"):
             the same columns for less work. If a published column has a type that can't be read this way, the start is

@@ -19,7 +19,7 @@ from pgoutput_source.compute.metadata import Bools, own_columns, texts
 from pgoutput_source.errors import ConfigurationError, DecodeError
 
 ROW: Final = "row\0"
-"""A column beside a table's own, none of which has such a name: PostgreSQL's have no zero byte."""
+"""An extra column. Its name has a zero byte, so no column of a table has such a name."""
 
 _TEXT_NUMERIC: Final = pa.decimal128(38, 18)
 

@@ -85,10 +85,10 @@ class Grouping:
         return grouping
 
     def check(self, reserved: Iterable[str]) -> None:
-        """Raise if two result columns would have the same name; `reserved` are those beside the ones of this.
+        """Check that no two result columns have the same name. `reserved` are the names of the other result columns.
 
         Raises:
-            ConfigurationError: It is so.
+            ConfigurationError: Two have the same name.
         """
         names = [*reserved, *self.by, *(m.name for m in self.measures)]
         twice = sorted({name for name in names if names.count(name) > 1})

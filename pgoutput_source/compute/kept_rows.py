@@ -26,11 +26,11 @@ KNOWN = "_known "
 """The prefix of a column of booleans that tells which kept rows know the value of the column named after it."""
 
 RAW = "raw\0"
-"""The column of a row's misfits. No column of PostgreSQL's has such a name, because it has a zero byte."""
+"""The column of a row's misfits. Its name has a zero byte, so no column of a table has such a name."""
 
 _MERGED_BYTES = 256 << 20  # well below the 2 GiB that an Arrow string array can hold
 _GARBAGE_ROWS = 16384
-_RAW_OF_0_1 = "_raw"  # the column's name in states of version 0.1.0, which do not say it
+_RAW_OF_0_1 = "_raw"  # the column's name in states of version 0.1.0, which don't have it
 
 
 class KeptRows:

@@ -19,7 +19,7 @@ INSERT, UPDATE, DELETE, READ, TRUNCATE = (OP_CODE[op] for op in "IUDRT")
 
 
 class Span(NamedTuple):
-    """Rows without a truncate among them; `truncated` says that one comes right before."""
+    """Rows between truncates; `truncated` tells whether a truncate comes right before."""
 
     truncated: bool
     start: int

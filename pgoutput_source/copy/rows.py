@@ -33,13 +33,13 @@ class Copied:
 def columns_of(
     copied: Copied, table: SourceTable, relations: Relations, *, on_misfit: str
 ) -> tuple[list[pa.Array] | DecodeError, pa.MapArray]:
-    """The columns of the table, and the exact texts of values that they can't hold: see `decode.copied`.
+    """The columns of the table, and the exact texts of their misfits; see `decode.copied`.
 
-    Instead of the columns it is the error of a value that is not one of its type or, with on_misfit="error", doesn't
-    fit its Arrow type.
+    If a value is invalid for its type or, with on_misfit="error", doesn't fit its Arrow type, the result has the error
+    instead of the columns.
 
     Raises:
-        ProtocolError: The tuples are not what COPY sends of these columns.
+        ProtocolError: The tuples do not match these columns.
     """
     columns = [
         CopiedColumn(column, relations.type_of(column.type_oid), source.as_text)

@@ -33,7 +33,7 @@ def take(up: Stream[Any], table: tuple[str, str]) -> None:
 
 
 def prefixes(up: Stream[Any]) -> set[str]:
-    """What the metadata columns in `up` begin with, as far as it is known before the flow is whole."""
+    """The prefix of the metadata columns in `up`, as far as known before the flow is complete."""
     sources = _sources(_makers(up.flow().substeps), up.stream_id)
     return {prefix for source in sources if (prefix := getattr(source, "metadata_prefix", "_")) is not None}
 
@@ -51,7 +51,7 @@ def taken_from(source: object) -> set[tuple[str, str]]:
 
 
 def _sources(makers: dict[str, Any], stream: str) -> Iterator[object]:
-    """The sources that a stream comes from; `makers` are the steps by the streams that they make."""
+    """The sources upstream of a stream; `makers` has the steps, by the streams that they produce."""
     waiting, seen = [stream], set[str]()
     while waiting:
         step = makers.get(waiting.pop())

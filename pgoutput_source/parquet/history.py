@@ -29,7 +29,7 @@ from pgoutput_source.parquet.read import common_type, schemas_of
 logger = logging.getLogger(__name__)
 
 OLD: Final = "old\0"
-"""Stands before the name of a column of old rows. No column of a table's has such a name, as it has a zero byte."""
+"""The prefix of columns of old rows. It has a zero byte, so no column of a table has such a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class History:
     """All changes of a table in a folder, in the order of the files.
 
     `schema` is that of the newest version, without columns that the table no longer has. `metadata` has the names of
-    its metadata columns, which stand for those of all files.
+    its metadata columns, which are used for all files.
     """
 
     def __init__(self, folder: Path, table: str | None) -> None:
@@ -84,12 +84,11 @@ class History:
         self._say_what_is_unknown(table_of(newest) or str(folder))
 
     def columns(self, names: Sequence[str], olds: Sequence[str] = (), keys: Sequence[str] = ()) -> pa.Table:
-        """Columns of all changes. Columns of old rows are prefixed with `OLD`; the column `OLD` says if there is
-        an old row.
+        """Columns of all changes.
 
-        Columns of old rows are prefixed with `BEFORE`; the column `BEFORE` tells whether there is an old row. An
-        unknown value is null. `keys` count as known whatever their type was, and get a type that holds the values
-        of all versions.
+        Columns of old rows are prefixed with `OLD`; the column `OLD` tells whether there is an old row. An unknown
+        value is null. `keys` count as known whatever their type was, and get a type that holds the values of all
+        versions.
         """
         kinds = {name: self._key_type(name) for name in keys}
         return pa.concat_tables([_read(run, self.schema, names, olds, kinds) for run in self.runs])

@@ -64,7 +64,7 @@ def read(folder: str | Path, *, table: str | None = None) -> ds.Dataset:
         )  # fmt: skip
     if others:
         logger.warning(
-            "%s: the metadata columns of %d files do not begin with %s: these files are read into memory",
+            "%s: the metadata columns of %d files don't begin with %s: these files are read into memory",
             folder, len(others), metadata.prefix,
         )  # fmt: skip
     children: list[ds.Dataset] = []
