@@ -206,7 +206,7 @@ class MetadataNames(NamedTuple):
 
     @classmethod
     def of(cls, schema: pa.Schema) -> MetadataNames:
-        """The names that an Arrow schema uses; a schema that does not say uses the prefix "_"."""
+        """The names that an Arrow schema uses. A schema without a prefix in its metadata uses "_"."""
         return _names((schema.metadata or {}).get(_PREFIX_KEY, _PREFIX.encode()).decode())
 
     @property
@@ -216,11 +216,11 @@ class MetadataNames(NamedTuple):
 
     @property
     def said(self) -> dict[str, str]:
-        """How the metadata of an Arrow schema says the prefix: not at all if it is "_"."""
+        """The entry for the prefix in the metadata of an Arrow schema; none if the prefix is "_"."""
         return {} if self.prefix == _PREFIX else {_PREFIX_KEY.decode(): self.prefix}
 
     def say(self, data: pa.RecordBatch) -> pa.RecordBatch:
-        """`data` with a schema that says the prefix, if it has to and does not."""
+        """`data` with the prefix in the metadata of its schema, if it is needed and missing."""
         if self == MetadataNames.of(data.schema):
             return data
         return data.replace_schema_metadata({**(data.schema.metadata or {}), _PREFIX_KEY: self.prefix})
