@@ -9,7 +9,7 @@ from pgoutput_source.changes.events import ChangeEvent
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.postgres.creation import create_publication_and_slot
 from pgoutput_source.reader import PgOutputReader
-from pgoutput_source.stream.start import connect
+from pgoutput_source.stream.start import connect_when_started
 
 
 class LogicalReplicationReader(PgOutputReader):
@@ -70,7 +70,7 @@ class LogicalReplicationReader(PgOutputReader):
     def open(self) -> None:
         """Create the slot if it is missing, connect and start to stream. The constructor calls it."""
         if self._session is None:
-            with connect(self._address(), self.settings) as connection:
+            with connect_when_started(self._address(), self.settings) as connection:
                 create_publication_and_slot(connection, slot=self.settings.slot, publications=())
         super().open()
 

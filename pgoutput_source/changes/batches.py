@@ -186,6 +186,7 @@ HEARTBEAT: Final = "pgoutput_source"
 class Message:
     """A logical decoding message: what ``pg_logical_emit_message(transactional, prefix, content)`` wrote.
 
+    `messages.Message` is the same on the wire, before its transaction is known.
     `commit_lsn`, `xid` and `commit_ts` are None for a message that is not transactional.
     """
 
@@ -203,7 +204,7 @@ class Truncate:
     """One TRUNCATE as PostgreSQL sends it: the published tables that it emptied, and its options.
 
     Each of `tables` also has a row with `_op` T in its own batch; `position` is that of the first of these rows. A
-    table that CASCADE emptied is named only if it is published.
+    table that CASCADE emptied is named only if it is published. `messages.Truncate` is the same on the wire, with OIDs.
     """
 
     position: Position

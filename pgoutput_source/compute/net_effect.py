@@ -129,8 +129,8 @@ def lives(ops: NDArray[np.int8], code: Ints, moves: Ints, old_code: Ints, crowd:
 
 
 @dataclass(slots=True)
-class _Row:
-    """One of the rows that have the same key between the changes of a transaction.
+class _Member:
+    """One row of a crowd: of those that have the same key between the changes of a transaction.
 
     `rank` decides which one wins if several stay: 0 is a row from before the transaction, 1 one from earlier batches of
     it, 2 one from this batch.
@@ -232,14 +232,14 @@ def _followed(
 
     A change of an unknown row belongs to a row from before the transaction.
     """
-    rows = [_Row(1, content) for content in earlier]
+    rows = [_Member(1, content) for content in earlier]
     for event in events:
         if arrives[event]:
-            rows.append(_Row(2, news[event], [event]))
+            rows.append(_Member(2, news[event], [event]))
             continue
         row = next((r for r in reversed(rows) if not r.gone and r.content == olds[event]), None)
         if row is None:
-            row = _Row(0, b"")
+            row = _Member(0, b"")
             rows.append(row)
         row.events.append(event)
         row.gone, row.content = bool(ends[event]), news[event]

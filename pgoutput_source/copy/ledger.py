@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from pgoutput_source.copy.keys import Key, KeyColumn
 from pgoutput_source.copy.visibility import Snapshot
-from pgoutput_source.errors import StateError
+from pgoutput_source.errors import StateError, check_version
 
 STATE_VERSION: Final = 1
 
@@ -300,11 +300,7 @@ class Ledger:
         Raises:
             StateError: It is of another version, or corrupt.
         """
-        if state.get("v") != STATE_VERSION:
-            raise StateError(
-                f"the ledger of the initial copy has version {state.get('v')!r}; this release reads {STATE_VERSION}",
-                hint="run the release that wrote it, or start afresh with a new recovery folder",
-            )
+        check_version(state, STATE_VERSION, "the initial copy")
         ledger = cls()
         try:
             ledger.all = bool(state["all"])

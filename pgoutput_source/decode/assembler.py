@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pgoutput_source.changes.batches import HEARTBEAT, ChangeBatch, ChangeSet, Message, Truncate
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.decode.columns import decode
-from pgoutput_source.decode.frames import Bools, Frames
+from pgoutput_source.decode.frames import Bools, Frame, Frames
 from pgoutput_source.decode.in_progress import StreamedTransactions
 from pgoutput_source.decode.order import UNTRUSTED, check_order
 from pgoutput_source.decode.relations import LookUp, Relations, TableVersion, nameless
@@ -106,7 +106,7 @@ class Assembler:
         if self._streamed is not None:
             self._streamed.reconnected()
 
-    def feed(self, frames: Sequence[bytes | memoryview]) -> ChangeSet:
+    def feed(self, frames: Sequence[Frame]) -> ChangeSet:
         """What these frames say; `frames` are CopyData payloads with their header, keepalives are passed over.
 
         Changes of a table that can't be decoded concern those who take this table: they are an `UndecodedBatch`.
@@ -123,7 +123,7 @@ class Assembler:
             e.lsn = self.end_lsn if e.lsn is None else e.lsn
             raise
 
-    def _fed(self, frames: Sequence[bytes | memoryview]) -> ChangeSet:
+    def _fed(self, frames: Sequence[Frame]) -> ChangeSet:
         if self._streamed is not None:
             self._streamed.add(frames)
         f = Frames(frames if self._streamed is None else self._streamed.take())

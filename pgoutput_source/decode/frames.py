@@ -15,6 +15,8 @@ from pgoutput_source.types.base import numbers_at, ranges_of
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Frame = bytes | memoryview
+"""One CopyData payload of the replication protocol."""
 
 _PADDING = bytes(32)  # a gather may look a few bytes past the last frame before its bounds are known
 _MOST_BYTES = 2**31 - 1 - len(_PADDING)
@@ -43,7 +45,7 @@ class Frames:
         ConfigurationError: More than 2 GiB at once.
     """
 
-    def __init__(self, frames: Sequence[bytes | memoryview] | Joined) -> None:
+    def __init__(self, frames: Sequence[Frame] | Joined) -> None:
         if isinstance(frames, Joined):
             parts: list[bytes | bytearray | memoryview] = [*frames.parts]
             start, payload, end = frames.start, frames.payload, frames.end

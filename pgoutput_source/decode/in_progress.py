@@ -29,7 +29,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from pgoutput_source.decode.frames import Joined
+from pgoutput_source.decode.frames import Frame, Joined
 from pgoutput_source.decode.order import BETWEEN, CHUNK, INSIDE, STREAMED, UNTRUSTED
 from pgoutput_source.errors import ProtocolError, SpillError
 from pgoutput_source.protocol import messages
@@ -44,8 +44,6 @@ _ORIGIN, _RELATION = b"OR"
 _SEAL = 1 << 20  # bytes of frames that are joined to one segment: large enough for NumPy, small against the limit
 _LENGTHS = np.dtype("<u4")
 _HEAD = struct.Struct("<II")  # of a segment: the number of its frames, and their bytes
-
-Frame = bytes | memoryview
 
 
 @dataclass(slots=True, eq=False)

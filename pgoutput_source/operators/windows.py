@@ -283,13 +283,13 @@ class Spans:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Partial:
     """The result of some batches: the newest commit time in them (µs since 1970), their partial results, and what
     the names of their metadata columns begin with.
     """
 
     newest: int
-    partial: pa.Table
+    results: pa.Table
     prefix: str = "_"
 
 
@@ -307,19 +307,19 @@ def windows(
 ) -> WindowOut:
     """The steps of `window`: partial results of each batch, kept per window, delivered when it closes."""
 
-    def parts(batches: list[ChangeBatch]) -> list[tuple[str, Part]]:
-        return [keyed for batch in batches if len(batch) for keyed in _split(part(batch.data), grouping, shards)]
+    def partials(batches: list[ChangeBatch]) -> list[tuple[str, Partial]]:
+        return [keyed for batch in batches if len(batch) for keyed in _split(partial(batch.data), grouping, shards)]
 
-    def part(data: pa.RecordBatch) -> Part:
+    def partial(data: pa.RecordBatch) -> Partial:
         metadata = MetadataNames.of(data.schema)
         times = data.column(metadata.commit_ts).cast(pa.int64()).to_numpy()
         newest = int(times.max())
         data = of_operations(data.append_column(ROW, pa.array(spans.panes(times))), ops)
         if where is not None:
             data = filtered(data, where)
-        return Part(newest, spans.spread(grouping.partial(data, {"window": data.column(ROW)})), metadata.prefix)
+        return Partial(newest, spans.spread(grouping.partial(data, {"window": data.column(ROW)})), metadata.prefix)
 
-    keyed = op.flat_map_batch("parts", up, parts)
+    keyed = op.flat_map_batch("parts", up, partials)
 
     def build(state: Any | None) -> _Windows:
         return _Windows(step_id, spans, grouping, wait, idle, state)
@@ -331,20 +331,20 @@ def windows(
     )
 
 
-def _split(part: Part, grouping: Grouping, shards: int) -> list[tuple[str, Part]]:
+def _split(partial: Partial, grouping: Grouping, shards: int) -> list[tuple[str, Partial]]:
     """Split partial results by shard. Every shard gets the time."""
     if shards == 1:
-        return [("0", part)]
+        return [("0", partial)]
     names = [f"by{i}" for i in range(len(grouping.by))]
-    groups = zip(*(part.partial.column(name).to_pylist() for name in names), strict=True) if names else ()
+    groups = zip(*(partial.results.column(name).to_pylist() for name in names), strict=True) if names else ()
     # All workers must agree, in every process and version. Python's own hash() would not.
     shard = np.array([zlib.crc32(repr(group).encode()) % shards for group in groups], np.int64)
     if not names:
-        shard = np.zeros(part.partial.num_rows, np.int64)
-    return [(str(i), replace(part, partial=part.partial.filter(pa.array(shard == i)))) for i in range(shards)]
+        shard = np.zeros(partial.results.num_rows, np.int64)
+    return [(str(i), replace(partial, results=partial.results.filter(pa.array(shard == i)))) for i in range(shards)]
 
 
-class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, Any]]):
+class _Windows(StatefulBatchLogic[Partial, tuple[bool, pa.RecordBatch], dict[str, Any]]):
     """The open windows of one shard. Emits (too late, results)."""
 
     def __init__(
@@ -377,16 +377,16 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         if idle is not None:
             self._wait_for_quiet(max(idle, _AFTER_START))
 
-    def on_batch(self, values: list[Part]) -> tuple[Iterable[tuple[bool, pa.RecordBatch]], bool]:
+    def on_batch(self, values: list[Partial]) -> tuple[Iterable[tuple[bool, pa.RecordBatch]], bool]:
         out = []
-        for part in values:
-            self.names = MetadataNames.with_prefix(part.prefix)
-            out += self._take(part)
-            watermark = part.newest - self.wait
+        for partial in values:
+            self.names = MetadataNames.with_prefix(partial.prefix)
+            out += self._take(partial)
+            watermark = partial.newest - self.wait
             if self.closed is None or watermark > self.closed:
                 out += self._close(watermark)
                 self.closed = watermark if self.closed is None else max(self.closed, watermark)
-            self.newest = part.newest if self.newest is None else max(self.newest, part.newest)
+            self.newest = partial.newest if self.newest is None else max(self.newest, partial.newest)
         if self.idle is not None:
             self._wait_for_quiet(self.idle)
         return out, self.RETAIN
@@ -422,23 +422,23 @@ class _Windows(StatefulBatchLogic[Part, tuple[bool, pa.RecordBatch], dict[str, A
         self._tick = span / _TICKS
         self._next = datetime.now(UTC) + self._tick
 
-    def _take(self, part: Part) -> list[tuple[bool, pa.RecordBatch]]:
+    def _take(self, partial: Partial) -> list[tuple[bool, pa.RecordBatch]]:
         """Keep what belongs to open windows, and return the results of what comes too late."""
-        partial = part.partial
-        if not partial.num_rows:
+        results = partial.results
+        if not results.num_rows:
             return []
         late = []
         if self.closed is not None:
-            is_late = partial.column("window").to_numpy() + self.spans.every <= self.closed
+            is_late = results.column("window").to_numpy() + self.spans.every <= self.closed
             if is_late.any():
-                rest = partial.filter(pa.array(is_late))
+                rest = results.filter(pa.array(is_late))
                 rows = pc.sum(rest.column(ROWS)).as_py()
                 logger.warning("step %s: %d changes came after their window was closed", self.step_id, rows)
                 late = [(True, self._results(rest))]
-                partial = partial.filter(pa.array(~is_late))
-        if partial.num_rows:
-            self.open.append(partial)
-            self._first = min(self._first, _first([partial]))
+                results = results.filter(pa.array(~is_late))
+        if results.num_rows:
+            self.open.append(results)
+            self._first = min(self._first, _first([results]))
             # Merging costs as much as there is, so wait until that has doubled: each row is merged only a few times.
             if sum(t.num_rows for t in self.open) > max(2 * self._compacted, _COMPACT_ROWS) or len(self.open) > 256:
                 self._compact()

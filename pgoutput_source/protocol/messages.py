@@ -144,6 +144,8 @@ def _origin(c: Cursor, _: Mode) -> Origin:
 class Message:
     """Byte1('M'). A logical decoding message, written with ``pg_logical_emit_message()``. PostgreSQL 14 and newer.
 
+    This is the message on the wire. `changes.Message` is what users receive, with its transaction's commit.
+
     - Int32: xid of the transaction (only in streamed transactions).
     - Int8: flags; 0, or 1 if the message is transactional.
     - Int64: the LSN of the message. String: the prefix.
@@ -321,6 +323,8 @@ def _delete(c: Cursor, mode: Mode) -> Delete:
 @dataclass(frozen=True, slots=True)
 class Truncate:
     """Byte1('T'). Tables were emptied by one statement. PostgreSQL 11 and newer.
+
+    This is the message on the wire. `changes.Truncate` is what users receive, with its position and tables' names.
 
     - Int32: xid of the transaction (only in streamed transactions). Int32: number of relations.
     - Int8: option bits: 1 for CASCADE, 2 for RESTART IDENTITY.

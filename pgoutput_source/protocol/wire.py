@@ -142,10 +142,10 @@ class StandbyStatus:
         return _STATUS.pack(b"r", self.write, self.flush, self.apply, self.sent_at, self.reply)
 
 
-Frame = XLogData | Keepalive | StandbyStatus
+AnyFrame = XLogData | Keepalive | StandbyStatus
 
 
-def parse_frame(data: bytes) -> Frame:
+def parse_frame(data: bytes) -> AnyFrame:
     """One CopyData payload as an object.
 
     Raises:

@@ -26,7 +26,7 @@ Item: TypeAlias = ChangeBatch | ChangeEvent | pa.RecordBatch | pa.Table | Mappin
 _TOGETHER: Final = 4096  # how many rows become Python objects at once
 _TAIL: Final = 1 << 16
 
-_Row: TypeAlias = dict[str, str]
+_Texts: TypeAlias = dict[str, str]
 """The JSON text of each value, by column."""
 _name = lru_cache(1024)(exact_json.dumps)
 
@@ -173,7 +173,7 @@ def _parts(data: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         yield data.slice(start, _TOGETHER)
 
 
-def _rows(names: Sequence[str], columns: Sequence[pa.Array], length: int, known: Mapping[str, Column]) -> list[_Row]:
+def _rows(names: Sequence[str], columns: Sequence[pa.Array], length: int, known: Mapping[str, Column]) -> list[_Texts]:
     """Rows as the JSON text of each value. `known` describes a table's columns beyond what their Arrow types say."""
     texts = [
         list(map(exact_json.dumps, to_python(column, known.get(name), parsed=False)))
@@ -182,7 +182,7 @@ def _rows(names: Sequence[str], columns: Sequence[pa.Array], length: int, known:
     return rows(names, texts, length)
 
 
-def _changes(batch: ChangeBatch) -> Iterator[list[_Row]]:
+def _changes(batch: ChangeBatch) -> Iterator[list[_Texts]]:
     own, metadata = {column.name: column for column in batch.schema.columns}, batch.schema.metadata_names
     for part in _parts(batch.data):
         names = [name for name in part.schema.names if name != metadata.before]
@@ -207,11 +207,11 @@ def _changes(batch: ChangeBatch) -> Iterator[list[_Row]]:
         yield found
 
 
-def _object(row: _Row) -> str:
+def _object(row: _Texts) -> str:
     return "{" + ", ".join([f"{_name(name)}: {text}" for name, text in row.items()]) + "}"
 
 
-def _text(found: Iterable[_Row]) -> str:
+def _text(found: Iterable[_Texts]) -> str:
     return "".join([_object(row) + "\n" for row in found])
 
 

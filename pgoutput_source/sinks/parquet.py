@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 import pyarrow as pa
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
@@ -39,11 +39,11 @@ from pgoutput_source.parquet.folder import (
 )
 from pgoutput_source.parquet.place import local_path
 from pgoutput_source.parquet.writer import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Codec, PartWriter, merge
+from pgoutput_source.sinks.base import State
 from pgoutput_source.sinks.items import Item, record_batches
 
 logger = logging.getLogger(__name__)
 
-State: TypeAlias = dict[str, Any]
 
 STATE_VERSION: Final = 1
 

@@ -98,7 +98,7 @@ def begin(
         )
     if only:
         return _begin_only(dsn, settings, state, tables)
-    with connect(dsn, settings) as conn:
+    with connect_when_started(dsn, settings) as conn:
         if settings.create and state is None:
             creation.create(conn, settings)
         slot = check(conn, dsn, settings, state)
@@ -114,7 +114,7 @@ def begin(
 
 def _begin_only(dsn: str, settings: SourceSettings, state: State | None, tables: Iterable[tuple[str, str]]) -> Start:
     """The start of a session whose slot is made by its own connection: nothing is resumed but the ledger."""
-    with connect(dsn, settings) as conn:
+    with connect_when_started(dsn, settings) as conn:
         if settings.create and state is None:
             create_publications(conn, settings.publication, None)
         checks.check_server(conn)
@@ -133,7 +133,7 @@ def _begin_only(dsn: str, settings: SourceSettings, state: State | None, tables:
     return Start(system, None, system.lsn, None)
 
 
-def connect(dsn: str, settings: SourceSettings) -> Connection:
+def connect_when_started(dsn: str, settings: SourceSettings) -> Connection:
     """Connect, and wait for a server that is starting up, for example after a crash.
 
     Raises:
