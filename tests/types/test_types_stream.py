@@ -39,6 +39,7 @@ from pgoutput_source.postgres.publications import text_columns
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.sinks import ParquetSink
 from pgoutput_source.sinks import read as read_folder
+from pgoutput_source.types.written import copy_text, written
 
 _DRAWN = 25
 LAST = "294247-01-10 04:00:54.775807"
@@ -338,3 +339,23 @@ def test_duckdb_and_polars_read_the_same_values_from_parquet_as_the_batch_holds(
             # DuckDB takes the last microsecond that 64 bits can count for infinity.
             wrong = [row for row in differ if row[2].split("+")[0] != "infinity" or not row[1].startswith(LAST)]
             assert not wrong, f"{name} {sql}: {wrong[:3]}"
+
+
+def test_a_server_reads_back_the_values_that_it_sent(every: Everything) -> None:
+    """`written` text of every column, and `_raw` where there is no value."""
+    data = every.batch.data
+    columns = []
+    for field in data.schema:
+        if field.name in every.names:
+            column = written(data[field.name], (field.metadata or {})[b"pg.type"].decode())
+            raw = pc.map_lookup(data["_raw"], pa.scalar(field.name), "first").cast(column.type)
+            columns.append(pc.coalesce(column, raw))
+    with every.db.connect(options=PINNED) as c:
+        c.execute("CREATE TABLE public.w (LIKE public.t)")
+        with c.cursor().copy("COPY public.w FROM STDIN") as copy:
+            copy.write(copy_text(columns))
+        for name, kind in every.sql.items():
+            sent, read = (TEXT_OF.format(f'{table}."{name}"') for table in "tw")
+            query = f"SELECT {sent}, {read} FROM public.t JOIN public.w USING (id) ORDER BY id"
+            for before, after in c.execute(query.encode()):
+                assert before == after, f"{name}: {kind}"
