@@ -94,15 +94,16 @@ class KeyedChanges:
         if len(self.moves):
             assert olds is not None
             self._keys = news.followed_by(olds.take(self.moves))
-        codes, self._some = self._keys.encode()
-        self.count = len(self._some)
+        codes, self.some = self._keys.encode()
+        """A change for each touched key, by the key's code; an old key's is its move's number, after all changes."""
+        self.count = len(self.some)
         """How many keys the changes touch."""
         self.code, self.old_code = codes[: len(data)], codes[len(data) :]
 
     @functools.cached_property
     def keys(self) -> list[Hashable]:
         """Each touched key, by its code."""
-        return self._keys.take(self._some).objects()
+        return self._keys.take(self.some).objects()
 
     @functools.cached_property
     def lives(self) -> Lives:
@@ -125,7 +126,7 @@ class KeyedChanges:
                 self.lives.ends[events],
                 self.lives.leaves[events],
             )
-        last = np.zeros(len(self._some), np.int64)
+        last = np.zeros(len(self.some), np.int64)
         last[self.code] = np.arange(len(self.code))
         return np.arange(len(last)), last, self.ops[last] == DELETE, np.zeros(len(last), np.bool_)
 
@@ -157,6 +158,11 @@ class KeyedChanges:
         at = np.flatnonzero(~self.lives.leaves)
         found[self.lives.row[at]] = at
         return found
+
+    def came_from(self, name: str, rows: Ints) -> Ints:
+        """The keys, by code, under which some rows had a column before these changes, which did not bring it; or -1."""
+        sent = ~unsent(self.data, [name])[name] & (self.ops != DELETE)
+        return self.lives.origins(sent, self.events()[rows]).key
 
     def filled(self, columns: Sequence[str], rows: Ints | None, found: Found) -> dict[str, Filled]:
         """Columns of some rows as they are after these changes, with the values that PostgreSQL did not send.
@@ -231,7 +237,7 @@ class KeyedChanges:
         return found
 
     def _key_digests(self, codes: Ints) -> list[bytes]:
-        keys = self._keys.take(self._some[codes])
+        keys = self._keys.take(self.some[codes])
         none = pa.nulls(len(codes), pa.utf8())
         parts = [part for column in keys.columns for part in (column.cells, column.texts)]
         return digests([none if part is None else part for part in parts])
@@ -243,11 +249,11 @@ class KeyedChanges:
         rows = {} if before is None else dict(before.rows)
         codes, last, gone, _ = self._last
         transaction = self.data.column(self.metadata.commit_lsn).to_numpy().astype(np.int64)
-        came = np.zeros(len(self._some), np.bool_)
+        came = np.zeros(len(self.some), np.bool_)
         arrivals = np.isin(self.ops, (INSERT, READ))
         arrivals[self.moves] = True
         came[self.code[arrivals & (transaction == lsn)]] = True
-        touched = np.zeros(len(self._some), np.bool_)
+        touched = np.zeros(len(self.some), np.bool_)
         touched[self.code[transaction == lsn]] = True
         touched[self.old_code[transaction[self.moves] == lsn]] = True
         if not came.any() and not rows:

@@ -13,7 +13,8 @@ from harness.one_table import consumed
 from harness.replay import TYPES, Row, Table
 
 from pgoutput_source.changes import ChangeBatch
-from pgoutput_source.compute.net_effect import Crowd
+from pgoutput_source.compute.net_effect import Crowd, Standing
+from pgoutput_source.compute.net_rows import net_rows
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.operators.latest import _Latest
 from pgoutput_source.parquet.current import current
@@ -45,19 +46,64 @@ class Mirror:
         return [self.rows[key] for key in sorted(self.rows)]
 
 
+class Destination:
+    """What holds one row per key, and knows how to carry out `NetRows`."""
+
+    def __init__(self, identity: str) -> None:
+        self.whole = identity == "f"
+        self.standing: Standing | None = None
+        self.rows: dict[Any, Row] = {}
+
+    def take(self, *batches: ChangeBatch) -> None:
+        data = pa.Table.from_batches([batch.data for batch in batches]).combine_chunks().to_batches()[0]
+        net, self.standing = net_rows(data, ["id"], whole=self.whole, standing=self.standing)
+        before = {} if net.emptied else self.rows
+        rows = {} if net.emptied else dict(self.rows)
+        puts = net.puts.to_pylist()
+        for key in [*net.gone.to_pylist(), *puts]:
+            rows.pop(key["id"], None)
+        for put, source in zip(puts, net.sources.to_pylist(), strict=True):
+            unsent = {name: before[source["id"]][name] for name in put["_unchanged"] or ()}
+            assert put["id"] not in rows
+            rows[put["id"]] = {name: put[name] for name in TYPES} | unsent
+        self.rows = rows
+
+    def now(self) -> list[Row]:
+        return [self.rows[key] for key in sorted(self.rows)]
+
+
+@pytest.mark.parametrize("mirror_of", [Mirror, Destination])
 @pytest.mark.parametrize("identity", ["f", "d"])
 @pytest.mark.parametrize("seed", range(12))
-def test_after_each_transaction_the_mirror_is_the_table(identity: str, seed: int) -> None:
-    table, mirror = Table(seed, identity), Mirror(identity)
+def test_after_each_transaction_the_mirror_is_the_table(
+    mirror_of: type[Mirror | Destination], identity: str, seed: int
+) -> None:
+    table, mirror = Table(seed, identity), mirror_of(identity)
     for made, rows in table.batches(60, split=identity == "d"):
         mirror.take(made)
         if rows is not None:
             assert mirror.now() == rows
 
 
+@pytest.mark.parametrize("identity", ["f", "d"])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_shift_that_batches_cut_in_two_is_the_table_after_its_end(seed: int) -> None:
-    table, mirror = Table(seed, "f"), Mirror("f")
+def test_several_batches_at_once_come_to_the_table(identity: str, seed: int) -> None:
+    table, mirror = Table(seed, identity), Destination(identity)
+    waiting: list[ChangeBatch] = []
+    for made, rows in table.batches(60, split=identity == "d"):
+        waiting.append(made)
+        if rows is not None and table.random.random() < 0.3:
+            mirror.take(*waiting)
+            waiting = []
+            assert mirror.now() == rows
+
+
+@pytest.mark.parametrize("mirror_of", [Mirror, Destination])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_shift_that_batches_cut_in_two_is_the_table_after_its_end(
+    mirror_of: type[Mirror | Destination], seed: int
+) -> None:
+    table, mirror = Table(seed, "f"), mirror_of("f")
     table._there_and_back = table._shift  # type: ignore[method-assign]  # what no batch alone can tell
     for made, rows in table.batches(60):
         mirror.take(made)
