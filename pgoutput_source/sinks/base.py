@@ -128,6 +128,27 @@ class TwoPhaseSink(FixedPartitionedSink[Item, State], ABC, Generic[Item]):
         """
         return None
 
+    def waiting(self) -> Iterable[str]:
+        """The tokens that are published as far as the flow is concerned, but that the destination does not have yet.
+
+        The resume state lists them as well, so that a start can prove that none was lost.
+        """
+        return ()
+
+    def receipt(self, token: str) -> Any:
+        """What the resume state keeps of a token for `proven`: builtins, or None."""
+        return None
+
+    def proven(self, token: str, receipt: Any) -> bool | None:
+        """As `published`, with what `receipt` gave when the resume state was written."""
+        return self.published(token)
+
+    def drain(self) -> None:
+        """The flow stops: finish what `publish` only began."""
+
+    def close(self) -> None:
+        """The flow has stopped, or failed: let go of threads, locks and connections."""
+
     def first(self, token: str) -> tuple[str, tuple[int, int]] | None:
         """The slot and the position of the first change staged under `token`, if known.
 
@@ -182,7 +203,8 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
         self.items: list[Item] = []
         self.tokens: list[str] = []  # of the last snapshot
         self.listed: list[str] | None = None if resume is None else list(resume["tokens"])
-        self.settled = self.started = False
+        self.receipts: dict[str, Any] = {} if resume is None else dict(resume.get("receipts", {}))
+        self.settled = self.started = self.ended = False
         with gate.lock:
             staged = set(self.sink.staged())
             for token in self.listed or ():
@@ -212,7 +234,7 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
                 self.sink.discard(token)
 
     def _prove(self, token: str) -> None:
-        published = self.sink.published(token)
+        published = self.sink.proven(token, self.receipts.get(token))
         # The state may be of an epoch that never became durable, whose items were delivered again.
         if published or (_NAMED.fullmatch(token) and gate.durable(token) is False):
             return
@@ -248,7 +270,10 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
                 self.items = []
                 self.tokens.append(token)
             gate.staged(self)
-            return {"v": STATE_VERSION, "lineage": self.lineage, "tokens": list(self.tokens)}
+            tokens = [*self.sink.waiting(), *self.tokens]
+            state = {"v": STATE_VERSION, "lineage": self.lineage, "tokens": tokens}
+            receipts = {token: receipt for token in tokens if (receipt := self.sink.receipt(token)) is not None}
+            return {**state, "receipts": receipts} if receipts else state
 
     def _token(self) -> str:
         if not gate.hosted():
@@ -267,8 +292,10 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
             if self.tokens and not self.items and gate.finishing():
                 # The last epoch is not durable yet. It is published after the run returns.
                 gate.ended(self)
+                self.ended = True
             else:
                 gate.unregister(self)
+                self.sink.close()
 
     # -- the gate calls these -----------------------------------------------------------------------------------
 
@@ -280,7 +307,9 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
             del self.tokens[0]
 
     def drain(self) -> None:
-        """Do nothing: what is committed is published already."""
+        self.sink.drain()
+        if self.ended:
+            self.sink.close()
 
 
 def _never_again(sink: TwoPhaseSink[Any], token: str, listed: list[str] | None) -> bool:

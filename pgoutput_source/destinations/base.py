@@ -1,0 +1,88 @@
+"""What a destination is: three questions, and one commit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import pyarrow as pa
+
+from pgoutput_source.destinations.spool import Part, Point
+from pgoutput_source.destinations.targets import Target
+
+Mode: TypeAlias = Literal["history", "mirror"]
+
+
+class Reached(NamedTuple):
+    """How far a table is at the destination.
+
+    Attributes:
+        number: That of the last part that was applied; 0 before the first.
+        point: Where the last change of it stands.
+        origin: The database system, database and slot from which its changes come.
+    """
+
+    number: int
+    point: Point
+    origin: tuple[str, ...]
+
+
+class Job(NamedTuple):
+    """Parts of one version of one table that come together, in order.
+
+    `target` is their table's place at the destination, `number` and `last` are those of the last part, and `key` says
+    which columns identify a row; empty in mode "history".
+    """
+
+    target: Target
+    number: int
+    last: Point
+    key: tuple[str, ...]
+    identity: str
+    changes: pa.Table
+    continues: bool = False
+
+    @classmethod
+    def of(cls, target: Target, parts: Sequence[tuple[Part, pa.Table]]) -> Job:
+        """The job that these parts make; their schemas are equal."""
+        part = parts[-1][0]
+        changes = pa.concat_tables([table for _, table in parts])
+        return cls(target, part.number, part.last, part.key, part.identity, changes, part.continues)
+
+    @property
+    def origin(self) -> tuple[str, ...]:
+        """The database system, database and slot of the changes."""
+        metadata = self.changes.schema.metadata or {}
+        return tuple(metadata.get(name, b"").decode() for name in (b"pg.system", b"pg.database", b"pg.slot"))
+
+
+class Destination(ABC):
+    """A store for the tables of a publication. One thread at a time calls it.
+
+    Attributes:
+        mode: "history" appends every change; "mirror" keeps the table as it is after each transaction.
+    """
+
+    mode: Mode
+
+    @abstractmethod
+    def reached(self, target: Target) -> Reached | None:
+        """How far a table is; None if nothing was applied to it.
+
+        Raises:
+            SinkError: The destination can't be read, or the table is not ours.
+        """
+
+    @abstractmethod
+    def apply(self, jobs: Sequence[Job]) -> None:
+        """Commit the jobs whose number is larger than the one that their target has, and that number with them.
+
+        All of a job becomes visible at once. It is durable when this returns.
+
+        Raises:
+            SinkError: Nothing of the job that failed is there, and it may be applied again.
+        """
+
+    def close(self) -> None:  # noqa: B027 - a store without connections has nothing to do
+        """Let go of connections. The next call opens them again."""

@@ -1,0 +1,471 @@
+"""Tables of a publication in another PostgreSQL: every type, all tables of a commit in one transaction.
+
+    pgoutput.published    a row for each table: how far it is, whose it is, and the columns that it was made from
+
+Values travel as text, which the server's own input functions read, through COPY.
+https://www.postgresql.org/docs/current/sql-copy.html
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from psycopg import sql
+
+from pgoutput_source.changes.schema import attnum_of, missing_of
+from pgoutput_source.compute.metadata import own_columns
+from pgoutput_source.compute.net_rows import net_rows
+from pgoutput_source.destinations.base import Destination, Job, Mode, Reached
+from pgoutput_source.destinations.targets import Target
+from pgoutput_source.errors import ServerError, SinkError
+from pgoutput_source.postgres.connection import Connection, connect
+from pgoutput_source.types.written import copy_text, written
+
+_FIRST_OF_USERS: Final = 16384  # types with a smaller OID are the same in every database
+_BY_ARROW: Final[tuple[tuple[Any, str], ...]] = (
+    (pa.types.is_boolean, "boolean"),
+    (pa.types.is_int16, "smallint"),
+    (pa.types.is_int32, "integer"),
+    (pa.types.is_int64, "bigint"),
+    (pa.types.is_float32, "real"),
+    (pa.types.is_float64, "double precision"),
+    (pa.types.is_decimal, "numeric"),
+    (pa.types.is_binary, "bytea"),
+    (pa.types.is_date32, "date"),
+    (pa.types.is_time64, "time"),
+    (pa.types.is_timestamp, "timestamptz"),
+)
+"""Types for columns whose own type the destination does not have: a domain, an enum, an extension's."""
+
+_CREATE: Final = """
+CREATE SCHEMA IF NOT EXISTS {schema};
+CREATE TABLE IF NOT EXISTS {schema}.published (
+    namespace text, name text, number bigint NOT NULL, commit_lsn pg_lsn NOT NULL, seq bigint NOT NULL,
+    system text NOT NULL, database text NOT NULL, slot text NOT NULL, mode text NOT NULL, relation bigint NOT NULL,
+    key text[] NOT NULL, columns jsonb NOT NULL, PRIMARY KEY (namespace, name));
+"""
+_HISTORY: Final = (
+    ("_op", "text"),
+    ("_commit_lsn", "pg_lsn"),
+    ("_seq", "bigint"),
+    ("_lsn", "pg_lsn"),
+    ("_xid", "bigint"),
+    ("_commit_ts", "timestamptz"),
+    ("_before", "jsonb"),
+    ("_unchanged", "text[]"),
+    ("_raw", "jsonb"),
+)
+_MIRROR: Final = (("_commit_lsn", "pg_lsn"), ("_unchanged", "text[]"))
+
+
+class _Column(NamedTuple):
+    """A column at the destination: its name, the number of the source's column that it holds, and its type."""
+
+    name: str
+    attnum: int | None
+    type: str
+
+
+class _Table(NamedTuple):
+    """A table as `published` has it."""
+
+    number: int
+    relation: int
+    key: tuple[str, ...]
+    columns: tuple[_Column, ...]
+
+
+class PostgresDestination(Destination):
+    """Tables in a PostgreSQL database; see `PostgresSink`."""
+
+    def __init__(self, dsn: str, *, mode: Mode, schema: str = "pgoutput") -> None:
+        self.dsn, self.mode, self.schema = dsn, mode, schema
+        self._connection: Connection | None = None
+
+    def __repr__(self) -> str:
+        return "PostgreSQL"
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def reached(self, target: Target) -> Reached | None:
+        """How far a table is. A connection of its own: the other one's thread may be busy."""
+        with connect(self.dsn) as connection:
+            self._prepare(connection)
+            row = connection.execute(
+                self._sql(
+                    "SELECT number, commit_lsn - '0/0'::pg_lsn, seq, system, database, slot, mode"
+                    " FROM {schema}.published WHERE (namespace, name) = (%s, %s)"
+                ),
+                target,
+            ).fetchone()
+            if row is None:
+                exists = connection.execute(
+                    "SELECT FROM pg_class WHERE relname = %s AND relnamespace = to_regnamespace(quote_ident(%s))",
+                    (target.name, target.namespace),
+                ).fetchone()
+                if exists is not None:
+                    raise SinkError(
+                        f"{target} is there already, and was not made by this package",
+                        hint="drop or rename it, or choose another target",
+                    )
+                return None
+        number, lsn, seq, system, database, slot, mode = row
+        if mode != self.mode:
+            raise SinkError(
+                f"{target} holds a {mode}, and this is mode {self.mode!r}", hint="choose another target, or drop it"
+            )
+        return Reached(number, (int(lsn), seq), (system, database, slot))
+
+    def apply(self, jobs: Sequence[Job]) -> None:
+        """All jobs in one transaction."""
+        if self._connection is None or self._connection.closed:
+            self._connection = connect(self.dsn)
+            self._prepare(self._connection)
+        connection = self._connection
+        try:
+            with connection.transaction():
+                for job in jobs:
+                    self._apply(connection, job)
+        except ServerError as e:
+            if getattr(e, "transient", False):
+                raise
+            raise SinkError(f"{self}: {e.message}", hint=e.hint) from e
+
+    # -- one job ----------------------------------------------------------------------------------------------------
+
+    def _apply(self, connection: Connection, job: Job) -> None:
+        metadata = job.changes.schema.metadata or {}
+        relation = int(metadata.get(b"pg.relation_id", b"0"))
+        columns = self._columns(connection, job.changes.schema)
+        known = self._lock(connection, job.target)
+        if known is not None and known.number >= job.number:
+            return
+        if known is None:
+            self._create(connection, job, columns)
+        else:
+            columns = self._evolve(connection, job, known, relation, columns)
+        if self.mode == "history":
+            self._append(connection, job)
+        else:
+            self._merge(connection, job)
+        lsn, seq = job.last
+        connection.execute(
+            self._sql(
+                "INSERT INTO {schema}.published VALUES"
+                " (%s, %s, %s, '0/0'::pg_lsn + %s::numeric, %s, %s, %s, %s, %s, %s, %s, %s::jsonb)"
+                " ON CONFLICT (namespace, name) DO UPDATE SET number = excluded.number,"
+                " commit_lsn = excluded.commit_lsn, seq = excluded.seq, relation = excluded.relation,"
+                " key = excluded.key, columns = excluded.columns"
+            ),
+            (*job.target, job.number, lsn, seq, *job.origin, self.mode, relation, list(job.key), json.dumps(columns)),
+        )
+
+    def _prepare(self, connection: Connection) -> None:
+        exists = connection.execute("SELECT to_regclass(%s)", (f'"{self.schema}".published',)).fetchone()
+        if exists is None or exists[0] is None:
+            # Two sinks that begin at once would both create it.
+            with connection.transaction():
+                connection.execute("SELECT pg_advisory_xact_lock(hashtext('pgoutput_source'))")
+                connection.execute(self._sql(_CREATE))
+
+    def _lock(self, connection: Connection, target: Target) -> _Table | None:
+        """What is known of the table. Its row stays locked, so that another publisher waits, and then sees ours."""
+        row = connection.execute(
+            self._sql(
+                "SELECT number, relation, key, columns FROM {schema}.published WHERE (namespace, name) = (%s, %s)"
+                " FOR UPDATE"
+            ),
+            target,
+        ).fetchone()
+        if row is None:
+            return None
+        number, relation, key, columns = row
+        return _Table(number, relation, tuple(key), tuple(_Column(*column) for column in columns))
+
+    def _columns(self, connection: Connection, schema: pa.Schema) -> list[_Column]:
+        """The table's own columns with the types that the destination has for them."""
+        own = [schema.field(name) for name in own_columns(schema)]
+        if not own:
+            return []
+        facts = [(field.metadata or {}) for field in own]
+        oids = [int(fact.get(b"pg.oid", b"0")) for fact in facts]
+        names = [fact.get(b"pg.type", b"").decode() for fact in facts]
+        typmods = [int(fact.get(b"pg.typmod", b"-1")) for fact in facts]
+        rows = connection.execute(
+            "SELECT format_type(CASE WHEN oid < %s THEN oid::oid ELSE to_regtype(name) END, typmod)"
+            " FROM unnest(%s::bigint[], %s::text[], %s::int[]) WITH ORDINALITY AS u (oid, name, typmod, n) ORDER BY n",
+            (_FIRST_OF_USERS, oids, names, typmods),
+        ).fetchall()
+        return [
+            _Column(field.name, attnum_of(field), found if found not in (None, "???", "-") else _by_arrow(field.type))
+            for field, (found,) in zip(own, rows, strict=True)
+        ]
+
+    def _create(self, connection: Connection, job: Job, columns: Sequence[_Column]) -> None:
+        ours = _HISTORY if self.mode == "history" else _MIRROR
+        parts = [sql.SQL("{} {}").format(sql.Identifier(c.name), sql.SQL(c.type)) for c in columns]
+        parts += [sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(kind)) for name, kind in ours]
+        if job.key:
+            parts.append(sql.SQL("PRIMARY KEY ({})").format(_names(job.key)))
+        connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(job.target.namespace)))
+        connection.execute(sql.SQL("CREATE TABLE {} ({})").format(_table(job.target), sql.SQL(", ").join(parts)))
+
+    # -- a table that changes its shape -----------------------------------------------------------------------------
+
+    def _evolve(
+        self, connection: Connection, job: Job, known: _Table, relation: int, columns: list[_Column]
+    ) -> list[_Column]:
+        """Alter the table into the version of the job; what it has of columns that are gone stays."""
+        recreated = relation != known.relation
+        if recreated and self.mode == "mirror":
+            connection.execute(sql.SQL("DELETE FROM {}").format(_table(job.target)))
+        if tuple(columns) == known.columns and job.key == known.key:
+            return columns
+        alter = sql.SQL("ALTER TABLE {} ").format(_table(job.target))
+        if known.key != job.key and known.key:
+            connection.execute(
+                alter + sql.SQL("DROP CONSTRAINT IF EXISTS {}").format(self._primary_key(connection, job.target))
+            )
+            for name in known.key:
+                connection.execute(alter + sql.SQL("ALTER {} DROP NOT NULL").format(sql.Identifier(name)))
+        there = {c.name: c for c in known.columns}
+        by_number = {} if recreated else {c.attnum: c for c in known.columns if c.attnum is not None}
+        stay: dict[str, _Column] = {}
+        for column in columns:
+            before = by_number.get(column.attnum) if column.attnum is not None else None
+            if before is None and (same := there.get(column.name)) is not None:
+                # Without numbers a column is told by its name.
+                before = same if recreated or None in (same.attnum, column.attnum) else None
+            if before is not None:
+                stay[column.name] = before
+        renamed = {before.name: name for name, before in stay.items() if before.name != name}
+        gone = [c for c in known.columns if c not in stay.values()]
+        wanted = {c.name for c in columns}
+        for column in gone:
+            if column.name in wanted or column.name in renamed.values():
+                renamed[column.name] = self._aside(column, {*there, *wanted})
+        for before_name in renamed:
+            self._rename(connection, job.target, before_name, f"pgoutput {before_name}"[:60])
+        for before_name, name in renamed.items():
+            self._rename(connection, job.target, f"pgoutput {before_name}"[:60], name)
+        for column in columns:
+            if column.name not in stay:
+                self._add(connection, job, column)
+            elif stay[column.name].type != column.type:
+                self._retype(connection, job, column)
+        if known.key != job.key and job.key:
+            connection.execute(alter + sql.SQL("ADD PRIMARY KEY ({})").format(_names(job.key)))
+        return columns
+
+    def _aside(self, column: _Column, taken: set[str]) -> str:
+        number = 2
+        while f"{column.name}__{number}" in taken:
+            number += 1
+        return f"{column.name}__{number}"
+
+    def _rename(self, connection: Connection, target: Target, name: str, to: str) -> None:
+        connection.execute(
+            sql.SQL("ALTER TABLE {} RENAME {} TO {}").format(_table(target), sql.Identifier(name), sql.Identifier(to))
+        )
+
+    def _add(self, connection: Connection, job: Job, column: _Column) -> None:
+        missing = missing_of(job.changes.schema.field(column.name))
+        add = sql.SQL("ALTER TABLE {} ADD COLUMN {} {}").format(
+            _table(job.target), sql.Identifier(column.name), sql.SQL(column.type)
+        )
+        known = missing is not None
+        if missing is not None and missing.text is not None and self.mode == "mirror":
+            add += sql.SQL(" DEFAULT {}").format(sql.Literal(missing.text))
+        connection.execute(add)
+        connection.execute(
+            sql.SQL("ALTER TABLE {} ALTER {} DROP DEFAULT").format(_table(job.target), sql.Identifier(column.name))
+        )
+        if not known:
+            self._unknown(connection, job, column.name)
+
+    def _retype(self, connection: Connection, job: Job, column: _Column) -> None:
+        name = sql.Identifier(column.name)
+        change = sql.SQL("ALTER TABLE {} ALTER {} TYPE {} USING {}::text::{}").format(
+            _table(job.target), name, sql.SQL(column.type), name, sql.SQL(column.type)
+        )
+        try:
+            with connection.transaction():
+                connection.execute(change)
+        except ServerError as e:
+            if getattr(e, "transient", False):
+                raise
+            self._rename(connection, job.target, column.name, self._aside(column, {column.name}))
+            self._add(connection, job, column)
+            return
+        self._unknown(connection, job, column.name)
+
+    def _unknown(self, connection: Connection, job: Job, name: str) -> None:
+        """Older rows may hold anything in this column: PostgreSQL did not send them again."""
+        if self.mode == "mirror":
+            connection.execute(
+                sql.SQL("UPDATE {} SET _unchanged = array_append(coalesce(_unchanged, '{{}}'), {})").format(
+                    _table(job.target), sql.Literal(name)
+                )
+            )
+
+    def _primary_key(self, connection: Connection, target: Target) -> sql.Identifier:
+        row = connection.execute(
+            "SELECT conname FROM pg_constraint WHERE contype = 'p' AND conrelid = %s::regclass",
+            (_table(target).as_string(None),),
+        ).fetchone()
+        return sql.Identifier(row[0] if row else f"{target.name}_pkey")
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+
+    def _append(self, connection: Connection, job: Job) -> None:
+        own = own_columns(job.changes.schema)
+        for batch in job.changes.to_batches():
+            texts = _texts(batch, own)
+            texts += [written(batch.column(name), kind) for name, kind in _HISTORY[:6]]
+            texts += [_before(batch), written(batch.column("_unchanged"), "text[]"), _raw(batch)]
+            names = _names([*own, *(name for name, _ in _HISTORY)])
+            _copy(connection, sql.SQL("COPY {} ({}) FROM STDIN").format(_table(job.target), names), texts)
+
+    def _merge(self, connection: Connection, job: Job) -> None:
+        data = job.changes.combine_chunks().to_batches()
+        if not data:
+            return
+        net, _ = net_rows(data[0], job.key, whole=job.identity == "f")
+        own = own_columns(net.puts.schema)
+        table, key = _table(job.target), job.key
+        if net.emptied:
+            connection.execute(sql.SQL("DELETE FROM {}").format(table))
+        sources = [f"pgoutput from {i}" for i in range(len(key))]
+        connection.execute(
+            sql.SQL(
+                "CREATE TEMP TABLE pgoutput_puts ON COMMIT DROP AS"
+                " SELECT {}, _commit_lsn, _unchanged, {} FROM {} LIMIT 0;"
+            ).format(
+                _names(own),
+                sql.SQL(", ").join(
+                    sql.SQL("{} AS {}").format(sql.Identifier(k), sql.Identifier(s))
+                    for k, s in zip(key, sources, strict=True)
+                ),
+                table,
+            )
+            + sql.SQL("CREATE TEMP TABLE pgoutput_gone ON COMMIT DROP AS SELECT {} FROM {} LIMIT 0").format(
+                _names(key), table
+            )
+        )
+        texts = [
+            *_texts(net.puts, own),
+            written(net.puts.column("_commit_lsn"), "pg_lsn"),
+            written(net.puts.column("_unchanged"), "text[]"),
+            *_texts(net.sources, list(key)),
+        ]
+        _copy(connection, sql.SQL("COPY pgoutput_puts FROM STDIN"), texts)
+        if len(net.gone) and not net.emptied:
+            _copy(connection, sql.SQL("COPY pgoutput_gone FROM STDIN"), _texts(net.gone, list(key)))
+        if net.puts.column("_unchanged").null_count < len(net.puts):
+            self._fill(connection, job, net.puts, sources)
+        if not net.emptied:
+            for gone in ("pgoutput_gone", "pgoutput_puts"):
+                same = sql.SQL(" AND ").join(
+                    sql.SQL("t.{} = g.{}").format(sql.Identifier(k), sql.Identifier(k)) for k in key
+                )
+                connection.execute(
+                    sql.SQL("DELETE FROM {} AS t USING {} AS g WHERE {}").format(table, sql.Identifier(gone), same)
+                )
+        columns = _names([*own, "_commit_lsn", "_unchanged"])
+        connection.execute(
+            sql.SQL("INSERT INTO {} ({}) SELECT {} FROM pgoutput_puts").format(table, columns, columns)
+            + sql.SQL("; DROP TABLE pgoutput_puts, pgoutput_gone")
+        )
+
+    def _fill(self, connection: Connection, job: Job, puts: pa.RecordBatch, sources: Sequence[str]) -> None:
+        """Take from the table what PostgreSQL did not send, and the names of what the table does not know either."""
+        names = sorted({name for names in puts.column("_unchanged").to_pylist() for name in names or ()})
+        sets = [
+            sql.SQL("{0} = CASE WHEN {1} = ANY(p._unchanged) THEN t.{0} ELSE p.{0} END").format(
+                sql.Identifier(name), sql.Literal(name)
+            )
+            for name in names
+        ]
+        same = sql.SQL(" AND ").join(
+            sql.SQL("t.{} = p.{}").format(sql.Identifier(k), sql.Identifier(s))
+            for k, s in zip(job.key, sources, strict=True)
+        )
+        connection.execute(
+            sql.SQL(
+                "UPDATE pgoutput_puts AS p SET {}, _unchanged = nullif(ARRAY(SELECT n FROM unnest(p._unchanged) AS n"
+                " WHERE n = ANY(coalesce(t._unchanged, '{{}}'))), '{{}}') FROM {} AS t"
+                " WHERE p._unchanged IS NOT NULL AND {}"
+            ).format(sql.SQL(", ").join(sets), _table(job.target), same)
+        )
+
+    def _sql(self, statement: str) -> sql.Composed:
+        return sql.SQL(statement).format(schema=sql.Identifier(self.schema))
+
+
+def _by_arrow(kind: pa.DataType) -> str:
+    if pa.types.is_timestamp(kind) and kind.tz is None:
+        return "timestamp"
+    return next((name for matches, name in _BY_ARROW if matches(kind)), "text")
+
+
+def _table(target: Target) -> sql.Identifier:
+    return sql.Identifier(*target)
+
+
+def _names(names: Sequence[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, names))
+
+
+def _texts(batch: pa.RecordBatch, names: Sequence[str]) -> list[pa.Array]:
+    """Columns as text; a value that its Arrow type can't hold has its exact text in `_raw`."""
+    raw = batch.column("_raw")
+    out = []
+    for name in names:
+        field = batch.schema.field(name)
+        text = written(batch.column(name), (field.metadata or {}).get(b"pg.type", b"").decode())
+        if raw.null_count < len(raw) and text.null_count:
+            text = pc.coalesce(text, pc.map_lookup(raw, pa.scalar(name), "first").cast(text.type))
+        out.append(text)
+    return out
+
+
+def _before(batch: pa.RecordBatch) -> pa.Array:
+    """Old rows as JSON of texts."""
+    before = batch.column("_before")
+    if before.null_count == len(before) or not before.type.num_fields:
+        return pa.nulls(len(batch), pa.large_utf8())
+    rows = pa.RecordBatch.from_struct_array(before)
+    names = rows.schema.names
+    types = [(batch.schema.field(name).metadata or {}).get(b"pg.type", b"").decode() for name in names]
+    texts = [written(rows.column(i), kind).to_pylist() for i, kind in enumerate(types)]
+    raws = batch.column("_raw").to_pylist()
+    out: list[str | None] = []
+    for i, there in enumerate(before.is_valid().to_pylist()):
+        if not there:
+            out.append(None)
+            continue
+        row = dict(zip(names, (column[i] for column in texts), strict=True))
+        row |= {name.removeprefix("_before."): text for name, text in raws[i] or () if name.startswith("_before.")}
+        out.append(json.dumps(row, ensure_ascii=False))
+    return pa.array(out, pa.large_utf8())
+
+
+def _raw(batch: pa.RecordBatch) -> pa.Array:
+    raw = batch.column("_raw")
+    if raw.null_count == len(raw):
+        return pa.nulls(len(batch), pa.large_utf8())
+    rows = [None if row is None else json.dumps(dict(row), ensure_ascii=False) for row in raw.to_pylist()]
+    return pa.array(rows, pa.large_utf8())
+
+
+def _copy(connection: Connection, statement: sql.SQL | sql.Composed, texts: Sequence[pa.Array]) -> None:
+    with connection.cursor().copy(statement) as copy:
+        copy.write(copy_text(texts))

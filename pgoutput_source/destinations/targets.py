@@ -1,0 +1,90 @@
+"""Which tables are taken, and where each goes: patterns and templates over a table's schema and name."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from string import Formatter
+from typing import NamedTuple
+
+from pgoutput_source.changes.schema import TableName
+from pgoutput_source.errors import ConfigurationError, SinkError
+
+
+class Target(NamedTuple):
+    """A table's place at a destination: a schema (or folder, or namespace) and a name."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return str(TableName(self.namespace, self.name))
+
+
+class Targets:
+    """The tables that a sink takes and where they go.
+
+    Args:
+        template: The place of a table: text with ``{schema}`` and ``{table}`` in it, schema and name at the destination
+            with a dot between.
+        tables: Patterns of the tables to take, as ``public.*``: `*`, `?` and `[seq]` as in a shell. All by default.
+        exclude: Patterns of tables to leave out.
+        folded: Whether the destination takes names that differ only in upper and lower case for the same.
+
+    Example:
+        >>> targets = Targets("reporting.{schema}_{table}", exclude=["*.audit*"])
+        >>> str(targets.of(TableName("public", "orders"))), targets.of(TableName("public", "audit_2024"))
+        ('reporting.public_orders', None)
+
+    Raises:
+        ConfigurationError: The template can't be read.
+    """
+
+    def __init__(
+        self,
+        template: str = "{schema}.{table}",
+        *,
+        tables: Iterable[str] = ("*",),
+        exclude: Iterable[str] = (),
+        folded: bool = False,
+    ) -> None:
+        self.template, self.folded = template, folded
+        self.tables, self.exclude = tuple(tables), tuple(exclude)
+        try:
+            fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        except ValueError as e:
+            raise ConfigurationError(f"{template!r} is no template: {e}", hint="write '{schema}.{table}'") from e
+        if unknown := fields - {"schema", "table"}:
+            raise ConfigurationError(
+                f"{template!r} has {{{min(unknown)}}} in it", hint="a template knows {schema} and {table}"
+            )
+        self._found: dict[TableName, Target | None] = {}
+        self._taken: dict[Target, TableName] = {}
+
+    def of(self, table: TableName) -> Target | None:
+        """Where a table goes; None if it is not taken.
+
+        Raises:
+            SinkError: Another table goes there, too.
+        """
+        if table not in self._found:
+            self._found[table] = self._place(table) if self._takes(table) else None
+        return self._found[table]
+
+    def _takes(self, table: TableName) -> bool:
+        name = str(table)  # with quotes where a dot would be ambiguous
+        matched = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.tables)
+        return matched and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def _place(self, table: TableName) -> Target:
+        values: Mapping[str, str] = {"schema": table.namespace, "table": table.name}
+        schema, dot, name = self.template.partition(".")
+        target = Target(schema.format(**values) if dot else "", (name if dot else schema).format(**values))
+        same = Target(target.namespace.casefold(), target.name.casefold()) if self.folded else target
+        other = self._taken.setdefault(same, table)
+        if other != table:
+            raise SinkError(
+                f"tables {other} and {table} have the same target {target}",
+                hint="put {schema} and {table} into the template, or leave one of them out with exclude=",
+            )
+        return target

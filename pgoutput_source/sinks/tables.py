@@ -1,0 +1,428 @@
+"""`TableSink`: the tables of a publication into one store, whatever the store is.
+
+What an epoch brings goes into a spool first, and is durable there. A thread of its own takes what is committed from the
+spool and applies it to the destination: so a slow destination holds up neither the source nor the gate, and epochs that
+have waited for a while become one commit.
+"""
+
+from __future__ import annotations
+
+import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
+
+# isort: split
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import pyarrow as pa
+
+from pgoutput_source.changes.batches import ChangeBatch, ChangeSet
+from pgoutput_source.changes.schema import TableName
+from pgoutput_source.destinations.base import Destination, Job, Reached
+from pgoutput_source.destinations.spool import COMMITTED, STAGED, Part, Point, Spool
+from pgoutput_source.destinations.targets import Target, Targets
+from pgoutput_source.errors import ConfigurationError, PgOutputError, ServerError, SinkError
+from pgoutput_source.parquet.folder import FolderInUse
+from pgoutput_source.postgres.refusals import passing
+from pgoutput_source.sinks.base import State, TwoPhaseSink
+
+logger = logging.getLogger(__name__)
+
+Item: TypeAlias = ChangeSet | ChangeBatch
+
+_MOST_BYTES: Final = 128 << 20  # of the spool, that are applied at once
+_FULL: Final = 1 << 30  # bytes in the spool from which on an epoch waits for the destination
+_WAIT: Final = 5.0  # seconds; the source must soon answer its server again
+_PAUSE: Final = 5.0  # seconds, the longest between two attempts
+
+Keys: TypeAlias = Mapping[str, str | Sequence[str]]
+
+
+class TableSink(TwoPhaseSink[Item]):
+    """All tables of a stream into one destination, exactly once with recovery (``-r``).
+
+    It takes the `ChangeSet`s of a source, or batches of single tables, straight from the source: in position order. A
+    table is created when its first change comes.
+
+    Args:
+        destination: The store.
+        targets: Which tables are taken, and where each goes.
+        spool: A folder beside the recovery folder, for this sink alone. Without it nothing can be resumed: losing it is
+            found, and is an error.
+        max_age: How long what is committed may wait, to be applied together with what comes.
+        key: In mode "mirror", by table, the columns that identify a row, where that is not the replica identity.
+        retry: How long to try again while the destination is away.
+
+    Raises:
+        ConfigurationError: An option has no meaning.
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        targets: Targets,
+        *,
+        spool: str | Path,
+        max_age: timedelta = timedelta(0),
+        key: Keys | None = None,
+        retry: timedelta = timedelta(minutes=5),
+    ) -> None:
+        self.destination, self.targets = destination, targets
+        self.folder = spool
+        self.max_age, self.retry = max_age.total_seconds(), retry.total_seconds()
+        self.keys = {
+            TableName.parse(table): (names,) if isinstance(names, str) else tuple(names)
+            for table, names in (key or {}).items()
+        }
+        if self.keys and destination.mode != "mirror":
+            raise ConfigurationError("key= is for mode 'mirror'", hint="leave it out: history keeps every change")
+        self._spool: Spool | None = None
+        self._flusher: _Flusher | None = None
+        self._receipts: dict[str, dict[str, int]] = {}
+        self._points: dict[Target, Point] = {}
+        self._numbers: dict[Target, int] = {}
+        self._fresh: dict[Target, Point] = {}
+        self._resumed = False
+
+    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> Any:
+        """Go on as the resume state says.
+
+        Raises:
+            StateError: The resume state is of another version.
+            SinkError: An epoch of the resume state is neither in the spool nor at the destination.
+        """
+        self._resumed = resume_state is not None
+        return super().build_part(step_id, for_part, resume_state)
+
+    def _settle(self) -> None:
+        try:
+            super()._settle()
+        except FolderInUse:
+            if self._built:
+                raise  # otherwise another process of the cluster has the part
+
+    # -- what a sink in two phases does -----------------------------------------------------------------------------
+
+    def stage(self, token: str, items: list[Item]) -> None:
+        """Write the parts of the epoch into the spool, with numbers."""
+        spool, flusher = self._opened()
+        flusher.check()
+        flusher.brake()
+        taken = [
+            (first, batches)
+            for first, batches in _by_version(items)
+            if self.targets.of(first.schema.full_name) is not None
+        ]
+        parts = [part for first, batches in taken if (part := self._part(first, batches)) is not None]
+        spool.put(token, parts)
+        there = {token, *spool.tokens(COMMITTED), *spool.tokens(STAGED)}
+        self._receipts = {name: receipt for name, receipt in self._receipts.items() if name in there}
+        self._receipts[token] = self._receipt([part for part, _ in parts])
+
+    def publish(self, token: str) -> None:
+        """From now on the destination may have it."""
+        spool, flusher = self._opened()
+        spool.commit(token)
+        flusher.wake()
+        flusher.check()
+
+    def discard(self, token: str) -> None:
+        """Its items come again."""
+        spool, _ = self._opened()
+        spool.drop(token)
+
+    def staged(self) -> Iterable[str]:
+        """The epochs in the spool that are not committed."""
+        return self._opened()[0].tokens(STAGED)
+
+    def waiting(self) -> Iterable[str]:
+        """The epochs that are committed and not applied."""
+        return self._opened()[0].tokens(COMMITTED)
+
+    def receipt(self, token: str) -> dict[str, int] | None:
+        """By target, the number of the last part of the epoch."""
+        return self._receipts.get(token)
+
+    def proven(self, token: str, receipt: dict[str, int] | None) -> bool | None:
+        """Whether the epoch waits in the spool, or the destination has its parts."""
+        if token in self.waiting():
+            return True
+        if receipt is None:
+            return None
+        for name, number in receipt.items():
+            reached = self.destination.reached(Target(*json.loads(name)))
+            if reached is None or reached.number < number:
+                return False
+        return True
+
+    def drain(self) -> None:
+        """Apply all that is committed, now."""
+        if self._flusher is not None:
+            self._flusher.drain()
+
+    def close(self) -> None:
+        """Stop; what is committed and not applied is applied by the next start."""
+        if self._flusher is not None:
+            self._flusher.stop()
+        if self._spool is not None:
+            self._spool.close()
+        self.destination.close()
+        self._spool = self._flusher = None
+
+    # -- parts ------------------------------------------------------------------------------------------------------
+
+    def _opened(self) -> tuple[Spool, _Flusher]:
+        if self._spool is None or self._flusher is None:
+            self._spool = Spool(self.folder)
+            self._points, self._numbers, self._fresh = {}, {}, {}
+            there = (*self._spool.tokens(COMMITTED), *self._spool.tokens(STAGED))
+            self._receipts = {token: self._receipt(self._spool.parts(token)) for token in there}
+            self._flusher = _Flusher(self)
+            self._flusher.start()
+        return self._spool, self._flusher
+
+    def _receipt(self, parts: Iterable[Part]) -> dict[str, int]:
+        found = [(self.targets.of(part.table), part.number) for part in parts]
+        return {json.dumps(target): number for target, number in found if target is not None}
+
+    def _part(self, first: ChangeBatch, batches: list[pa.RecordBatch]) -> tuple[Part, list[pa.RecordBatch]] | None:
+        schema = first.schema
+        target = self.targets.of(schema.full_name)
+        assert target is not None
+        key = self._key(first)
+        if target not in self._numbers:
+            self._learn(target, batches[0])
+        batches = self._new(target, schema.table, batches)
+        if not batches:
+            return None
+        self._numbers[target] += 1
+        begin, end = _points(batches[0])[0], _points(batches[-1])[1]
+        rows = sum(len(batch) for batch in batches)
+        identity = schema.replica_identity
+        return Part(self._numbers[target], schema.full_name, identity, key, begin, end, rows), batches
+
+    def _key(self, batch: ChangeBatch) -> tuple[str, ...]:
+        schema = batch.schema
+        if self.destination.mode != "mirror":
+            return ()
+        key = self.keys.get(schema.full_name) or (() if schema.replica_identity == "f" else schema.key)
+        names = {column.name for column in schema.columns}
+        if not key or not names.issuperset(key):
+            missing = f"has no column {next(n for n in key if n not in names)!r}" if key else "sends no key"
+            raise SinkError(
+                f"{self}: table {schema.table} {missing}, and a mirror needs one",
+                table=schema.table,
+                hint=f"ALTER TABLE {schema.table} REPLICA IDENTITY DEFAULT (with a primary key) or USING INDEX …; or "
+                f"name the columns that identify a row: key={{{schema.table!r}: 'id'}}; or exclude={[schema.table]}",
+            )
+        return key
+
+    def _learn(self, target: Target, batch: pa.RecordBatch) -> None:
+        """How far the target is, with all that waits in the spool."""
+        spool, _ = self._opened()
+        reached = self.destination.reached(target)
+        number, point = (0, (0, -1)) if reached is None else (reached.number, reached.point)
+        self._check_origin(target, reached, batch)
+        for token in (*spool.tokens(COMMITTED), *spool.tokens(STAGED)):
+            for part in spool.parts(token):
+                if self.targets.of(part.table) == target and part.number > number:
+                    number, point = part.number, part.last
+        self._numbers[target], self._points[target] = number, point
+        self._fresh[target] = point
+
+    def _check_origin(self, target: Target, reached: Reached | None, batch: pa.RecordBatch) -> None:
+        metadata = batch.schema.metadata or {}
+        origin = tuple(metadata.get(name, b"").decode() for name in (b"pg.system", b"pg.database", b"pg.slot"))
+        if reached is not None and reached.origin != origin:
+            system, database, slot = reached.origin
+            raise SinkError(
+                f"{target} in {self.destination} holds changes of database {database!r}, slot {slot!r}, system "
+                f"{system}; these are of database {origin[1]!r}, slot {origin[2]!r}, system {origin[0]}",
+                hint="give each database and slot targets of its own, or drop the old table and its row in the "
+                "destination's table of what is published",
+            )
+
+    def _new(self, target: Target, table: str, batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+        """The rows after the last one of the target.
+
+        Without a resume state PostgreSQL sends again what was applied and not acknowledged. With one it never does.
+        """
+        out = []
+        for batch in batches:
+            begin, end = _points(batch)
+            known = self._points[target]
+            if begin <= known:
+                if self._resumed or known > self._fresh[target]:
+                    raise SinkError(
+                        f"{target} in {self.destination} is ahead: it has changes up to {known}, and {begin} comes",
+                        table=table,
+                        hint="the changes must come straight from the source, in its order; or an old recovery folder "
+                        "was restored: start afresh with a new destination, recovery folder and slot",
+                    )
+                lsn, seq = (batch.column(name).to_numpy() for name in ("_commit_lsn", "_seq"))
+                fresh = (lsn > known[0]) | ((lsn == known[0]) & (seq.astype("i8") > known[1]))
+                batch = batch.filter(pa.array(fresh))
+                if not len(batch):
+                    continue
+            self._points[target] = end
+            out.append(batch)
+        return out
+
+    def jobs(self, tokens: Sequence[str]) -> list[Job]:
+        """What these epochs are for the destination, tables in the order of their first change."""
+        assert self._spool is not None
+        found: dict[Target, list[list[tuple[Part, pa.Table]]]] = {}
+        for token in tokens:
+            for part, changes in self._spool.read(token):
+                target = self.targets.of(part.table)
+                if target is None:
+                    raise SinkError(
+                        f"the spool {self._spool.folder} holds changes of {part.table}, which is not taken any more",
+                        hint="take the table once more, until what is spooled of it is applied",
+                    )
+                groups = found.setdefault(target, [])
+                if groups and groups[-1][-1][1].schema.equals(changes.schema, check_metadata=True):
+                    groups[-1].append((part, changes))
+                else:
+                    groups.append([(part, changes)])
+        return [Job.of(target, parts) for target, versions in found.items() for parts in versions]
+
+
+def _by_version(items: list[Item]) -> list[tuple[ChangeBatch, list[pa.RecordBatch]]]:
+    """The batches of each version of a table, one after the other."""
+    found: dict[TableName, list[tuple[ChangeBatch, list[pa.RecordBatch]]]] = {}
+    for item in items:
+        for batch in item.batches if isinstance(item, ChangeSet) else [item]:
+            if not isinstance(batch, ChangeBatch):
+                raise SinkError(
+                    f"a sink of tables takes ChangeSet and ChangeBatch, not {type(batch).__name__}",
+                    hint="pass it the stream of the source, or of cdc.table(…)",
+                )
+            versions = found.setdefault(batch.schema.full_name, [])
+            if versions and versions[-1][1][0].schema.equals(batch.data.schema, check_metadata=True):
+                versions[-1][1].append(batch.data)
+            else:
+                versions.append((batch, [batch.data]))
+    return [version for versions in found.values() for version in versions]
+
+
+def _points(batch: pa.RecordBatch) -> tuple[Point, Point]:
+    lsn, seq = batch.column("_commit_lsn"), batch.column("_seq")
+    last = len(batch) - 1
+    return (lsn[0].as_py(), seq[0].as_py()), (lsn[last].as_py(), seq[last].as_py())
+
+
+class _Flusher(threading.Thread):
+    """Applies what is committed, in order. What goes wrong is raised by the next `check`."""
+
+    def __init__(self, sink: TableSink) -> None:
+        super().__init__(name="pgoutput-destination", daemon=True)
+        self.sink = sink
+        self.changed = threading.Condition()
+        self.stopping = self.draining = False
+        self.error: PgOutputError | None = None
+        self.since = time.monotonic()
+
+    # -- called by the sink -----------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def brake(self) -> None:
+        """Wait a while for a destination that can't keep up."""
+        assert self.sink._spool is not None
+        deadline = time.monotonic() + _WAIT
+        while self.sink._spool.size() > _FULL and time.monotonic() < deadline and self.error is None:
+            self.wake()
+            time.sleep(0.05)
+
+    def drain(self) -> None:
+        with self.changed:
+            self.draining = True
+            self.changed.notify_all()
+            while self.draining and self.error is None and self.is_alive():
+                self.changed.wait(0.1)
+        self.check()
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopping = True
+            self.changed.notify_all()
+        if self is not threading.current_thread():
+            self.join()
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            while not self.stopping:
+                tokens = self._due()
+                if tokens:
+                    self._apply(tokens)
+                    continue
+                with self.changed:
+                    if self.draining and not self._committed():
+                        self.draining = False
+                        self.changed.notify_all()
+                    elif not self.stopping:
+                        self.changed.wait(0.05 if self._committed() else 1.0)
+        except PgOutputError as e:
+            self.error = e
+        except Exception as e:
+            self.error = SinkError(f"{self.sink.destination}: {type(e).__name__}: {e}")
+            self.error.__cause__ = e
+        finally:
+            self.wake()
+
+    def _committed(self) -> list[str]:
+        assert self.sink._spool is not None
+        return self.sink._spool.tokens(COMMITTED)
+
+    def _due(self) -> list[str]:
+        spool = self.sink._spool
+        assert spool is not None
+        tokens = self._committed()
+        if not tokens:
+            return []
+        age = time.time() - spool.age(tokens[0])
+        if not (self.draining or age >= self.sink.max_age or spool.size() > _MOST_BYTES):
+            return []
+        size = 0
+        most: list[str] = []
+        for token in tokens:
+            size += sum(part.size for part in spool.parts(token))
+            if most and size > _MOST_BYTES:
+                break
+            most.append(token)
+        return most
+
+    def _apply(self, tokens: list[str]) -> None:
+        spool = self.sink._spool
+        assert spool is not None
+        jobs = self.sink.jobs(tokens)
+        begun, pause = time.monotonic(), 0.1
+        while True:
+            try:
+                self.sink.destination.apply(jobs)
+                break
+            except ServerError as e:
+                if not passing(e) or time.monotonic() - begun > self.sink.retry or self.stopping:
+                    raise
+                logger.warning("%s: %s; trying again", self.sink.destination, e.message)
+                self.sink.destination.close()
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE)
+        for token in tokens:
+            spool.drop(token)
+        rows = sum(len(job.changes) for job in jobs)
+        logger.debug("%s: %d changes of %d tables applied", self.sink.destination, rows, len(jobs))

@@ -1,0 +1,27 @@
+"""A dataflow for tests: every table into a destination. Its environment says which, and names the faults it makes."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import bytewax.operators as op
+from bytewax.dataflow import Dataflow
+
+import pgoutput_source.operators as cdc
+from harness import faults
+from pgoutput_source import PgOutputSource
+from pgoutput_source.sinks.postgres import PostgresSink
+
+options: dict[str, Any] = {
+    "mode": os.environ["MODE"],
+    "spool": os.environ["SPOOL"],
+    "max_age": timedelta(seconds=float(os.environ.get("MAX_AGE", "0"))),
+    "exclude": tuple(filter(None, os.environ.get("EXCLUDE", "").split(","))),
+}
+
+faults.install()
+flow = Dataflow("into_tables")
+changes = op.input("in", flow, PgOutputSource.from_env())
+cdc.output("out", changes, PostgresSink(os.environ["INTO"], **options))
