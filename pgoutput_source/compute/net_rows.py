@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.compute.columns import column_of
 from pgoutput_source.compute.keyed_changes import Found, KeyedChanges
-from pgoutput_source.compute.metadata import BEFORE, TRUNCATE, operations, own_columns, row_texts
+from pgoutput_source.compute.metadata import TRUNCATE, operations, own_columns, row_texts
 from pgoutput_source.compute.net_effect import Standing
 
 _TEXTS = pa.map_(pa.utf8(), pa.utf8())
@@ -56,10 +57,10 @@ def net_rows(
     truncates = np.flatnonzero(operations(data) == TRUNCATE)
     if len(truncates):
         data, standing = data.slice(int(truncates[-1]) + 1), None
-    own = own_columns(data.schema)
+    own, names = own_columns(data.schema), MetadataNames.of(data.schema)
+    kept = (names.commit_lsn, names.seq, names.unchanged, names.raw)
     if not len(data):
-        puts = data.select([*own, "_commit_lsn", "_seq", "_unchanged", "_raw"])
-        keys = data.select([*key, "_raw"])
+        puts, keys = data.select([*own, *kept]), data.select([*key, names.raw])
         return NetRows(len(truncates) > 0, keys, puts, keys), None
     changes = KeyedChanges(data, tuple(key), whole=whole, standing=standing)
     _, last = changes.there
@@ -69,7 +70,7 @@ def net_rows(
     filled = changes.filled(own, last, Found(None, changes))
     unknown: dict[int, list[str]] = {}
     came_from = np.full(len(last), -1, np.int64)
-    raw = data.column("_raw").take(pa.array(last))
+    raw = data.column(names.raw).take(pa.array(last))
     texts: dict[int, dict[str, str]] = {}
     for name in own:
         column = filled[name]
@@ -82,12 +83,11 @@ def net_rows(
             unknown.setdefault(row, []).append(name)
         came_from[rows] = changes.came_from(name, last[rows])
     arrays = [filled[name].values for name in own]
-    arrays += [data.column(name).take(pa.array(last)) for name in ("_commit_lsn", "_seq")]
-    names = [unknown.get(row) for row in range(len(last))] if unknown else None
-    kind = data.schema.field("_unchanged").type
-    arrays.append(pa.nulls(len(last), kind) if names is None else pa.array(names, kind))
-    arrays.append(_with_texts(row_texts(raw), texts))
-    fields = [data.schema.field(name) for name in (*own, "_commit_lsn", "_seq", "_unchanged", "_raw")]
+    arrays += [data.column(name).take(pa.array(last)) for name in kept[:2]]
+    kind = data.schema.field(names.unchanged).type
+    arrays.append(pa.array([unknown.get(row) for row in range(len(last))] if unknown else [None] * len(last), kind))
+    arrays.append(_with_texts(row_texts(raw, names.old), texts))
+    fields = [data.schema.field(name) for name in (*own, *kept)]
     puts = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields, data.schema.metadata))
     if emptied:
         came_from[:] = -1
@@ -100,13 +100,13 @@ def _keys(changes: KeyedChanges, key: Sequence[str]) -> pa.RecordBatch:
     """Each key that is touched, by its code, as the cells and texts that the changes hold."""
     data = changes.data
     some = pa.array(changes.some)
-    before, moves = data.column("_before"), pa.array(changes.moves)
+    before, moves = data.column(changes.metadata.before), pa.array(changes.moves)
     arrays = []
     texts: dict[tuple[int, str], str] = {}
     for name in key:
         values = column_of(data, name)
         if len(changes.moves):
-            old = pc.struct_field(before, name).take(moves)
+            old = pc.struct_field(before, [name]).take(moves)
             values = pa.concat_arrays([values, old.cast(values.type) if old.type != values.type else old])
         arrays.append(values.take(some))
         texts |= _key_texts(changes, name)
@@ -118,7 +118,7 @@ def _keys(changes: KeyedChanges, key: Sequence[str]) -> pa.RecordBatch:
     none = pa.nulls(len(changes.some), _TEXTS)
     fields = [data.schema.field(name) for name in key]
     return pa.RecordBatch.from_arrays(
-        [*arrays, _with_texts(none, found)], schema=pa.schema([*fields, pa.field("_raw", _TEXTS)])
+        [*arrays, _with_texts(none, found)], schema=pa.schema([*fields, pa.field(changes.metadata.raw, _TEXTS)])
     )
 
 
@@ -128,9 +128,10 @@ def _key_texts(changes: KeyedChanges, name: str) -> dict[tuple[int, str], str]:
     if name in changes.texts:
         one = changes.texts[name]
         found |= {(row, name): text for row, text in zip(one.rows.tolist(), one.texts, strict=True)}
-    if BEFORE + name in changes.texts and len(changes.moves):
+    old = changes.metadata.old + name
+    if old in changes.texts and len(changes.moves):
         move_of: dict[int, int] = {row: i for i, row in enumerate(changes.moves.tolist())}
-        one = changes.texts[BEFORE + name]
+        one = changes.texts[old]
         for row, text in zip(one.rows.tolist(), one.texts, strict=True):
             if row in move_of:
                 found[len(changes.data) + move_of[row], name] = text

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from psycopg import sql
 
-from pgoutput_source.changes.schema import attnum_of, missing_of
+from pgoutput_source.changes.schema import MetadataNames, attnum_of, missing_of
 from pgoutput_source.compute.metadata import own_columns
 from pgoutput_source.compute.net_rows import net_rows
 from pgoutput_source.destinations.base import Destination, Job, Mode, Reached
@@ -48,18 +48,18 @@ CREATE TABLE IF NOT EXISTS {schema}.published (
     system text NOT NULL, database text NOT NULL, slot text NOT NULL, mode text NOT NULL, relation bigint NOT NULL,
     key text[] NOT NULL, columns jsonb NOT NULL, PRIMARY KEY (namespace, name));
 """
-_HISTORY: Final = (
-    ("_op", "text"),
-    ("_commit_lsn", "pg_lsn"),
-    ("_seq", "bigint"),
-    ("_lsn", "pg_lsn"),
-    ("_xid", "bigint"),
-    ("_commit_ts", "timestamptz"),
-    ("_before", "jsonb"),
-    ("_unchanged", "text[]"),
-    ("_raw", "jsonb"),
+_TYPES: Final = MetadataNames(
+    op="text",
+    commit_lsn="pg_lsn",
+    seq="bigint",
+    lsn="pg_lsn",
+    xid="bigint",
+    commit_ts="timestamptz",
+    before="jsonb",
+    unchanged="text[]",
+    raw="jsonb",
 )
-_MIRROR: Final = (("_commit_lsn", "pg_lsn"), ("_unchanged", "text[]"))
+"""The types of the metadata columns."""
 
 
 class _Column(NamedTuple):
@@ -210,7 +210,10 @@ class PostgresDestination(Destination):
         ]
 
     def _create(self, connection: Connection, job: Job, columns: Sequence[_Column]) -> None:
-        ours = _HISTORY if self.mode == "history" else _MIRROR
+        names = MetadataNames.of(job.changes.schema)
+        ours = list(zip(names, _TYPES, strict=True))
+        if self.mode == "mirror":
+            ours = [(names.commit_lsn, _TYPES.commit_lsn), (names.unchanged, _TYPES.unchanged)]
         parts = [sql.SQL("{} {}").format(sql.Identifier(c.name), sql.SQL(c.type)) for c in columns]
         parts += [sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(kind)) for name, kind in ours]
         if job.key:
@@ -311,8 +314,8 @@ class PostgresDestination(Destination):
         """Older rows may hold anything in this column: PostgreSQL did not send them again."""
         if self.mode == "mirror":
             connection.execute(
-                sql.SQL("UPDATE {} SET _unchanged = array_append(coalesce(_unchanged, '{{}}'), {})").format(
-                    _table(job.target), sql.Literal(name)
+                sql.SQL("UPDATE {0} SET {1} = array_append(coalesce({1}, '{{}}'), {2})").format(
+                    _table(job.target), _unchanged(job), sql.Literal(name)
                 )
             )
 
@@ -326,84 +329,81 @@ class PostgresDestination(Destination):
     # -- rows -------------------------------------------------------------------------------------------------------
 
     def _append(self, connection: Connection, job: Job) -> None:
-        own = own_columns(job.changes.schema)
+        own, names = own_columns(job.changes.schema), MetadataNames.of(job.changes.schema)
+        columns = _names([*own, *names])
         for batch in job.changes.to_batches():
             texts = _texts(batch, own)
-            texts += [written(batch.column(name), kind) for name, kind in _HISTORY[:6]]
-            texts += [_before(batch), written(batch.column("_unchanged"), "text[]"), _raw(batch)]
-            names = _names([*own, *(name for name, _ in _HISTORY)])
-            _copy(connection, sql.SQL("COPY {} ({}) FROM STDIN").format(_table(job.target), names), texts)
+            texts += [written(batch.column(name), kind) for name, kind in zip(names[:6], _TYPES[:6], strict=True)]
+            texts += [_before(batch), written(batch.column(names.unchanged), "text[]"), _raw(batch)]
+            _copy(connection, sql.SQL("COPY {} ({}) FROM STDIN").format(_table(job.target), columns), texts)
 
     def _merge(self, connection: Connection, job: Job) -> None:
         data = job.changes.combine_chunks().to_batches()
         if not data:
             return
         net, _ = net_rows(data[0], job.key, whole=job.identity == "f")
-        own = own_columns(net.puts.schema)
-        table, key = _table(job.target), job.key
+        own, names = own_columns(net.puts.schema), MetadataNames.of(net.puts.schema)
+        columns = _names([*own, names.commit_lsn, names.unchanged])
         if net.emptied:
-            connection.execute(sql.SQL("DELETE FROM {}").format(table))
-        sources = [f"pgoutput from {i}" for i in range(len(key))]
-        connection.execute(
-            sql.SQL(
-                "CREATE TEMP TABLE pgoutput_puts ON COMMIT DROP AS"
-                " SELECT {}, _commit_lsn, _unchanged, {} FROM {} LIMIT 0;"
-            ).format(
-                _names(own),
-                sql.SQL(", ").join(
-                    sql.SQL("{} AS {}").format(sql.Identifier(k), sql.Identifier(s))
-                    for k, s in zip(key, sources, strict=True)
-                ),
-                table,
-            )
-            + sql.SQL("CREATE TEMP TABLE pgoutput_gone ON COMMIT DROP AS SELECT {} FROM {} LIMIT 0").format(
-                _names(key), table
-            )
-        )
+            connection.execute(sql.SQL("DELETE FROM {}").format(_table(job.target)))
+        sources = [f"pgoutput from {i}" for i in range(len(job.key))]
+        aliases = [
+            sql.SQL("{} AS {}").format(sql.Identifier(k), sql.Identifier(s))
+            for k, s in zip(job.key, sources, strict=True)
+        ]
+        make = sql.SQL("CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT {} FROM {} LIMIT 0")
+        puts, gone = sql.Identifier("pgoutput_puts"), sql.Identifier("pgoutput_gone")
+        connection.execute(make.format(puts, sql.SQL(", ").join([columns, *aliases]), _table(job.target)))
         texts = [
             *_texts(net.puts, own),
-            written(net.puts.column("_commit_lsn"), "pg_lsn"),
-            written(net.puts.column("_unchanged"), "text[]"),
-            *_texts(net.sources, list(key)),
+            written(net.puts.column(names.commit_lsn), "pg_lsn"),
+            written(net.puts.column(names.unchanged), "text[]"),
+            *_texts(net.sources, list(job.key)),
         ]
-        _copy(connection, sql.SQL("COPY pgoutput_puts FROM STDIN"), texts)
-        if len(net.gone) and not net.emptied:
-            _copy(connection, sql.SQL("COPY pgoutput_gone FROM STDIN"), _texts(net.gone, list(key)))
-        if net.puts.column("_unchanged").null_count < len(net.puts):
+        _copy(connection, sql.SQL("COPY {} FROM STDIN").format(puts), texts)
+        if net.puts.column(names.unchanged).null_count < len(net.puts):
             self._fill(connection, job, net.puts, sources)
         if not net.emptied:
-            for gone in ("pgoutput_gone", "pgoutput_puts"):
-                same = sql.SQL(" AND ").join(
-                    sql.SQL("t.{} = g.{}").format(sql.Identifier(k), sql.Identifier(k)) for k in key
-                )
-                connection.execute(
-                    sql.SQL("DELETE FROM {} AS t USING {} AS g WHERE {}").format(table, sql.Identifier(gone), same)
-                )
-        columns = _names([*own, "_commit_lsn", "_unchanged"])
+            if len(net.gone):
+                connection.execute(make.format(gone, _names(job.key), _table(job.target)))
+                _copy(connection, sql.SQL("COPY {} FROM STDIN").format(gone), _texts(net.gone, list(job.key)))
+                self._delete(connection, job, gone)
+                connection.execute(sql.SQL("DROP TABLE {}").format(gone))
+            self._delete(connection, job, puts)
         connection.execute(
-            sql.SQL("INSERT INTO {} ({}) SELECT {} FROM pgoutput_puts").format(table, columns, columns)
-            + sql.SQL("; DROP TABLE pgoutput_puts, pgoutput_gone")
+            sql.SQL("INSERT INTO {} ({}) SELECT {} FROM {}; DROP TABLE {}").format(
+                _table(job.target), columns, columns, puts, puts
+            )
+        )
+
+    def _delete(self, connection: Connection, job: Job, keys: sql.Identifier) -> None:
+        same = [sql.SQL("t.{0} = k.{0}").format(sql.Identifier(name)) for name in job.key]
+        connection.execute(
+            sql.SQL("DELETE FROM {} AS t USING {} AS k WHERE {}").format(
+                _table(job.target), keys, sql.SQL(" AND ").join(same)
+            )
         )
 
     def _fill(self, connection: Connection, job: Job, puts: pa.RecordBatch, sources: Sequence[str]) -> None:
         """Take from the table what PostgreSQL did not send, and the names of what the table does not know either."""
-        names = sorted({name for names in puts.column("_unchanged").to_pylist() for name in names or ()})
+        unsent = puts.column(MetadataNames.of(puts.schema).unchanged)
+        names = pc.unique(pc.list_flatten(unsent)).to_pylist()
         sets = [
-            sql.SQL("{0} = CASE WHEN {1} = ANY(p._unchanged) THEN t.{0} ELSE p.{0} END").format(
-                sql.Identifier(name), sql.Literal(name)
+            sql.SQL("{0} = CASE WHEN {1} = ANY(p.{2}) THEN t.{0} ELSE p.{0} END").format(
+                sql.Identifier(name), sql.Literal(name), _unchanged(job)
             )
             for name in names
         ]
-        same = sql.SQL(" AND ").join(
+        same = [
             sql.SQL("t.{} = p.{}").format(sql.Identifier(k), sql.Identifier(s))
             for k, s in zip(job.key, sources, strict=True)
-        )
+        ]
         connection.execute(
             sql.SQL(
-                "UPDATE pgoutput_puts AS p SET {}, _unchanged = nullif(ARRAY(SELECT n FROM unnest(p._unchanged) AS n"
-                " WHERE n = ANY(coalesce(t._unchanged, '{{}}'))), '{{}}') FROM {} AS t"
-                " WHERE p._unchanged IS NOT NULL AND {}"
-            ).format(sql.SQL(", ").join(sets), _table(job.target), same)
+                "UPDATE pgoutput_puts AS p SET {0}, {1} = nullif(ARRAY(SELECT n FROM unnest(p.{1}) AS n"
+                " WHERE n = ANY(coalesce(t.{1}, '{{}}'))), '{{}}') FROM {2} AS t"
+                " WHERE p.{1} IS NOT NULL AND {3}"
+            ).format(sql.SQL(", ").join(sets), _unchanged(job), _table(job.target), sql.SQL(" AND ").join(same))
         )
 
     def _sql(self, statement: str) -> sql.Composed:
@@ -416,6 +416,10 @@ def _by_arrow(kind: pa.DataType) -> str:
     return next((name for matches, name in _BY_ARROW if matches(kind)), "text")
 
 
+def _unchanged(job: Job) -> sql.Identifier:
+    return sql.Identifier(MetadataNames.of(job.changes.schema).unchanged)
+
+
 def _table(target: Target) -> sql.Identifier:
     return sql.Identifier(*target)
 
@@ -426,7 +430,7 @@ def _names(names: Sequence[str]) -> sql.Composed:
 
 def _texts(batch: pa.RecordBatch, names: Sequence[str]) -> list[pa.Array]:
     """Columns as text; a value that its Arrow type can't hold has its exact text in `_raw`."""
-    raw = batch.column("_raw")
+    raw = batch.column(MetadataNames.of(batch.schema).raw)
     out = []
     for name in names:
         field = batch.schema.field(name)
@@ -439,27 +443,28 @@ def _texts(batch: pa.RecordBatch, names: Sequence[str]) -> list[pa.Array]:
 
 def _before(batch: pa.RecordBatch) -> pa.Array:
     """Old rows as JSON of texts."""
-    before = batch.column("_before")
+    metadata = MetadataNames.of(batch.schema)
+    before = batch.column(metadata.before)
     if before.null_count == len(before) or not before.type.num_fields:
         return pa.nulls(len(batch), pa.large_utf8())
     rows = pa.RecordBatch.from_struct_array(before)
     names = rows.schema.names
     types = [(batch.schema.field(name).metadata or {}).get(b"pg.type", b"").decode() for name in names]
     texts = [written(rows.column(i), kind).to_pylist() for i, kind in enumerate(types)]
-    raws = batch.column("_raw").to_pylist()
+    raws = batch.column(metadata.raw).to_pylist()
     out: list[str | None] = []
     for i, there in enumerate(before.is_valid().to_pylist()):
         if not there:
             out.append(None)
             continue
         row = dict(zip(names, (column[i] for column in texts), strict=True))
-        row |= {name.removeprefix("_before."): text for name, text in raws[i] or () if name.startswith("_before.")}
+        row |= {name.removeprefix(metadata.old): text for name, text in raws[i] or () if name.startswith(metadata.old)}
         out.append(json.dumps(row, ensure_ascii=False))
     return pa.array(out, pa.large_utf8())
 
 
 def _raw(batch: pa.RecordBatch) -> pa.Array:
-    raw = batch.column("_raw")
+    raw = batch.column(MetadataNames.of(batch.schema).raw)
     if raw.null_count == len(raw):
         return pa.nulls(len(batch), pa.large_utf8())
     rows = [None if row is None else json.dumps(dict(row), ensure_ascii=False) for row in raw.to_pylist()]

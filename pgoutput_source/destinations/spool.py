@@ -9,6 +9,7 @@ than those of all parts before it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -70,6 +71,10 @@ class Part:
         for name in ("key", "first", "last"):
             known[name] = tuple(known[name])
         return cls(**known)
+
+
+class Gone(SinkError):
+    """An epoch is not in the spool."""
 
 
 class Spool:
@@ -155,8 +160,20 @@ class Spool:
 
     def size(self) -> int:
         """How many bytes wait."""
+        size = 0
         with explained("can't read", self.folder):
-            return sum(path.stat().st_size for path in self.folder.glob(f"*{COMMITTED}"))
+            for path in self.folder.glob(f"*{COMMITTED}"):
+                with contextlib.suppress(FileNotFoundError):  # applied meanwhile
+                    size += path.stat().st_size
+        return size
+
+    def waiting(self) -> list[Part]:
+        """The parts of all epochs, without their rows. One that is applied meanwhile may be left out."""
+        found = []
+        for token in (*self.tokens(COMMITTED), *self.tokens(STAGED)):
+            with contextlib.suppress(Gone):
+                found += self.parts(token)
+        return found
 
     def parts(self, token: str) -> list[Part]:
         """What an epoch has, without its rows."""
@@ -177,10 +194,9 @@ class Spool:
     def _opened(self, token: str) -> BinaryIO:
         with explained("can't read", self.folder):
             for suffix in (STAGED, COMMITTED):
-                path = self.folder / f"{token}{suffix}"
-                if path.exists():
-                    return path.open("rb")
-            raise SinkError(
+                with contextlib.suppress(FileNotFoundError):
+                    return (self.folder / f"{token}{suffix}").open("rb")
+            raise Gone(
                 f"{token} is gone from the spool {self.folder}",
                 hint="somebody removed it. Put it back; or start afresh: a new destination, recovery folder and slot",
             )

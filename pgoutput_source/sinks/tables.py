@@ -22,7 +22,7 @@ from typing import Any, Final, TypeAlias
 import pyarrow as pa
 
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet
-from pgoutput_source.changes.schema import TableName
+from pgoutput_source.changes.schema import MetadataNames, TableName
 from pgoutput_source.destinations.base import Destination, Job, Reached
 from pgoutput_source.destinations.spool import COMMITTED, STAGED, Part, Point, Spool
 from pgoutput_source.destinations.targets import Target, Targets
@@ -224,14 +224,14 @@ class TableSink(TwoPhaseSink[Item]):
 
     def _learn(self, target: Target, batch: pa.RecordBatch) -> None:
         """How far the target is, with all that waits in the spool."""
-        spool, _ = self._opened()
+        # First the spool: what leaves it meanwhile is at the destination.
+        waiting = [part for part in self._opened()[0].waiting() if self.targets.of(part.table) == target]
         reached = self.destination.reached(target)
-        number, point = (0, (0, -1)) if reached is None else (reached.number, reached.point)
         self._check_origin(target, reached, batch)
-        for token in (*spool.tokens(COMMITTED), *spool.tokens(STAGED)):
-            for part in spool.parts(token):
-                if self.targets.of(part.table) == target and part.number > number:
-                    number, point = part.number, part.last
+        number, point = (0, (0, -1)) if reached is None else (reached.number, reached.point)
+        for part in waiting:
+            if part.number > number:
+                number, point = part.number, part.last
         self._numbers[target], self._points[target] = number, point
         self._fresh[target] = point
 
@@ -264,7 +264,8 @@ class TableSink(TwoPhaseSink[Item]):
                         hint="the changes must come straight from the source, in its order; or an old recovery folder "
                         "was restored: start afresh with a new destination, recovery folder and slot",
                     )
-                lsn, seq = (batch.column(name).to_numpy() for name in ("_commit_lsn", "_seq"))
+                names = MetadataNames.of(batch.schema)
+                lsn, seq = (batch.column(name).to_numpy() for name in (names.commit_lsn, names.seq))
                 fresh = (lsn > known[0]) | ((lsn == known[0]) & (seq.astype("i8") > known[1]))
                 batch = batch.filter(pa.array(fresh))
                 if not len(batch):
@@ -312,7 +313,8 @@ def _by_version(items: list[Item]) -> list[tuple[ChangeBatch, list[pa.RecordBatc
 
 
 def _points(batch: pa.RecordBatch) -> tuple[Point, Point]:
-    lsn, seq = batch.column("_commit_lsn"), batch.column("_seq")
+    names = MetadataNames.of(batch.schema)
+    lsn, seq = batch.column(names.commit_lsn), batch.column(names.seq)
     last = len(batch) - 1
     return (lsn[0].as_py(), seq[0].as_py()), (lsn[last].as_py(), seq[last].as_py())
 

@@ -56,7 +56,7 @@ def unkeyed(workload: Workload) -> str:
 
 
 def keyed(workload: Workload) -> list[tuple[str, str]]:
-    return [tuple(t.name) for t in workload.tables if t.keyed]
+    return [(t.name.namespace, t.name.name) for t in workload.tables if t.keyed]
 
 
 @pytest.fixture
