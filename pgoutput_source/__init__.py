@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pgoutput_source.sinks.ipc import IpcSink
     from pgoutput_source.sinks.jsonl import JsonLinesSink
     from pgoutput_source.sinks.parquet import ParquetSink
+    from pgoutput_source.sinks.postgres import PostgresSink
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOME: Final = {
     "PgOutputReader": "reader",
     "PgOutputSource": "dataflow.source",
     "Position": "changes",
+    "PostgresSink": "sinks.postgres",
     "SourceSettings": "settings",
     "TableSchema": "changes",
     "TwoPhaseSink": "sinks.base",
@@ -64,6 +66,7 @@ __all__ = [
     "PgOutputReader",
     "PgOutputSource",
     "Position",
+    "PostgresSink",
     "SourceSettings",
     "TableSchema",
     "TwoPhaseSink",

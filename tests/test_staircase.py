@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # A module imports only rooms that stand before its own. A folder is one room; its files are free among themselves.
 ARCHITECTURE = (ROOT.parent / "ARCHITECTURE.md").read_text()
 STAIRCASE = re.findall(r"^\| \[`(\w+)`\]\([^)]+\) \|", ARCHITECTURE, re.MULTILINE)
-WITHOUT_BYTEWAX = STAIRCASE[: STAIRCASE.index("parquet") + 1]
+WITHOUT_BYTEWAX = STAIRCASE[: STAIRCASE.index("destinations") + 1]
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [".".join((PACKAGE, *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for file in FILES]

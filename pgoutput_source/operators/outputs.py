@@ -9,20 +9,20 @@ from bytewax import operators as op
 from bytewax.dataflow import Stream, operator
 from bytewax.outputs import FixedPartitionedSink
 
-from pgoutput_source.changes.batches import ChangeBatch
+from pgoutput_source.changes.batches import ChangeBatch, ChangeSet
 
-Batch: TypeAlias = ChangeBatch | pa.RecordBatch
+Item: TypeAlias = ChangeBatch | ChangeSet | pa.RecordBatch
 
 
 @operator
-def output(step_id: str, up: Stream[Batch], sink: FixedPartitionedSink[Any, Any]) -> None:
+def output(step_id: str, up: Stream[Item], sink: FixedPartitionedSink[Any, Any]) -> None:
     """Write batches to a sink of this package, or to any sink with fixed partitions that takes batches.
 
     Batches are keyed by table, so that all changes of a table go to one partition of the sink, in order.
 
     Args:
         step_id: Unique name of the step; the sink's state is kept under it.
-        up: Batches.
+        up: Batches; or, for a sink of many tables such as `PostgresSink`, the stream of the source as it is.
         sink: The destination, such as ``ParquetSink("out/orders")``.
 
     Example:

@@ -10,5 +10,6 @@ from pgoutput_source.sinks.base import TwoPhaseSink
 from pgoutput_source.sinks.ipc import IpcSink
 from pgoutput_source.sinks.jsonl import JsonLinesSink
 from pgoutput_source.sinks.parquet import ParquetSink
+from pgoutput_source.sinks.postgres import PostgresSink
 
-__all__ = ["IpcSink", "JsonLinesSink", "ParquetSink", "TwoPhaseSink", "read"]
+__all__ = ["IpcSink", "JsonLinesSink", "ParquetSink", "PostgresSink", "TwoPhaseSink", "read"]
