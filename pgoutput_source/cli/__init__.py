@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pgoutput_source import __version__
-from pgoutput_source.cli import demo, resync
+from pgoutput_source.cli import demo, resync, snapshot
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import PgOutputError
 from pgoutput_source.postgres import checks
@@ -74,9 +74,26 @@ def _parser() -> argparse.ArgumentParser:
         help="the flow's recovery folder (-r); repeat it if each process of a cluster has its own",
     )
     again.add_argument("--yes", action="store_true", help="recreate the slot if necessary, and move the flow's state")
-    again.set_defaults(run=lambda a: resync.run(_settings(a), a.recovery, yes=a.yes))
+    again.add_argument(
+        "--copy",
+        action="store_true",
+        help="with --yes: have the flow copy every published table again, which repairs it",
+    )
+    again.set_defaults(run=lambda a: resync.run(_settings(a), a.recovery, yes=a.yes, copy=a.copy))
 
-    for command in (check, again):
+    copy = commands.add_parser(
+        "snapshot",
+        help="ask a running flow to copy tables again",
+        description="The flow of the slot sends a T for each table, then all of its rows as R, while the changes of "
+        "all tables stream. The request is a logical message in the database: a flow that does not run obeys it when "
+        "it starts. The exit code is 0 if the request was written, 1 for an error.",
+    )
+    copy.add_argument(
+        "--table", metavar="SCHEMA.TABLE", action="append", required=True, help="a published table; several times"
+    )
+    copy.set_defaults(run=lambda a: snapshot.run(_settings(a), a.table))
+
+    for command in (check, again, copy):
         command.add_argument("--dsn", help="libpq connection string or URL")
         command.add_argument("--slot", help="the replication slot's name")
         command.add_argument(

@@ -6,7 +6,8 @@ command describes the gap. Only with ``--yes`` does it change anything: it recre
 the flow's state in the recovery folder to the slot's position. Files, windows and aggregates stay as they are, and the
 flow resumes from there. The command is safe to repeat. After an interruption it does the remaining steps.
 
-To repair the gap, compare the tables with what the flow wrote.
+To repair the gap, add ``--copy``: the flow then copies every published table again. Or compare the tables with what the
+flow wrote.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pgoutput_source.copy.requests import published_names, request
 from pgoutput_source.dataflow.recovery import TABLES, Tables, part_file, parts, progress, resume_epoch
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import SlotInUse, SlotLost, StateError
@@ -59,13 +61,14 @@ class Gap:
     tables: tuple[str, ...]
 
 
-def run(settings: SourceSettings, folders: Sequence[Path], *, yes: bool) -> int:
+def run(settings: SourceSettings, folders: Sequence[Path], *, yes: bool, copy: bool = False) -> int:
     """Print what is missing and, with `yes`, make the flow resume after the gap.
 
     Args:
         settings: Which slot, and where.
         folders: The flow's recovery folder; several if each process of a cluster has its own.
         yes: Whether to change anything.
+        copy: Whether the flow is then to copy every published table again, which repairs what the gap left out.
 
     Returns:
         The exit status: 0 if nothing is missing, or the flow can resume now; 1 if there is a gap and nothing was
@@ -87,10 +90,15 @@ def run(settings: SourceSettings, folders: Sequence[Path], *, yes: bool) -> int:
             return 0
         print("\n".join(described(settings, gap)))
         if not yes:
-            print(f"\nNothing was changed. With --yes {' and '.join(_steps(settings, gap, store))}")
+            print(f"\nNothing was changed. With --yes {' and '.join(_steps(settings, gap, store, copy=copy))}")
             return 1
         end = reanchor(conn, settings, gap, store)
+        tables = published_names(conn, settings.publication) if copy else []
+        if tables:
+            request(conn, settings, tables)
     print(f"\nslot {settings.slot}: the flow resumes from {end}, where the gap ends")
+    if tables:
+        print(f"it copies again: {', '.join(map(str, tables))}")
     return 0
 
 
@@ -158,20 +166,23 @@ def described(settings: SourceSettings, gap: Gap) -> Iterator[str]:
     if gap.saved is not None:
         yield f"  flow ran     until {gap.saved:%Y-%m-%d %H:%M:%S} UTC, when its state was last written"
     yield f"  tables       {', '.join(gap.tables) or 'none'}, of publication {', '.join(settings.publication)}"
-    yield "  to repair    once the slot exists, read each table and compare it with what the flow wrote, as returned by"
-    yield "               pgoutput_source.current(): rows that differ, or are only in the table, changed in the gap;"
-    yield "               rows that are only in the files were deleted. An initial copy that does this is not built yet"
+    yield "  to repair    add --copy: the flow then sends a T for each table, and all of its rows again. Or read each"
+    yield "               table and compare it with what the flow wrote, as returned by pgoutput_source.current(): rows"
+    yield "               that differ, or are only in the table, changed in the gap; rows that are only in the files"
+    yield "               were deleted"
     if gap.last_commit is not None and gap.commit_times:
         yield f"               inserted or updated since: pg_xact_commit_timestamp(xmin) > '{gap.last_commit}'"
 
 
-def _steps(settings: SourceSettings, gap: Gap, store: RecoveryFolder | None) -> Iterator[str]:
+def _steps(settings: SourceSettings, gap: Gap, store: RecoveryFolder | None, *, copy: bool) -> Iterator[str]:
     if gap.recreate:
         yield f"slot {settings.slot} is recreated"
     if store is not None:
         yield "the flow's state is moved to the slot's position; files, windows and aggregates are kept"
     else:
         yield "a flow without recovery resumes from there. For a flow with recovery, name its folder: --recovery …"
+    if copy:
+        yield "the flow is asked to copy every published table again"
 
 
 def reanchor(conn: Connection, settings: SourceSettings, gap: Gap, store: RecoveryFolder | None) -> Lsn:

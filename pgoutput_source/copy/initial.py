@@ -26,6 +26,7 @@ from pgoutput_source.copy.chunks import Busy, Chunk, ChunkReader, between, exact
 from pgoutput_source.copy.judge import judge
 from pgoutput_source.copy.keys import Keys
 from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, Signature, TableCopy
+from pgoutput_source.copy.requests import REQUEST, prefixes
 from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
 from pgoutput_source.copy.tables import Published, SourceTable, published, unreadable
 from pgoutput_source.decode.relations import LookUp, Relations
@@ -37,9 +38,6 @@ from pgoutput_source.settings import SourceSettings
 from pgoutput_source.types import types_of
 
 logger = logging.getLogger(__name__)
-
-REQUEST: Final = "pgoutput_source.copy"
-"""The prefix of a logical message that requests another copy of a table. Its content is schema and table."""
 
 CHUNK_ROWS = 100_000
 """The most rows of a chunk."""
@@ -149,7 +147,8 @@ class InitialCopy:
         Raises:
             ServerError: The server can't be asked for the order of keys.
         """
-        requests = [m for m in changes.messages if m.prefix == REQUEST]
+        wanted = prefixes(self._settings.slot)
+        requests = [m for m in changes.messages if m.prefix in wanted]
         if not self.ledger and not requests:
             return changes
         # The order of requests and changes within the set does not matter: dropped changes are in what is read later.
@@ -176,7 +175,7 @@ class InitialCopy:
         )
         return ChangeSet(
             tuple(sorted(batches, key=lambda batch: batch.first)),
-            tuple(m for m in changes.messages if m.prefix != REQUEST),
+            tuple(m for m in changes.messages if m.prefix not in wanted),
             tuple(t for t in changes.truncates if int(t.lsn) in emptied),
         )
 
@@ -253,6 +252,15 @@ class InitialCopy:
         found = [relation for relation, known in self._names.items() if known == name]
         if not found:
             logger.warning("slot %s: a copy of %r was requested, but it is not published", self._settings.slot, asked)
+        # Anybody may ask: that must not end the flow.
+        for table, allow in unreadable(self._reader.connection, found):
+            logger.warning(
+                "slot %s: a copy of %s was requested, but this role can't read it. Run: %s",
+                self._settings.slot,
+                table,
+                allow,
+            )
+            return
         for relation in found:
             self.again(relation)
 

@@ -20,6 +20,7 @@ from harness.flow import Flow, confirmed, following, publish, wait_for
 from harness.resync import run
 from harness.slots import absent, ahead, ids, insert, lost, of_another_plugin, recreated
 
+from pgoutput_source import current
 from pgoutput_source.cli import resync
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import StateError
@@ -125,6 +126,29 @@ def test_an_interrupted_resync_is_finished_by_the_next(lone: Database, tmp_path:
     insert(db, 201, 300)
     flow.run(*arguments, PGOUTPUT_UNTIL="current")
     assert ids(flow) == [*range(1, 101), *range(201, 301)]
+
+
+def test_a_copy_repairs_what_was_deleted_and_updated_in_the_gap(lone: Database, tmp_path: Path) -> None:
+    db, flow = lone, Flow(lone, tmp_path, PGOUTPUT_UNTIL="current")
+    publish(db)
+    arguments = ("-s", "0", *flow.recovery())
+    with db.connect() as connection:
+        connection.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+        connection.execute("INSERT INTO t SELECT n, 'old' FROM generate_series(1, 100) AS n")
+        flow.run(*arguments)
+        absent(db, flow)
+        connection.execute("DELETE FROM t WHERE id > 90")
+        connection.execute("UPDATE t SET v = 'new' WHERE id < 10")
+
+        code, said = run(flow, "--recovery", str(tmp_path / "recovery"), "--copy", "--yes")
+        assert code == 0, said
+        assert "it copies again: public.t" in said
+        connection.execute("INSERT INTO t VALUES (101, 'after')")
+        flow.run(*arguments)
+
+        expected = connection.execute("SELECT * FROM t ORDER BY id").fetchall()
+    rows = current(flow.out, key="id").select(["id", "v"]).to_pylist()
+    assert sorted((row["id"], row["v"]) for row in rows) == expected
 
 
 def test_a_failover_slot_is_recreated_as_one(lone: Database, tmp_path: Path) -> None:
