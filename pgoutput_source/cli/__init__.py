@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument(
         "--copy",
         action="store_true",
-        help="with --yes: have the flow copy every published table again, which repairs it",
+        help="with --yes: have the flow copy all published tables again",
     )
     again.set_defaults(run=lambda a: resync.run(_settings(a), a.recovery, yes=a.yes, copy=a.copy))
 
