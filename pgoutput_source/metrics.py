@@ -15,6 +15,10 @@ SKIPPED: Final = Counter(
 )
 RECONNECTS: Final = Counter("pgoutput_reconnects", "Replication connections that were lost and replaced", ["slot"])
 COPIED: Final = Counter("pgoutput_copied_rows", "Rows read by the initial copy", ["slot"])
+COPYING: Final = Gauge("pgoutput_copying_tables", "Tables whose initial copy is not complete", ["slot"])
+COPY_READ: Final = Gauge("pgoutput_copying_read_rows", "Rows of these tables that were read", ["slot"])
+COPY_EXPECTED: Final = Gauge("pgoutput_copying_expected_rows", "Rows that these tables have, by estimate", ["slot"])
+COPY_LEFT: Final = Gauge("pgoutput_copying_seconds_left", "Time until they are read, at the present rate", ["slot"])
 SPILLED: Final = Counter(
     "pgoutput_spilled_bytes", "Bytes of transactions in progress that went to temporary files (streaming)", ["slot"]
 )

@@ -197,6 +197,7 @@ class SourceSettings(BaseModel):
             progress of the copy; without one the copy starts over at each start. A run that resumes a state without a
             copy continues without it. "only" makes the same copy and then ends. Its slot is temporary: the server drops
             it with the connection, whatever happens. A run that was cut off starts over, and empties the tables first.
+        snapshot_rows_per_second: The most rows that the initial copy reads in a second, on average; None for no limit.
         status_interval: Seconds between two reports to the server, at most a quarter of its wal_sender_timeout.
         max_frames: The most messages that one poll returns.
         max_bytes: Bytes after which a poll returns. It bounds the memory, except for a single larger row.
@@ -245,6 +246,7 @@ class SourceSettings(BaseModel):
         AfterValidator(_checked_until),
     ] = None
     snapshot: Literal["never", "initial", "only"] = "never"
+    snapshot_rows_per_second: int | None = Field(default=None, ge=1)
     status_interval: float = Field(default=10.0, gt=0, le=3600, allow_inf_nan=False)
     max_frames: int = Field(default=65_536, ge=1)
     max_bytes: int = Field(default=16 << 20, ge=1)

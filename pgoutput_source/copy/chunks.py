@@ -38,6 +38,7 @@ from pgoutput_source.protocol.wire import Lsn
 logger = logging.getLogger(__name__)
 
 _BUSY: Final = ("55P03", "42P01")  # lock_not_available, undefined_table
+_INSUFFICIENT_PRIVILEGE: Final = "42501"
 _LOCK_TIMEOUT: Final = "20ms"
 _NOTHING: Final = (0, memoryview(b""))
 _GETS: Final = 512
@@ -67,10 +68,11 @@ class ChunkReader:
     Args:
         dsn: A libpq connection string.
         relations: Looks up the types of columns.
+        application_name: Of the connection.
     """
 
-    def __init__(self, dsn: str, relations: Relations) -> None:
-        self._dsn, self._relations = dsn, relations
+    def __init__(self, dsn: str, relations: Relations, *, application_name: str) -> None:
+        self._dsn, self._relations, self._application_name = dsn, relations, application_name
         self._connection: Connection | None = None
         self._page = 8192
 
@@ -80,7 +82,7 @@ class ChunkReader:
         if self._connection is None or self._connection.closed:
             self._connection = connect(self._dsn)
             with explained():
-                self._connection.execute("SET application_name = 'pgoutput_source copy'")
+                self._connection.execute("SELECT set_config('application_name', %s, false)", [self._application_name])
                 self._connection.execute("SET row_security = off")
                 row = self._connection.execute(
                     "SELECT current_setting('wal_block_size')::int, pg_is_in_recovery()"
@@ -110,6 +112,7 @@ class ChunkReader:
 
         Raises:
             Busy: The table's lock is not available at once.
+            NotConfigured: The role may not read the table, or not all of its rows.
             ServerError: The server refuses.
         """
         conn = self.connection
@@ -130,6 +133,8 @@ class ChunkReader:
             if isinstance(e, ServerError) and e.sqlstate in _BUSY:
                 # A wait here could queue behind a TRUNCATE that waits for other sessions, so try again later.
                 raise Busy from e
+            if isinstance(e, ServerError) and e.sqlstate == _INSUFFICIENT_PRIVILEGE:
+                describe(conn, wanted, self._relations)  # says what is missing
             raise
 
     def _taken(self) -> tuple[Snapshot, datetime]:

@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from psycopg import sql
 
-from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message
 from pgoutput_source.changes.schema import TableName
 from pgoutput_source.copy.chunks import Busy, Chunk, ChunkReader, between, exactly
 from pgoutput_source.copy.judge import judge
 from pgoutput_source.copy.keys import Keys
 from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, Signature, TableCopy
+from pgoutput_source.copy.progress import Progress
 from pgoutput_source.copy.requests import REQUEST, prefixes
 from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
-from pgoutput_source.copy.tables import Published, SourceTable, published, unreadable
+from pgoutput_source.copy.tables import Published, SourceTable, named, published, unreadable
 from pgoutput_source.decode.relations import LookUp, Relations
 from pgoutput_source.errors import ConfigurationError, ConnectionFailed, DecodeError, NotConfigured
 from pgoutput_source.postgres.definitions import Definitions
@@ -39,10 +38,13 @@ from pgoutput_source.types import types_of
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 CHUNK_ROWS = 100_000
 """The most rows of a chunk."""
 
 _CHUNK_BYTES: Final = 32 << 20
+_CHUNK_SECONDS: Final = 0.4  # the stream stands still meanwhile
 _MOST_BYTES: Final = 128 << 20  # of one chunk, which is delivered as a unit
 _FIRST_ROWS: Final = 10_000  # of a table of unknown size
 _PATIENCE: Final = 0.01  # seconds to wait, while the stream pauses, for a snapshot that shows what was streamed
@@ -87,11 +89,10 @@ class InitialCopy:
         self._relations = Relations(
             origin, look_up, types=types_of(server_version), metadata_prefix=settings.metadata_prefix
         )
-        self._reader = ChunkReader(dsn, self._relations)
+        self._reader = ChunkReader(dsn, self._relations, application_name=f"pgoutput_source copy {settings.slot}")
         self._keys: dict[int, Keys] = {}
-        self._most_rows = CHUNK_ROWS
+        self._most_rows = min(CHUNK_ROWS, settings.snapshot_rows_per_second or CHUNK_ROWS)
         self._rows: dict[int, int] = {}
-        self._estimates: dict[int, int] = {}
         self._names: dict[int, str] = {}  # of published tables
         self._former: dict[int, str] = {}  # names before a rename that the catalogue showed
         self._awaited: dict[int, tuple[str, Signature]] = {}  # versions for which the copy waited for the stream
@@ -101,8 +102,8 @@ class InitialCopy:
         self._not_before = 0.0
         self._lost_at = 0.0
         self._listed_at = 0.0
-        self._progress = _Progress(settings.slot)
         self.ledger = Ledger() if state is None else Ledger.from_state(state)
+        self._progress = Progress(settings.slot, self.ledger)
         if everything and (state is None or self.ledger.copying):
             self.ledger.begin()
             self._list()
@@ -199,6 +200,7 @@ class InitialCopy:
         for copy in self.ledger.settle(safe):
             logger.info("slot %s: %s is copied, %d rows", self._settings.slot, copy.name, copy.rows)
             self._let_go(copy.relation_id)
+            self._progress.publish()
             if not self.ledger.copying:
                 logger.info("slot %s: the initial copy is complete", self._settings.slot)
 
@@ -230,12 +232,20 @@ class InitialCopy:
         return keys
 
     def _ask(self, query: sql.Composed, parameters: list[list[str]]) -> list[int]:
-        """Query numbers from the server, and wait while it restarts."""
+        """Numbers from the server."""
+
+        def numbers() -> list[int]:
+            with explained():
+                return [n for (n,) in self._reader.connection.execute(query, parameters).fetchall()]
+
+        return self._patiently(numbers)
+
+    def _patiently(self, question: Callable[[], T]) -> T:
+        """What the server answers to something that the stream needs to know. It is waited for while it restarts."""
         deadline = time.monotonic() + self._settings.reconnect_seconds
         while True:
             try:
-                with explained():
-                    return [n for (n,) in self._reader.connection.execute(query, parameters).fetchall()]
+                return question()
             except ConnectionFailed as e:
                 self._reader.close()
                 if not e.transient or time.monotonic() > deadline:
@@ -244,15 +254,18 @@ class InitialCopy:
 
     def _requested(self, request: Message) -> None:
         asked = request.content.decode(errors="replace").strip()
-        self._list()
         try:
+            self._patiently(self._list)
             name = str(TableName.parse(asked))
+        except NotConfigured as e:
+            logger.warning("slot %s: a copy of %r was asked for. %s", self._settings.slot, asked, e)
+            return
         except ConfigurationError:
             name = ""
         found = [relation for relation, known in self._names.items() if known == name]
         if not found:
             logger.warning("slot %s: a copy of %r was requested, but it is not published", self._settings.slot, asked)
-        # Anybody may ask: that must not end the flow.
+        # Any client may ask, so a request never ends the flow.
         for table, allow in unreadable(self._reader.connection, found):
             logger.warning(
                 "slot %s: a copy of %s was requested, but this role can't read it. Run: %s",
@@ -272,21 +285,16 @@ class InitialCopy:
     def _register(self, relation_id: int, name: str) -> TableCopy:
         logger.info("slot %s: %s will be copied", self._settings.slot, name)
         self._let_go(relation_id)
-        return self.ledger.register(relation_id, name, self._reader.snapshot().xmax)
+        return self.ledger.register(relation_id, name, self._patiently(self._reader.snapshot).xmax)
 
     def _list(self) -> None:
         """List the tables that are published now. New ones enter the copy."""
         conn = self._reader.connection
         self._published = published(conn, self._settings.publication)
         self._listed_at = time.monotonic()
-        with explained():
-            names = conn.execute(
-                "SELECT c.oid::bigint, n.nspname::text, c.relname::text, greatest(c.reltuples, 0)::bigint"
-                "  FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::bigint[])",
-                [list(self._published)],
-            ).fetchall()
-        self._names = {relation: str(TableName(schema, name)) for relation, schema, name, _ in names}
-        self._estimates = {relation: rows for relation, _, _, rows in names}
+        names = named(conn, self._published)
+        self._names = {relation: str(name) for relation, name, _ in names}
+        self._progress.estimates = {relation: rows for relation, _, rows in names}
         new = [r for r in self._names if not self.ledger.knows(r)] if self.ledger.all else []
         refused = unreadable(conn, new)
         if refused:
@@ -439,13 +447,14 @@ class InitialCopy:
                 self._reader.flushed(chunk.snapshot)
                 copy.holes |= dict.fromkeys(holes, chunk.snapshot)
             else:
+                begun = time.monotonic()
                 rows = self._rows.get(copy.relation_id) or self._first_rows(table)
                 self._rows[copy.relation_id] = rows
                 upper = self._reader.upper_bound(table, copy.next_key, rows)
                 batches = self._batches(copy, chunk, table, between(table, copy.next_key, upper), safe)
                 self._reader.flushed(chunk.snapshot)
                 copy.add(upper, chunk.snapshot)
-                self._rows[copy.relation_id] = self._better(rows, batches)
+                self._rows[copy.relation_id] = self._better(rows, batches, time.monotonic() - begun)
         except _TooLarge:
             self._rows[copy.relation_id] = max(1, self._rows.get(copy.relation_id, 1) // 8)
             self._reader.abandon()
@@ -458,13 +467,14 @@ class InitialCopy:
             return min(self._most_rows, _FIRST_ROWS)
         return max(1, min(self._most_rows, _CHUNK_BYTES // table.row_bytes))
 
-    def _better(self, rows: int, batches: list[ChangeBatch]) -> int:
-        """How many rows the next chunk may have, given the size of the rows in this one."""
-        size = sum(batch.nbytes for batch in batches)
+    def _better(self, rows: int, batches: list[ChangeBatch], seconds: float) -> int:
+        """How many rows the next chunk may have, by the size of those of this one and the time that they took."""
+        size = sum(int(batch.data.nbytes) for batch in batches)
         count = sum(len(batch) for batch in batches)
         if not count:
             return rows
-        return max(1, min(self._most_rows, rows * 4, _CHUNK_BYTES * count // max(1, size)))
+        by_size, by_time = _CHUNK_BYTES * count // max(1, size), int(count * _CHUNK_SECONDS / max(seconds, 0.001))
+        return max(1, min(self._most_rows, rows * 4, by_size, by_time))
 
     def _batches(
         self, copy: TableCopy, chunk: Chunk, table: SourceTable, where: sql.Composable, safe: int
@@ -521,8 +531,9 @@ class InitialCopy:
         copy.rows += rows
         if rows:
             self.ledger.filling(copy)
-        metrics.COPIED.labels(self._settings.slot).inc(rows)
-        self._progress.copied(copy.name, copy.rows, self._estimates.get(copy.relation_id, 0), rows)
+        self._progress.read(copy, rows)
+        if self._settings.snapshot_rows_per_second is not None:
+            self._not_before = time.monotonic() + rows / self._settings.snapshot_rows_per_second
         return ChangeSet(tuple(batches))
 
 
@@ -571,29 +582,6 @@ def copy_of(
 
 class _TooLarge(Exception):
     """A chunk has more bytes than allowed in memory."""
-
-
-@dataclass(slots=True)
-class _Progress:
-    """Logs the progress of the copy now and then."""
-
-    slot: str
-    said_at: float = 0.0
-    since: int = 0
-
-    def copied(self, table: str, rows: int, estimate: int, new: int) -> None:
-        now = time.monotonic()
-        self.since += new
-        if not self.said_at:
-            self.said_at = now
-        passed = now - self.said_at
-        if passed < _SAY_EVERY:
-            return
-        rate = self.since / passed
-        left = f", {(estimate - rows) / rate:.0f} s left" if estimate > rows and rate else ""
-        of = f" of about {estimate}" if estimate > rows else ""
-        logger.info("slot %s: copying %s: %d%s rows, %.0f rows/s%s", self.slot, table, rows, of, rate, left)
-        self.said_at, self.since = now, 0
 
 
 def _is_truncate(batch: ChangeBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:

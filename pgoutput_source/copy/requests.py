@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from pgoutput_source.changes.schema import TableName
-from pgoutput_source.copy.tables import published
+from pgoutput_source.copy.tables import named, published
 from pgoutput_source.errors import NotConfigured, PublicationError
 from pgoutput_source.postgres.connection import Connection, one_row
 from pgoutput_source.postgres.refusals import explained
@@ -31,14 +31,7 @@ def prefixes(slot: str) -> tuple[str, str]:
 
 def published_names(conn: Connection, publications: Sequence[str]) -> list[TableName]:
     """The tables that can be copied, a partitioned table in place of its partitions if it is published so."""
-    with explained():
-        rows = conn.execute(
-            "SELECT n.nspname::text, c.relname::text"
-            "  FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
-            " WHERE c.oid = ANY(%s::bigint[]) ORDER BY 1, 2",
-            [list(published(conn, publications))],
-        ).fetchall()
-    return [TableName(*row) for row in rows]
+    return sorted(name for _, name, _ in named(conn, published(conn, publications)))
 
 
 def request(conn: Connection, settings: SourceSettings, tables: Sequence[TableName]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pgoutput_source.changes.schema import TableSchema
+from pgoutput_source.changes.schema import TableName, TableSchema
 from pgoutput_source.copy.keys import KeyColumn, comparable
 from pgoutput_source.copy.ledger import Signature
 from pgoutput_source.decode.relations import Relations
@@ -59,6 +59,16 @@ SELECT a.attnum, a.attname::text, a.atttypid::bigint, a.atttypmod, a.attgenerate
   LEFT JOIN pg_index AS i ON i.indrelid = c.oid
        AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END
  WHERE c.oid = %s ORDER BY a.attnum
+"""
+
+
+# The statistics of a partitioned table are seldom there; those of its partitions are.
+_NAMES = """
+SELECT c.oid::bigint, n.nspname::text, c.relname::text,
+       greatest(c.reltuples, 0, (SELECT sum(l.reltuples) FROM pg_partition_tree(c.oid) AS t
+                                   JOIN pg_class AS l ON l.oid = t.relid AND t.isleaf))::bigint
+  FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+ WHERE c.oid = ANY(%s::bigint[])
 """
 
 
@@ -127,6 +137,13 @@ def published(conn: Connection, publications: Iterable[str]) -> dict[int, Publis
         )
         for oid, columns, filters in rows
     }
+
+
+def named(conn: Connection, relations: Iterable[int]) -> list[tuple[int, TableName, int]]:
+    """Those of these relations that there are, with their names, and about how many rows they have."""
+    with explained():
+        rows = conn.execute(_NAMES, [list(relations)]).fetchall()
+    return [(relation, TableName(schema, name), count) for relation, schema, name, count in rows]
 
 
 def describe(conn: Connection, wanted: Published, relations: Relations) -> SourceTable | None:

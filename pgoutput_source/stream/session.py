@@ -15,6 +15,7 @@ It also owns the way back: `safe_lsn` is what may be acknowledged once everythin
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 from pgoutput_source import metrics
@@ -134,7 +135,7 @@ class SlotSession:
             ProtocolError, SchemaChanged, SpillError: See `Assembler.feed`.
         """
         copy = self._copy
-        if copy is not None and copy.due and (copy.reading or (self._streamed and not self.in_transaction)):
+        if copy is not None and (copy.reading or (copy.due and self._streamed and not self.in_transaction)):
             # The copy and the stream take turns. A table without a key is read to its end.
             self._streamed = False
             rows = copy.step(self.safe_lsn)
@@ -142,6 +143,10 @@ class SlotSession:
                 self.idle = False
                 self._warn(rows.batches)
                 metrics.CHANGES.labels(self.settings.slot).inc(len(rows))
+                return rows
+            if copy.reading:
+                self.idle = True
+                time.sleep(min(timeout, _COPYING))
                 return rows
         self._streamed = True
         # While a committed transaction that was streamed is delivered piece by piece, nothing is read from the server.

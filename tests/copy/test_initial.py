@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from harness.database import Database
+from prometheus_client import Gauge
 
+from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.changes.schema import Column
 from pgoutput_source.changes.values import to_python
@@ -475,3 +477,35 @@ def test_a_reader_that_only_copies(db: Database) -> None:
 
         with pytest.raises(ConnectionFailed, match="temporary"):
             cut_off()
+
+
+@pytest.mark.parametrize("key", [" PRIMARY KEY", ""])
+def test_a_limit_of_rows_holds_and_the_way_is_seen(db: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "_PIECE", 1000)
+    with db.connect() as c:
+        c.execute(f"CREATE TABLE t (id int{key})".encode())
+        c.execute("INSERT INTO t SELECT generate_series(1, 1000)")
+        c.execute("ANALYZE t")
+        c.execute("CREATE PUBLICATION p FOR TABLE t")
+        settings = SourceSettings.of(
+            dsn=db.dsn, slot=f"s{len(key)}", publication="p", snapshot="only", snapshot_rows_per_second=400
+        )
+        session = SlotSession(db.dsn, settings)
+        begun = time.monotonic()
+        rows, seen = 0, set()
+        while rows < 1000:
+            rows += len(session.next(0.1))
+            seen.add(gauge(metrics.COPY_EXPECTED, settings.slot))
+            assert gauge(metrics.COPY_READ, settings.slot) in (rows, 0)
+        assert time.monotonic() - begun > 1.4  # what comes first waits for nothing
+        assert 1000 in seen
+        row = c.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgoutput_source copy s%'")
+        assert row.fetchall() == [(1,)]
+        while session.copying:
+            session.next(0.1)
+        session.close()
+    assert gauge(metrics.COPYING, settings.slot) == 0
+
+
+def gauge(metric: Gauge, slot: str) -> float:
+    return float(metric.labels(slot)._value.get())

@@ -1,0 +1,76 @@
+"""How far the copy is: lines in the log, and metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from pgoutput_source import metrics
+from pgoutput_source.copy.ledger import Ledger, TableCopy
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY: Final = 10.0  # seconds
+_RATE_OVER: Final = 10.0  # seconds that count for the rate
+
+
+class Progress:
+    """What was copied, what is left, and how fast it goes.
+
+    Args:
+        slot: The label of the metrics.
+        ledger: Of the copy.
+    """
+
+    def __init__(self, slot: str, ledger: Ledger) -> None:
+        self.slot, self.ledger = slot, ledger
+        self.estimates: Mapping[int, int] = {}
+        """Rows of each published table, as far as the server's statistics know."""
+        self._logged_at = self._rated_at = time.monotonic()
+        self._rate = 0.0
+
+    def read(self, copy: TableCopy, rows: int) -> None:
+        """Some rows of a table were read."""
+        now = time.monotonic()
+        metrics.COPIED.labels(self.slot).inc(rows)
+        passed = now - self._rated_at
+        if passed > 0:
+            weight = math.exp(-passed / _RATE_OVER)
+            self._rate = weight * self._rate + (1 - weight) * rows / passed
+            self._rated_at = now
+        self.publish()
+        if now - self._logged_at < _LOG_EVERY:
+            return
+        self._logged_at = now
+        expected = self._expected(copy)
+        of = f" of about {expected}" if expected > copy.rows else ""
+        tables = len(self.ledger.copying)
+        logger.info(
+            "slot %s: copying %s: %d%s rows; %d tables to do, %.0f rows/s%s",
+            self.slot,
+            copy.name,
+            copy.rows,
+            of,
+            tables,
+            self._rate,
+            f", about {self._left():.0f} s left" if self._left() else "",
+        )
+
+    def publish(self) -> None:
+        """Set the metrics."""
+        copying = self.ledger.copying.values()
+        metrics.COPYING.labels(self.slot).set(len(copying))
+        metrics.COPY_READ.labels(self.slot).set(sum(copy.rows for copy in copying))
+        metrics.COPY_EXPECTED.labels(self.slot).set(sum(self._expected(copy) for copy in copying))
+        metrics.COPY_LEFT.labels(self.slot).set(self._left())
+
+    def _expected(self, copy: TableCopy) -> int:
+        return max(copy.rows, self.estimates.get(copy.relation_id, 0))
+
+    def _left(self) -> float:
+        """Seconds; 0 if it is not known."""
+        rows = sum(self._expected(copy) - copy.rows for copy in self.ledger.copying.values())
+        return rows / self._rate if self._rate else 0.0
