@@ -106,7 +106,11 @@ class InitialCopy:
         self._progress = Progress(settings.slot, self.ledger)
         if everything and (state is None or self.ledger.copying):
             self.ledger.begin()
-            self._list()
+            try:
+                self._list()
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Close the connection. A chunk that is being read counts as unread."""

@@ -47,7 +47,7 @@ def drained(one: SlotSession) -> int:
 def test_what_the_role_may_not_read(db: Database, copier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with db.connect() as c:
         c.execute("GRANT SELECT ON b TO copier")
-        with pytest.raises(NotConfigured, match=r"can't read public\.a, public\.b") as caught:
+        with pytest.raises(NotConfigured, match=r"can't read all rows of public\.a, public\.b") as caught:
             session(copier)
         assert caught.value.hint is not None
         for statement in caught.value.hint.partition(": ")[2].split("; "):
