@@ -1,9 +1,9 @@
 """The demo: a PostgreSQL, a shop that takes orders, a dataflow that captures them, and a check of its files.
 
 Everything is real and runs in its own process: an embedded server that is deleted at the end, the shop's workload, and
-`demo_flow` under ``python -m bytewax.run``, the usual way to start a dataflow. After some seconds the shop closes. Once
-the flow has acknowledged the last change, it is asked to stop, and SQL on both sides compares the Parquet files with
-the tables.
+`demo_flow` under ``python -m bytewax.run``, the usual way to start a dataflow. The shop has orders before the flow
+starts, which the initial copy brings. After some seconds the shop closes. Once the flow has acknowledged the last
+change, it is asked to stop, and SQL on both sides compares the Parquet files with the tables.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ SLOT = "demo"
 FLOW = "pgoutput_source.cli.demo_flow"
 """The dataflow that ``python -m bytewax.run`` runs."""
 
+COPIED = "the initial copy is complete"
+"""What the flow's log says then."""
+
 RATE = 4000
 """Changed rows per second that the shop aims at."""
+
+OPENING = 300
+"""Transactions of the shop before the flow starts."""
 
 PATIENCE = 40.0
 """How many seconds the flow may take to catch up, and again to stop."""
@@ -59,9 +65,13 @@ def run(seconds: float, folder: Path) -> int:
     with Server() as server:
         dsn = server.dsn()
         shop.create(dsn)
+        steps = iter(range(OPENING))
+        shop.Workload(dsn, seed=time.time_ns()).run(lambda _: next(steps, None) is None)
         with psycopg.connect(dsn, autocommit=True) as connection:
+            orders = _one(connection, "SELECT count(*) FROM orders")
             connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [SLOT])
-            print(f"PostgreSQL {server.version} is up; a shop takes orders for {seconds:g} s; files go to {out}")
+            print(f"PostgreSQL {server.version} is up, with {orders} orders. A shop takes more for {seconds:g} s")
+            print(f"The flow copies those that are there, and follows the changes. Its files go to {out}")
             with _flow(dsn, out) as flow:
                 with _shop(dsn, out) as workload:
                     _watch(connection, flow, workload, out, seconds)
@@ -159,6 +169,7 @@ def _flow(dsn: str, out: Path) -> Iterator[subprocess.Popen[bytes]]:
         "PGOUTPUT_DSN": dsn,
         "PGOUTPUT_SLOT": SLOT,
         "PGOUTPUT_PUBLICATION": shop.PUBLICATION,
+        "PGOUTPUT_SNAPSHOT": "initial",
         "PGOUTPUT_OUT": str(out.absolute()),
     }
     command = [sys.executable, "-m", "bytewax.run", FLOW, "-s", "2"]
@@ -217,8 +228,11 @@ def _watch(
 
 
 def _catch_up(connection: psycopg.Connection[Any], flow: subprocess.Popen[bytes], out: Path) -> None:
-    """Wait until the flow has acknowledged the last change, so its epoch is durable."""
+    """Wait until the flow has copied all tables and acknowledged the last change, so its epoch is durable."""
     began = time.monotonic()
+    while COPIED not in (out / "flow.log").read_text(errors="replace") and time.monotonic() < began + PATIENCE:
+        _alive(flow, "the flow", out / "flow.log")
+        time.sleep(0.2)
     target = _one(connection, "SELECT pg_current_wal_flush_lsn()")
     reached = f"SELECT confirmed_flush_lsn >= '{target}' FROM pg_replication_slots WHERE slot_name = '{SLOT}'"
     with _Line() as line:

@@ -75,7 +75,11 @@ def test_the_demonstration_passes_on_the_real_flow(
     said = capsys.readouterr().out
     assert "agree with the tables, in every row of" in said
     (out,) = (tmp_path / "out").iterdir()
-    assert list(out.glob("orders/*.parquet"))
+    ops = [
+        op for file in out.glob("orders/*.parquet") for op in pq.read_table(file, columns=["_op"])["_op"].to_pylist()
+    ]
+    assert ops.count("R") > 100
+    assert "I" in ops
     assert str(out) in said
 
 
