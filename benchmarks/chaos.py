@@ -2,6 +2,7 @@
 
     python -m benchmarks.chaos --kills 300 --seed 1 --major 18
     python -m benchmarks.chaos --kills 60 --no-recovery
+    python -m benchmarks.chaos --kills 60 --copy
     python -m benchmarks.chaos --break "acknowledge early"
 
 A workload writes all the time, sometimes a transaction of a million rows. Each kill is a SIGKILL at a random moment
@@ -13,7 +14,8 @@ hangs for longer than wal_sender_timeout, or the flow was about to end normally.
 
 Every fifty kills the flow runs to the end. Its files are then compared with an undisturbed second slot and with the
 tables. A `SlotAhead` at any start means that something was acknowledged before it was durable. Without
-recovery, changes may come twice, but none may be lost. A deliberate mistake (`--break`) must be detected.
+recovery, changes may come twice, but none may be lost. With --copy the tables are copied too, and the files, replayed
+in the order of positions, are compared with the tables alone. A deliberate mistake (`--break`) must be detected.
 """
 
 from __future__ import annotations
@@ -173,8 +175,17 @@ class Chaos:
     """One database, slot, recovery store and output folder."""
 
     def __init__(
-        self, server: Server, folder: Path, rng: random.Random, report: Report, *, mistake: str, millions: bool
+        self,
+        server: Server,
+        folder: Path,
+        rng: random.Random,
+        report: Report,
+        *,
+        mistake: str,
+        millions: bool,
+        copy: bool = False,
     ) -> None:
+        self.copy = copy
         self.server, self.folder, self.rng, self.report = server, folder, rng, report
         self.mistake, self.millions = mistake, millions
         self.heavy = 0
@@ -204,6 +215,7 @@ class Chaos:
             "PGOUTPUT_MAX_FRAMES": "5000",
             "PGOUTPUT_MAX_BYTES": "500000",
             "MAX_AGE": "2",
+            **({"PGOUTPUT_SNAPSHOT": "initial", "CHUNK_ROWS": "200"} if copy else {}),
         }
 
     def sql(self) -> psycopg.Connection[Any]:
@@ -398,6 +410,16 @@ class Chaos:
             report.violations += "SlotAhead" in self.said(1)
             report.failures.append(f"the last run: exit code {code}: {self.said(1)[-2000:]}")
             return
+        if self.copy:
+            # Which changes come as such depends on when each row is read. The rows that they leave do not.
+            try:
+                states, changes = replayed(self.out, but=[MILLION])
+            except AssertionError as e:
+                report.failures.append(f"what was copied and streamed can't be replayed: {e}")
+                return
+            report.changes += changes
+            report.wrong_rows += len(differences(states, tables(writing))) + self._million_differs(writing)
+            return
         found: dict[str, list[pa.Table]] = defaultdict(list)
         for file in self.out.glob("*.parquet"):
             found[_table_of(file)].append(pq.read_table(file, columns=POSITIONS.names).cast(POSITIONS))
@@ -465,10 +487,12 @@ def run(
     mistake: str = "",
     recovery: bool = True,
     long: bool = False,
+    copy: bool = False,
 ) -> Report:
     """Kill a flow so many times.
 
-    A `long` run has transactions of a million rows and a server that syncs to disk, and prints the report as it grows.
+    With `copy` the flow copies the tables, also those that are recreated. A `long` run has transactions of a million
+    rows and a server that syncs to disk, and prints the report as it grows.
     """
     rng, report = random.Random(seed), Report(recovery)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -478,7 +502,13 @@ def run(
             while report.kills < kills and report.held:
                 count = min(kills - report.kills, 5 if mistake else KILLS_A_ROUND)
                 chaos = Chaos(
-                    server, folder / str(report.kills), rng, report, mistake=mistake, millions=long and not mistake
+                    server,
+                    folder / str(report.kills),
+                    rng,
+                    report,
+                    mistake=mistake,
+                    millions=long and not mistake,
+                    copy=copy,
                 )
                 writing = Writing(chaos.dsn, rng.randrange(1 << 20))
                 with writing:
@@ -505,11 +535,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--major", type=int, default=18)
     parser.add_argument("--no-recovery", dest="recovery", action="store_false", help="run the flow without -r")
+    parser.add_argument("--copy", action="store_true", help="run the flow with an initial copy; needs recovery")
     parser.add_argument("--break", dest="mistake", default="", help="a mistake of harness.faults, which must be seen")
     options = parser.parse_args()
     begun = time.monotonic()
     report = run(
-        options.kills, options.seed, options.major, mistake=options.mistake, recovery=options.recovery, long=True
+        options.kills,
+        options.seed,
+        options.major,
+        mistake=options.mistake,
+        recovery=options.recovery,
+        long=True,
+        copy=options.copy,
     )
     print(f"seed {options.seed}, PostgreSQL {options.major}, {time.monotonic() - begun:.0f} s")
     if options.mistake:
