@@ -135,7 +135,7 @@ class SlotSession:
             ProtocolError, SchemaChanged, SpillError: See `Assembler.feed`.
         """
         copy = self._copy
-        if copy is not None and (copy.reading or (copy.due and self._streamed and not self.in_transaction)):
+        if copy is not None and (copy.reading or (self._streamed and self._copy_is_due)):
             # The copy and the stream take turns. A table without a key is read to its end.
             self._streamed = False
             rows = copy.step(self.safe_lsn)
@@ -152,9 +152,16 @@ class SlotSession:
         # While a committed transaction that was streamed is delivered piece by piece, nothing is read from the server.
         received: Sequence[bytes | memoryview] = ()
         if not self._assembler.pending:
-            received = self._poll(min(timeout, _COPYING) if self.copying else timeout)
-        self.idle = not received and not self._assembler.pending
-        return self._deliver(ChangeSet(()) if self.idle else self._assembler.feed(received))
+            if self.copying:
+                timeout = 0.0 if self._copy_is_due else min(timeout, _COPYING)
+            received = self._poll(timeout)
+        nothing = not received and not self._assembler.pending
+        self.idle = nothing and not self._copy_is_due
+        return self._deliver(ChangeSet(()) if nothing else self._assembler.feed(received))
+
+    @property
+    def _copy_is_due(self) -> bool:
+        return self._copy is not None and self._copy.due and not self.in_transaction
 
     def _poll(self, timeout: float) -> Sequence[bytes | memoryview]:
         settings, frames = self.settings, self.frames

@@ -479,6 +479,43 @@ def test_a_reader_that_only_copies(db: Database) -> None:
             cut_off()
 
 
+def test_tables_that_leave_the_publication_and_come_back(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initial, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(initial, "_LIST_EVERY", 0.0)
+    with db.connect() as c:
+        for name in ("dropped", "t", "whole"):
+            c.execute(f"CREATE TABLE {name} (id int PRIMARY KEY)".encode())
+            c.execute(f"INSERT INTO {name} SELECT generate_series(1, {20 if name == 'whole' else 200})".encode())
+        c.execute("CREATE PUBLICATION p FOR TABLE dropped, t, whole")
+        c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+        session = SlotSession(db.dsn, SourceSettings.of(dsn=db.dsn, slot="s", publication="p", snapshot="initial"))
+        mirror = Mirror(("id",))
+        while not mirror.read:
+            mirror.take(session.next(0.01))
+        c.execute("DELETE FROM dropped WHERE id <= 20")
+        c.execute("DROP TABLE dropped")
+        c.execute("ALTER PUBLICATION p DROP TABLE t")
+        c.execute("DELETE FROM t WHERE id <= 20")
+        for _ in range(20):
+            mirror.take(session.next(0.01))
+        c.execute("ALTER PUBLICATION p ADD TABLE t")
+        finish(session, db, mirror)
+        assert len(mirror.rows) == 180
+
+        # Copied completely, and what is deleted now is not streamed.
+        c.execute("ALTER PUBLICATION p DROP TABLE whole")
+        finish(session, db, mirror)
+        for _ in range(20):
+            mirror.take(session.next(0.01))
+        c.execute("DELETE FROM whole WHERE id <= 5")
+        c.execute("ALTER PUBLICATION p ADD TABLE whole")
+        for _ in range(20):
+            mirror.take(session.next(0.01))
+        finish(session, db, mirror)
+        assert len(mirror.of("public.whole")) == 15
+        session.close()
+
+
 @pytest.mark.parametrize("key", [" PRIMARY KEY", ""])
 def test_a_limit_of_rows_holds_and_the_way_is_seen(db: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "_PIECE", 1000)
