@@ -73,11 +73,14 @@ def delivered(db: Database, monkeypatch: pytest.MonkeyPatch) -> list[ChangeBatch
 
 def write(dsn: str, seed: int, stopped: threading.Event) -> None:
     rng = random.Random(seed)
-    with psycopg.connect(dsn) as c:
+    with psycopg.connect(dsn, options="-c deadlock_timeout=20ms") as c:
         while not stopped.wait(0.002):
-            for _ in range(rng.randint(1, 5)):
-                c.execute(rng.choice(CHANGES).encode(), {"n": rng.randint(1, 2000)})
-            c.commit()
+            try:
+                for _ in range(rng.randint(1, 5)):
+                    c.execute(rng.choice(CHANGES).encode(), {"n": rng.randint(1, 2000)})
+                c.commit()
+            except (psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
+                c.rollback()
 
 
 def of(batches: list[ChangeBatch], table: str, step: Any) -> list[Any]:
