@@ -130,19 +130,19 @@ class KeyedChanges:
         last[self.code] = np.arange(len(self.code))
         return np.arange(len(last)), last, self.ops[last] == DELETE, np.zeros(len(last), np.bool_)
 
-    @property
+    @functools.cached_property
     def there(self) -> tuple[Ints, Ints]:
         """The codes of keys that have a row in the end, and the last change of each."""
         codes, rows, gone, _ = self._last
         return codes[~gone], rows[~gone]
 
-    @property
+    @functools.cached_property
     def deleted(self) -> tuple[Ints, Ints]:
         """The codes of keys whose row was deleted, and the delete of each."""
         codes, rows, gone, left = self._last
         return codes[gone & ~left], rows[gone & ~left]
 
-    @property
+    @functools.cached_property
     def left(self) -> tuple[Ints, Ints]:
         """The codes of keys whose row moved to another key, and the update of each."""
         codes, rows, _, left = self._last
@@ -150,7 +150,9 @@ class KeyedChanges:
 
     def names(self, codes: Ints) -> list[Hashable]:
         """Keys by their codes."""
-        return [self.keys[code] for code in codes.tolist()]
+        if len(codes) == self.count and np.array_equal(codes, np.arange(self.count)):
+            return self.keys
+        return list(map(self.keys.__getitem__, codes.tolist()))
 
     def events(self) -> Ints:
         """Each change's event at its new key. With identity FULL some may have none: -1."""
