@@ -10,13 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pgoutput_source import __version__
-from pgoutput_source.cli import demo, resync, snapshot
-from pgoutput_source.embedded import connection_string
+from pgoutput_source.cli import check, demo, resync, snapshot
 from pgoutput_source.errors import PgOutputError
-from pgoutput_source.postgres import checks
-from pgoutput_source.postgres.connection import connect
-from pgoutput_source.postgres.published import remarks
-from pgoutput_source.postgres.system import current_lsn
 from pgoutput_source.settings import SourceSettings, parse_publications
 
 
@@ -50,13 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--folder", type=Path, default=Path("out/demo"), help="the folder for files (default: out/demo)")
     show.set_defaults(run=lambda a: demo.run(a.seconds, a.folder))
 
-    check = commands.add_parser(
+    look = commands.add_parser(
         "check",
         help="compare server, slot and publication with what a flow needs",
         description="Reads PGOUTPUT_DSN, PGOUTPUT_SLOT and PGOUTPUT_PUBLICATION like a flow; options override them. "
         "Changes nothing.",
     )
-    check.set_defaults(run=_check)
+    look.set_defaults(run=lambda a: check.run(_settings(a)))
 
     again = commands.add_parser(
         "resync",
@@ -93,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     copy.set_defaults(run=lambda a: snapshot.run(_settings(a), a.table))
 
-    for command in (check, again, copy):
+    for command in (look, again, copy):
         command.add_argument("--dsn", help="libpq connection string or URL")
         command.add_argument("--slot", help="the replication slot's name")
         command.add_argument(
@@ -114,16 +109,3 @@ def _settings(arguments: argparse.Namespace) -> SourceSettings:
     if arguments.publication is not None:
         given["publication"] = parse_publications(arguments.publication)
     return SourceSettings.from_env(**given)
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    settings = _settings(arguments)
-    with connect(connection_string(settings.dsn)) as conn:
-        slot = checks.check(conn, settings)
-        found = list(remarks(conn, settings))
-        now = current_lsn(conn)
-    lag = now - (slot.confirmed_flush_lsn or now)
-    print(f"slot {slot.name}: ready, acknowledged up to {slot.confirmed_flush_lsn}, {lag:,d} bytes of WAL to read")
-    for remark in found:
-        print(f"note: {remark.text}\n  hint: {remark.hint}")
-    return 0
