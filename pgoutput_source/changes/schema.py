@@ -230,9 +230,24 @@ class MetadataNames(NamedTuple):
         """What a column's name begins with where `raw` means its value in `before`: ``_before.``"""
         return f"{self.before}."
 
+    @property
+    def remedy(self) -> str:
+        """What to do if a table has a column of such a name."""
+        if self.prefix == _PREFIX:
+            return 'metadata_prefix="cdc_" gives the metadata columns other names'
+        return "choose another metadata_prefix, which begins the names of the metadata columns"
+
     def clash(self, columns: Iterable[str]) -> tuple[str, ...]:
         """Which of these columns of a table have the name of a metadata column."""
         return tuple(name for name in columns if name in self)
+
+    def unclear(self, name: str, columns: Iterable[str]) -> bool:
+        """Whether an entry `name` of `raw` may be of a column, or of another one's value in `before`.
+
+        >>> MetadataNames.with_prefix("_").unclear("_before.id", ["id", "_before.id"])
+        True
+        """
+        return name.startswith(self.old) and name in columns
 
 
 @functools.cache
@@ -331,9 +346,7 @@ class TableSchema:
                 f"column {clash[0]!r} has the name of a metadata column",
                 table=self.table,
                 column=clash[0],
-                hint='metadata_prefix="cdc_" gives the metadata columns other names'
-                if self.metadata_prefix == _PREFIX
-                else "choose another metadata_prefix, which begins the names of the metadata columns",
+                hint=self.metadata_names.remedy,
             )
         meta = {
             "pg.table": self.table,

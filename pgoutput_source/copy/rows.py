@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pgoutput_source.changes.batches import ChangeBatch, UndecodedBatch, known_fields
 from pgoutput_source.changes.schema import OP_CODE, OPS, TableSchema
@@ -47,9 +48,24 @@ def columns_of(
     ]
     tuples = Tuples(copied.parts, copied.lengths, first=copied.first)
     try:
-        return decode_copied(tuples, columns, table.schema.table, on_misfit=on_misfit)
+        found = decode_copied(tuples, columns, table.schema.table, on_misfit=on_misfit)
+        _check_clear(found.raw, table.schema)
+        return found
     except DecodeError as e:
         return e, pa.nulls(len(tuples), pa.map_(pa.utf8(), pa.utf8()))
+
+
+def _check_clear(raw: pa.MapArray, schema: TableSchema) -> None:
+    metadata, names = schema.metadata_names, [column.name for column in schema.columns]
+    odd = [name for name in names if metadata.unclear(name, names)]
+    for name in odd if raw.null_count < len(raw) else ():
+        if pc.map_lookup(raw, pa.scalar(name), "first").null_count < len(raw):
+            raise DecodeError(
+                f"a value that its Arrow type can't hold, and {name!r} in {metadata.raw} may be two things",
+                table=schema.table,
+                column=name,
+                hint=metadata.remedy,
+            )
 
 
 def batch_of(

@@ -155,10 +155,14 @@ class _Decoder:
 
     def _keep(self, cells: _ColumnCells, values: pa.Array, sent: Bools) -> None:
         column, rows = cells.column, cells.rows
-        name = column.name if rows is None else self.schema.metadata_names.old + column.name
+        metadata = self.schema.metadata_names
+        name = column.name if rows is None else metadata.old + column.name
         for i in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False) & sent):
             if self.on_misfit == "error":
                 raise self._error(cells, int(i), f"a value that {column.arrow} can't hold")
+            if metadata.unclear(name, [c.name for c in self.schema.columns]):
+                problem = f"a value that {column.arrow} can't hold, and {name!r} in {metadata.raw} may be two things"
+                raise self._error(cells, int(i), problem, metadata.remedy)
             row = int(i) if rows is None else int(rows[i])
             text = exact_text(self._text(cells, int(i)))
             place = cells.order if rows is None else cells.order + len(self.schema.columns)

@@ -16,6 +16,7 @@ from pyarrow import fs
 from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.compute.metadata import renamed
 from pgoutput_source.parquet.folder import FOOTER, INDEX, Asked
+from pgoutput_source.parquet.leaves import restored
 from pgoutput_source.parquet.place import local_path
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def schemas_of(folder: Path, table: str | None = None) -> dict[Path, pa.Schema]:
         if schema is None:
             schema = _FORMAT.inspect(str(file), fs.LocalFileSystem())
             metadata = schema.metadata or {}
-            schema = schema.with_metadata({k: v for k, v in metadata.items() if k != FOOTER.encode()})
+            schema = restored(schema).with_metadata({k: v for k, v in metadata.items() if k != FOOTER.encode()})
             if version:
                 versions[version] = schema
         if asked is None or asked.of(schema):

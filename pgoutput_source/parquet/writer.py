@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.parquet.folder import FOOTER, Part, origin_of, schema_digest, table_of
+from pgoutput_source.parquet.leaves import Leaf, leaves, stored
 from pgoutput_source.parquet.place import explained
 
 ROW_GROUP_ROWS: Final = 128 * 1024
@@ -57,7 +58,7 @@ class Codec:
             compression_level=self.level,
             use_dictionary=dictionaries,
             column_encoding=encodings,
-            write_statistics=[*_leaves(sample.schema, heavy)] if heavy else True,
+            write_statistics=_light(sample.schema, heavy) if heavy else True,
         )
 
 
@@ -67,7 +68,7 @@ class PartWriter:
     def __init__(self, codec: Codec, name: str, path: Path, schema: pa.Schema) -> None:
         self.codec = codec
         self.path = path
-        self.schema = schema
+        self.schema, self._stored = schema, stored(schema)
         self.begun = time.monotonic()
         self.part = Part(
             names=(name,),
@@ -96,6 +97,8 @@ class PartWriter:
         if not self.waiting:
             return
         table = pa.Table.from_batches(self.waiting, self.schema)
+        if self._stored is not self.schema:
+            table = table.cast(self._stored)
         heavy = {name for name in table.schema.names if table.column(name).nbytes > ROW_GROUP_BYTES}
         if not heavy and table.num_rows < 1024 * len(self.waiting):
             # Otherwise the writer would spend more time on the chunks than on the rows.
@@ -175,51 +178,51 @@ def _encodings(sample: pa.Table) -> tuple[list[str], dict[str, str]]:
     Arrow's default, a dictionary for everything until it overflows, takes three times the CPU and half again as much
     space: positions, ids and times hardly repeat, and their differences are small.
     """
-    dictionaries: list[str] = []
-    encodings: dict[str, str] = {}
+    repeated = {
+        name
+        for name, column in zip(sample.schema.names, sample.columns, strict=True)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        if len(column) >= _SAMPLE and pc.count_distinct(column.slice(0, _SAMPLE)).as_py() * 16 <= _SAMPLE
+    }
+    wanted: dict[str, set[str]] = {}
+    for leaf in leaves(sample.schema):
+        wanted.setdefault(leaf.path, set()).add(_encoding(leaf, repeated))
+    # What leaves with the same path do not agree on is left to Arrow's plain encoding.
+    agreed = {path: encodings.pop() for path, encodings in wanted.items() if len(encodings) == 1}
+    return (
+        [path for path, encoding in agreed.items() if encoding == _DICTIONARY],
+        {path: encoding for path, encoding in agreed.items() if encoding == _DELTA},
+    )
 
-    def leaf(path: str, kind: pa.DataType) -> None:
-        if pa.types.is_struct(kind):
-            for child in kind:
-                leaf(f"{path}.{child.name}", child.type)
-        elif pa.types.is_dictionary(kind):
-            dictionaries.append(path)
-        elif pa.types.is_integer(kind) or pa.types.is_temporal(kind):
-            encodings[path] = "DELTA_BINARY_PACKED"
 
-    for name, column in zip(sample.schema.names, sample.columns, strict=True):
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            if len(column) >= _SAMPLE and pc.count_distinct(column.slice(0, _SAMPLE)).as_py() * 16 <= _SAMPLE:
-                dictionaries.append(name)
-        else:
-            leaf(name, column.type)
-    return dictionaries, encodings
+_DICTIONARY: Final = "RLE_DICTIONARY"
+_DELTA: Final = "DELTA_BINARY_PACKED"
+_PLAIN: Final = "PLAIN"
+
+
+def _encoding(leaf: Leaf, repeated: Set[str]) -> str:
+    if leaf.in_list:
+        return _PLAIN
+    if pa.types.is_dictionary(leaf.kind) or (leaf.column in repeated and not pa.types.is_nested(leaf.kind)):
+        return _DICTIONARY
+    return _DELTA if pa.types.is_integer(leaf.kind) or pa.types.is_temporal(leaf.kind) else _PLAIN
+
+
+def _light(schema: pa.Schema, heavy: Set[str]) -> list[str]:
+    """The paths of plain values, alone and in structs, except in columns of `heavy`."""
+    return [leaf.path for leaf in leaves(schema) if not leaf.in_list and leaf.column not in heavy]
 
 
 def _heavy(files: list[Path]) -> set[str]:
     """The columns that alone exceed the size limit in some row group of these files."""
-    chunks = (
-        metadata.row_group(group).column(column)
-        for metadata in map(pq.read_metadata, files)
-        for group in range(metadata.num_row_groups)
-        for column in range(metadata.num_columns)
-    )
-    return {c.path_in_schema.split(".")[0] for c in chunks if c.total_uncompressed_size > ROW_GROUP_BYTES}
-
-
-def _leaves(schema: pa.Schema, heavy: Set[str]) -> Iterator[str]:
-    """The paths of plain values, alone and in structs, except in columns of `heavy`."""
-
-    def leaves(path: str, kind: pa.DataType) -> Iterator[str]:
-        if pa.types.is_struct(kind):
-            for child in kind:
-                yield from leaves(f"{path}.{child.name}", child.type)
-        elif not pa.types.is_nested(kind):
-            yield path
-
-    for field in schema:
-        if field.name not in heavy:
-            yield from leaves(field.name, field.type)
+    heavy: set[str] = set()
+    for file in files:
+        with pq.ParquetFile(file) as parquet:
+            columns, metadata = [leaf.column for leaf in leaves(parquet.schema_arrow)], parquet.metadata
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            sizes = (group.column(i).total_uncompressed_size for i in range(metadata.num_columns))
+            heavy |= {column for column, size in zip(columns, sizes, strict=True) if size > ROW_GROUP_BYTES}
+    return heavy
 
 
 def _row_groups(files: list[Path]) -> Iterator[pa.Table]:

@@ -259,9 +259,7 @@ def _columns(conn: Connection, settings: SourceSettings) -> Iterator[Remark]:
             yield Remark(
                 f"table {name} has columns with the names of metadata columns: {', '.join(clash)}. A flow stops at the "
                 "first change of it",
-                'give the metadata columns other names: metadata_prefix="cdc_"'
-                if metadata.prefix == "_"
-                else "choose another metadata_prefix, which begins the names of the metadata columns",
+                metadata.remedy,
             )
         if not columns:
             yield Remark(f"table {name} has no published columns: its changes have no values", "leave it out")
