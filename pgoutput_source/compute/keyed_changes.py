@@ -84,16 +84,15 @@ class KeyedChanges:
         self.crowd: Crowd | None = None
         news = KeyColumns.of({name: column_of(data, name) for name in key}, data.schema, raw)
         before = data.column(self.metadata.before)
-        sent = before.is_valid().to_numpy(zero_copy_only=False)
-        olds = None
+        self.moves = np.zeros(0, np.int64)
+        self._keys = news
         if before.null_count < len(before):
             cells = {name: pc.struct_field(before, [name]) for name in key}
             olds = KeyColumns.of(cells, data.schema, raw, self.metadata.old)
-        self.moves = moved(self.ops, news, olds, sent, sent & whole)
-        self._keys = news
-        if len(self.moves):
-            assert olds is not None
-            self._keys = news.followed_by(olds.take(self.moves))
+            sent = before.is_valid().to_numpy(zero_copy_only=False)
+            self.moves = moved(self.ops, news, olds, sent, sent & whole)
+            if len(self.moves):
+                self._keys = news.followed_by(olds.take(self.moves))
         codes, self.some = self._keys.encode()
         """A change for each touched key, by the key's code; an old key's is its move's number, after all changes."""
         self.count = len(self.some)

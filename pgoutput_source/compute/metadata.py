@@ -46,10 +46,12 @@ def own_columns(schema: pa.Schema) -> list[str]:
 
 
 def operations(data: pa.RecordBatch) -> NDArray[np.int8]:
-    """`_op` of each row as its index in `OPS`."""
+    """`_op` of each row as its index in `OPS`. Don't write to it: it may be the batch's own memory."""
     column = data.column(MetadataNames.of(data.schema).op)
-    codes: NDArray[np.int8] = np.array([OP_CODE[op] for op in column.dictionary.to_pylist()], np.int8)
-    found: NDArray[np.int8] = codes[column.indices.to_numpy()]
+    indices = column.indices.to_numpy()
+    codes = [OP_CODE[op] for op in column.dictionary.to_pylist()]
+    same = codes == list(range(len(codes)))  # the dictionary is `OPS`, as in every batch of ours
+    found: NDArray[np.int8] = indices.astype(np.int8, copy=False) if same else np.array(codes, np.int8)[indices]
     return found
 
 

@@ -60,7 +60,7 @@ class OldRows:
             ConfigurationError: The batch is of another table than earlier batches.
             StateError: Old rows are needed that were not kept, or a column was replaced by another one.
         """
-        schema, ops = batch.schema, operations(batch.data)
+        schema = batch.schema
         if self.table is not None and not schema.full_name.written(self.table):
             raise ConfigurationError(
                 f"step {step_id!r} has seen {self.table} and now gets changes of {schema.table}",
@@ -80,7 +80,7 @@ class OldRows:
         if schema.replica_identity == FULL or not schema.key:
             self.kept, self.kept_all = None, False
             return other
-        if not self.kept_all and np.isin(ops, (UPDATE, DELETE)).any():
+        if not self.kept_all and np.isin(operations(batch.data), (UPDATE, DELETE)).any():
             raise StateError(
                 "the replica identity is no longer FULL: old rows are not sent any more, and were not kept",
                 table=schema.table,
