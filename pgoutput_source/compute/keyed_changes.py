@@ -20,7 +20,7 @@ from pgoutput_source.compute.metadata import (
     READ,
     Bools,
     Ints,
-    Texts,
+    MisfitTexts,
     operations,
     own_columns,
     spans,
@@ -80,7 +80,7 @@ class KeyedChanges:
         self.ops = operations(data)
         self.metadata = MetadataNames.of(data.schema)
         raw = data.column(self.metadata.raw)
-        self.texts: dict[str, Texts] = texts(raw)
+        self.texts: dict[str, MisfitTexts] = texts(raw)
         self.crowd: Crowd | None = None
         news = KeyColumns.of({name: column_of(data, name) for name in key}, data.schema, raw)
         before = data.column(self.metadata.before)

@@ -26,7 +26,7 @@ class Span(NamedTuple):
     end: int
 
 
-class Texts(NamedTuple):
+class MisfitTexts(NamedTuple):
     """The exact texts of one column's misfits, and their rows."""
 
     rows: Ints
@@ -87,7 +87,7 @@ def unsent(data: pa.RecordBatch, columns: Sequence[str]) -> dict[str, Bools]:
     return masks
 
 
-def texts(raw: pa.Array | None) -> dict[str, Texts]:
+def texts(raw: pa.Array | None) -> dict[str, MisfitTexts]:
     """A `_raw` column by the names in it, old rows' under ``_before.name``."""
     if raw is None or raw.null_count == len(raw):
         return {}
@@ -98,7 +98,7 @@ def texts(raw: pa.Array | None) -> dict[str, Texts]:
             at, values = found.setdefault(name, ([], []))
             at.append(row)
             values.append(text)
-    return {name: Texts(np.array(at, np.int64), values) for name, (at, values) in found.items()}
+    return {name: MisfitTexts(np.array(at, np.int64), values) for name, (at, values) in found.items()}
 
 
 def row_texts(raw: pa.Array, old: str) -> pa.Array:

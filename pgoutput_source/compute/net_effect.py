@@ -29,7 +29,7 @@ Contents = Callable[[Ints], Sequence[bytes]]
 """Returns digests of whole rows, for the changes at these indexes; equal for equal rows."""
 
 
-class Origin(NamedTuple):
+class ValueOrigin(NamedTuple):
     """Where a value comes from.
 
     Attributes:
@@ -69,7 +69,7 @@ class Lives:
             return self.code
         return np.flatnonzero(np.append(self.code[1:] != self.code[:-1], True))
 
-    def origins(self, sent: Bools, events: Ints) -> Origin:
+    def origins(self, sent: Bools, events: Ints) -> ValueOrigin:
         """Where the rows' values after these events come from; `sent` tells which changes have the value."""
         here = np.where(sent[self.row] & ~self.leaves, np.arange(len(self.row)), -1)
         latest = np.maximum.accumulate(here) if len(here) else here
@@ -83,7 +83,7 @@ class Lives:
             over = at < 0
             key[open_[over]] = np.where(self.born[first[over]], -1, self.code[first[over]])
             open_, at = open_[~over], at[~over]
-        return Origin(change, key)
+        return ValueOrigin(change, key)
 
 
 def lives(ops: NDArray[np.int8], code: Ints, moves: Ints, old_code: Ints, crowd: Crowd | None = None) -> Lives:

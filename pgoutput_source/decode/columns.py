@@ -21,7 +21,7 @@ from pgoutput_source.decode.cells import BadValue, decoded
 from pgoutput_source.decode.frames import Bools, Frames, Ints
 from pgoutput_source.decode.relations import ColumnType, TableVersion
 from pgoutput_source.decode.transactions import Rows
-from pgoutput_source.decode.tuples import BINARY, TEXT, UNCHANGED, Cells, Tuples, read_tuples
+from pgoutput_source.decode.tuples import BINARY, TEXT, UNCHANGED, TupleColumn, read_tuples
 from pgoutput_source.errors import ConfigurationError, DecodeError
 from pgoutput_source.protocol.wire import PG_EPOCH_US
 from pgoutput_source.types.base import Sent, exact_text
@@ -73,7 +73,7 @@ def decode(frames: Frames, rows: Rows, version: TableVersion, *, on_misfit: str 
 
 @dataclass(slots=True)
 class _ColumnCells:
-    """The `Cells` of one column of the table, in new or old tuples. `order` is the column's place.
+    """The `TupleColumn` of one column of the table, in new or old tuples. `order` is the column's place.
 
     `rows` maps them to rows of the batch when they are the old tuples'.
     """
@@ -95,7 +95,7 @@ class _Decoder:
         self.schema, self.types = version.schema, version.types
         self.misfits: dict[int, list[tuple[int, str, str]]] = {}
 
-    def column(self, order: int, found: Cells, rows: Ints | None) -> pa.Array:
+    def column(self, order: int, found: TupleColumn, rows: Ints | None) -> pa.Array:
         """One column's values. `rows` maps the values to rows of the batch when they are the old tuples'."""
         column, column_type = self.schema.columns[order], self.types[order]
         kind, start, length = found
@@ -210,7 +210,7 @@ class _Decoder:
         return pa.array([found.get(i) for i in range(len(self.rows))], kind)
 
 
-def _before(decoder: _Decoder, schema: TableSchema, old: Tuples, old_rows: Ints, n: int) -> pa.Array:
+def _before(decoder: _Decoder, schema: TableSchema, old: list[TupleColumn], old_rows: Ints, n: int) -> pa.Array:
     """`_before`: the old tuples as structs, null in rows that have none."""
     if not len(old_rows):
         return pa.nulls(n, schema.row_type)
@@ -228,7 +228,7 @@ def _before(decoder: _Decoder, schema: TableSchema, old: Tuples, old_rows: Ints,
     return rows.take(pa.array(index, mask=missing))
 
 
-def _unchanged(schema: TableSchema, new: Tuples, n: int) -> pa.ListArray:
+def _unchanged(schema: TableSchema, new: list[TupleColumn], n: int) -> pa.ListArray:
     """`_unchanged`: the columns whose value PostgreSQL did not send, null where it sent them all."""
     masks = [cells.kind == UNCHANGED for cells in new]
     if not any(m.any() for m in masks):

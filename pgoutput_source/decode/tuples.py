@@ -11,7 +11,7 @@ Every read is checked against the end of its own frame, so that hostile bytes en
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,23 +33,21 @@ for _tag, _allowed in _MARKERS.items():
     _MARKER_OK[ord(_tag), list(_allowed)] = True
 
 
-class Cells(NamedTuple):
+class TupleColumn(NamedTuple):
     """One column of many tuples: for each row how its value came (`NULL`, `UNCHANGED`, `TEXT`, `BINARY`), and where."""
 
     kind: NDArray[np.uint8]
     start: Ints
     length: Ints
 
-    def take(self, rows: Ints) -> Cells:
-        """The cells of some rows."""
-        return Cells(self.kind[rows], self.start[rows], self.length[rows])
+    def take(self, rows: Ints) -> TupleColumn:
+        """The column of some rows."""
+        return TupleColumn(self.kind[rows], self.start[rows], self.length[rows])
 
 
-Tuples: TypeAlias = list[Cells]
-"""A tuple per row, as columns."""
-
-
-def read_tuples(f: Frames, frame: Ints, tag: NDArray[np.uint8], schema: TableSchema) -> tuple[Tuples, Tuples, Ints]:
+def read_tuples(
+    f: Frames, frame: Ints, tag: NDArray[np.uint8], schema: TableSchema
+) -> tuple[list[TupleColumn], list[TupleColumn], Ints]:
     """The new tuple of each frame (a delete's: what is known of the old), the old tuples, and the rows these belong to.
 
     Raises:
@@ -67,8 +65,8 @@ def read_tuples(f: Frames, frame: Ints, tag: NDArray[np.uint8], schema: TableSch
         cursor.finish()
         return first, [], frame[:0]
     # The server detoasts what it logs of an old row: one value that was not sent would look like a NULL.
-    for cells in first:
-        cursor.check(~old_first | (cells.kind != UNCHANGED), "an old tuple with a value that was not sent")
+    for column in first:
+        cursor.check(~old_first | (column.kind != UNCHANGED), "an old tuple with a value that was not sent")
     new = first
     again = np.flatnonzero(old_first & (tag == _UPDATE))
     if len(again):
@@ -76,11 +74,11 @@ def read_tuples(f: Frames, frame: Ints, tag: NDArray[np.uint8], schema: TableSch
     cursor.finish()
     # An old tuple's NULL in a K tuple is "not sent"; either way its cell in `_before` is null.
     with_old = np.flatnonzero(old_first)
-    return new, [cells.take(with_old) for cells in first], with_old
+    return new, [column.take(with_old) for column in first], with_old
 
 
-def _replaced(old: Cells, update: Cells, again: Ints) -> Cells:
-    """`old` with the cells of the rows `again` as the `update` has them; its unchanged values are the old ones.
+def _replaced(old: TupleColumn, update: TupleColumn, again: Ints) -> TupleColumn:
+    """`old`, but in the rows `again` the values of the `update`, whose unchanged values are the old ones.
 
     An 'O' tuple holds every value and a 'K' tuple the key's: where the old value was sent, unchanged means this.
     """
@@ -92,14 +90,14 @@ def _replaced(old: Cells, update: Cells, again: Ints) -> Cells:
         values[again] = np.where(kept, was, now)
         return values
 
-    return Cells(
+    return TupleColumn(
         replaced(old.kind, before.kind, update.kind),
         replaced(old.start, before.start, update.start),
         replaced(old.length, before.length, update.length),
     )
 
 
-def _spread(tuples: Tuples, rows: Ints, at: Ints) -> Tuples:
+def _spread(tuples: list[TupleColumn], rows: Ints, at: Ints) -> list[TupleColumn]:
     """The tuples of these rows among others that have none (truncates), whose values are all NULL."""
 
     def among(values: Numbers, others: Numbers) -> Numbers:
@@ -107,12 +105,12 @@ def _spread(tuples: Tuples, rows: Ints, at: Ints) -> Tuples:
         return others
 
     return [
-        Cells(
-            among(cells.kind, np.full(len(at), NULL, np.uint8)),
-            among(cells.start, at.copy()),
-            among(cells.length, np.zeros(len(at), np.int64)),
+        TupleColumn(
+            among(column.kind, np.full(len(at), NULL, np.uint8)),
+            among(column.start, at.copy()),
+            among(column.length, np.zeros(len(at), np.int64)),
         )
-        for cells in tuples
+        for column in tuples
     ]
 
 
@@ -149,12 +147,12 @@ class _Cursor:
         self.at = self.at + 6
         return marker
 
-    def walk(self) -> Tuples:
+    def walk(self) -> list[TupleColumn]:
         """Read one tuple of each frame."""
         f, end, width = self.frames, self.end, len(self.schema.columns)
         self.check(f.integers(">u2", self.at) == width, f"a tuple that has not {width} columns")
         at = self.at + 2
-        tuples: Tuples = []
+        tuples: list[TupleColumn] = []
         for _ in range(width):
             self.check(at < end, "a tuple that ends early")
             kind = f.u1[at]
@@ -168,11 +166,11 @@ class _Cursor:
                 start = at + np.where(sent, 5, 1)
             at = start + length
             self.check((length >= 0) & (at <= end), "a value that is longer than its frame")
-            tuples.append(Cells(kind, start, length))
+            tuples.append(TupleColumn(kind, start, length))
         self.at = at
         return tuples
 
-    def walk_again(self, rows: Ints) -> Tuples:
+    def walk_again(self, rows: Ints) -> list[TupleColumn]:
         """Read the second tuple of the frames that have one: the new row of an update."""
         second = _Cursor(self.frames, self.frame[rows], self.schema)
         second.at = self.at[rows]

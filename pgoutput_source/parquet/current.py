@@ -16,7 +16,7 @@ from pgoutput_source.compute.keys import KeyColumns, moved
 from pgoutput_source.compute.metadata import DELETE, TRUNCATE, Bools, Ints, own_columns, texts
 from pgoutput_source.compute.net_effect import Crowd, Lives, digests, lives
 from pgoutput_source.errors import ConfigurationError
-from pgoutput_source.parquet.history import OLD, History
+from pgoutput_source.parquet.history import OLD, TableHistory
 from pgoutput_source.parquet.place import local_path
 
 
@@ -62,7 +62,7 @@ def current(folder: str | Path, *, key: str | Sequence[str], table: str | None =
         [{'id': 1, 'status': 'paid'}]
     """
     keys = (key,) if isinstance(key, str) else tuple(key)
-    history = History(local_path(folder).absolute(), table)
+    history = TableHistory(local_path(folder).absolute(), table)
     _check_columns(history.schema, keys, folder)
     changes = _changes(history, keys)
     own = [name for name in history.schema.names if name != history.metadata.before]
@@ -106,7 +106,7 @@ class _Changes(NamedTuple):
     last: Ints
 
 
-def _changes(history: History, keys: tuple[str, ...]) -> _Changes:
+def _changes(history: TableHistory, keys: tuple[str, ...]) -> _Changes:
     schema, metadata = history.schema, history.metadata
     olds = keys if metadata.before in schema.names and all(_in_before(schema, name) for name in keys) else ()
     names = [*_needed(schema), *keys, *([metadata.raw] if metadata.raw in schema.names else [])]
@@ -174,7 +174,7 @@ def _twice(taken: pa.Table, metadata: MetadataNames, code: Ints, ops: NDArray[np
     return again
 
 
-def _crowd(history: History, transaction: Ints, is_whole: Bools, place: Ints) -> Crowd:
+def _crowd(history: TableHistory, transaction: Ints, is_whole: Bools, place: Ints) -> Crowd:
     names, metadata = [n for n in own_columns(history.schema) if _in_before(history.schema, n)], history.metadata
 
     def contents(rows: Ints, prefix: str) -> list[bytes]:
@@ -211,7 +211,7 @@ def _check_deletes(known: Bools, keys: tuple[str, ...], is_whole: Bools) -> None
 # -- values that were not sent --------------------------------------------------------------------------------------
 
 
-def _filled(history: History, changes: _Changes, result: pa.Table) -> pa.Table:
+def _filled(history: TableHistory, changes: _Changes, result: pa.Table) -> pa.Table:
     """Fill in the values that the changes did not have. Values that no file has are named in `_unchanged`."""
     metadata = history.metadata
     unchanged = _array(history.columns([metadata.unchanged]), metadata.unchanged)

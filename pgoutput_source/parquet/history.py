@@ -33,7 +33,7 @@ OLD: Final = "old\0"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class VersionFiles:
     """Successive files of one version of the table.
 
     Attributes:
@@ -64,7 +64,7 @@ class Run:
         return {past.name: name for name, past in self.past.items() if past.name is not None}
 
 
-class History:
+class TableHistory:
     """All changes of a table in a folder, in the order of the files.
 
     `schema` is that of the newest version, without columns that the table no longer has. `metadata` has the names of
@@ -75,11 +75,11 @@ class History:
         files = _of_relation(_of_table(folder, table), folder)
         newest = list(files.values())[-1]
         self.schema, self.metadata = newest, MetadataNames.of(newest)
-        self.runs: list[Run] = []
+        self.runs: list[VersionFiles] = []
         for schema, group in _runs(files):
             data = ds.dataset([str(file) for file in group], schema=schema, format="parquet")
             past = {name: column_in(schema, newest.field(name)) for name in own_columns(newest)}
-            self.runs.append(Run(data, data.count_rows(), schema, past))
+            self.runs.append(VersionFiles(data, data.count_rows(), schema, past))
         self._starts = np.cumsum([0, *(run.rows for run in self.runs)])
         self._say_what_is_unknown(table_of(newest) or str(folder))
 
@@ -187,7 +187,7 @@ def _runs(files: Mapping[Path, pa.Schema]) -> Iterator[tuple[pa.Schema, list[Pat
 
 
 def _read(
-    run: Run,
+    run: VersionFiles,
     newest: pa.Schema,
     names: Sequence[str],
     olds: Sequence[str],
@@ -223,7 +223,7 @@ def _has(schema: pa.Schema, name: str) -> bool:
     return bool(schema.field(MetadataNames.of(schema).before).type.get_field_index(name) >= 0)
 
 
-def _expression(run: Run, newest: pa.Schema, name: str, kind: pa.DataType | None) -> pc.Expression:
+def _expression(run: VersionFiles, newest: pa.Schema, name: str, kind: pa.DataType | None) -> pc.Expression:
     target = newest.field(name).type if kind is None else kind
     past = run.past.get(name)
     if past is None:  # a metadata column

@@ -101,7 +101,7 @@ def begin(
     with connect_when_started(dsn, settings) as conn:
         if settings.create and state is None:
             creation.create(conn, settings)
-        slot = check(conn, dsn, settings, state)
+        slot = check_with_state(conn, dsn, settings, state)
         check_tables(conn, settings, tables, once=[(schema, name) for schema, name in (state or {}).get("taken", ())])
         system = identify(conn)
         until = stop_at(conn, settings)
@@ -150,7 +150,7 @@ def connect_when_started(dsn: str, settings: SourceSettings) -> Connection:
             time.sleep(0.5)
 
 
-def check(conn: Connection, dsn: str, settings: SourceSettings, state: State | None) -> SlotState:
+def check_with_state(conn: Connection, dsn: str, settings: SourceSettings, state: State | None) -> SlotState:
     """`checks.check` for a flow. If the flow has a state, an absent slot means lost changes, and the error says so.
 
     Raises:
