@@ -22,6 +22,7 @@ COPY_LEFT: Final = Gauge("pgoutput_copying_seconds_left", "Time until they are r
 SPILLED: Final = Counter(
     "pgoutput_spilled_bytes", "Bytes of transactions in progress that went to temporary files (streaming)", ["slot"]
 )
+PARKED: Final = Gauge("pgoutput_parked_changes", "Changes that are parked (on_table_error)", ["slot", "table"])
 RECEIVED: Final = Gauge("pgoutput_received_lsn", "Highest position received", ["slot"])
 ACKNOWLEDGED: Final = Gauge("pgoutput_acknowledged_lsn", "Position that PostgreSQL was told it may forget", ["slot"])
 LAG: Final = Gauge("pgoutput_lag_bytes", "WAL received and not yet acknowledged", ["slot"])

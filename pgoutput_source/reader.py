@@ -90,6 +90,11 @@ class PgOutputReader:
         self.settings = SourceSettings.of(
             dsn=dsn, slot=slot, publication=publication, create=create, until=until, **options
         )
+        if self.settings.on_table_error == "park":
+            raise ConfigurationError(
+                'on_table_error="park" is for PgOutputSource',
+                hint="leave it out: iterate sets(), and take the tables that can be decoded",
+            )
         self._stopping = False
         self._closed = False
         self._failure: Exception | None = None

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import psycopg
@@ -174,6 +175,28 @@ def _checked_until(until: str | None) -> str | None:
     raise ValueError(f"{until!r} is not a position to stop at|use 'current', or an LSN such as 0/16B3748")
 
 
+def _checked_folder(folder: Path | None) -> Path | None:
+    if folder is None:
+        return None
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
+        raise ValueError(f"{str(folder)!r} is not on a local file system|give a path")
+    return folder.expanduser()
+
+
+def _consistent(settings: SourceSettings) -> SourceSettings:
+    parks = settings.on_table_error == "park"
+    if parks and settings.park_folder is None:
+        raise ConfigurationError(
+            'on_table_error="park" needs a park_folder', hint="name a folder that is as safe as the recovery folder"
+        )
+    if parks and settings.snapshot != "never":
+        raise ConfigurationError(
+            f'on_table_error="park" and snapshot="{settings.snapshot}" can\'t be combined',
+            hint="park from the first run after the copy is complete",
+        )
+    return settings
+
+
 class SourceSettings(BaseModel):
     """Where changes come from, where they start, and how much comes at a time. Frozen; the DSN is never shown.
 
@@ -223,6 +246,11 @@ class SourceSettings(BaseModel):
             the same columns for less work. If a published column has a type that can't be read this way, the start is
             refused. "auto" is "on" unless a column can't be read this way, or only more slowly; it decides again for
             each connection.
+        on_table_error: What happens when changes of a table can't be decoded. "stop" stops what takes the table, and
+            nothing else. "park" keeps them, and all later changes of the table, in `park_folder` as PostgreSQL sent
+            them, whether or not a step takes the table; the command `replay` has them delivered in order. Only for
+            `PgOutputSource`, and not together with an initial copy.
+        park_folder: A local folder for parked changes. Keep it as safe as the recovery folder.
         streaming_memory: Bytes of transactions in progress to hold in memory. More than that goes to unnamed files in
             the folder for temporary files (TMPDIR).
 
@@ -257,6 +285,8 @@ class SourceSettings(BaseModel):
     on_misfit: Literal["raw", "error"] = "raw"
     metadata_prefix: Annotated[str, AfterValidator(_checked_prefix)] = "_"
     on_schema_change: Literal["evolve", "fail"] = "evolve"
+    on_table_error: Literal["stop", "park"] = "stop"
+    park_folder: Annotated[Path | None, AfterValidator(_checked_folder)] = None
     origin: Literal["any", "none"] = "any"
     streaming: Literal["off", "on", "parallel"] = "off"
     streaming_memory: int = Field(default=64 << 20, ge=0)
@@ -282,7 +312,7 @@ class SourceSettings(BaseModel):
     @classmethod
     def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[SourceSettings]) -> SourceSettings:
         try:
-            return handler(data)
+            return _consistent(handler(data))
         except ValidationError as e:
             raise _configuration_error(e) from None
 

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +116,8 @@ def test_the_environment_names_every_field() -> None:
         "PGOUTPUT_SNAPSHOT_ROWS_PER_SECOND": "1000",
         "PGOUTPUT_ON_MISFIT": "error",
         "PGOUTPUT_ON_SCHEMA_CHANGE": "fail",
+        "PGOUTPUT_ON_TABLE_ERROR": "stop",
+        "PGOUTPUT_PARK_FOLDER": "/parked",
         "PGOUTPUT_ORIGIN": "none",
         "PGOUTPUT_STREAMING": "parallel",
         "PGOUTPUT_STREAMING_MEMORY": "5000",
@@ -146,6 +149,8 @@ def test_the_environment_names_every_field() -> None:
         "on_misfit": "error",
         "metadata_prefix": "cdc_",
         "on_schema_change": "fail",
+        "on_table_error": "stop",
+        "park_folder": Path("/parked"),
         "origin": "none",
         "streaming": "parallel",
         "streaming_memory": 5000,
@@ -230,7 +235,7 @@ def test_with_nothing_configured_the_embedded_server_is_meant() -> None:
     ("environ", "says"),
     [
         ({"PGOUTPUT_SLOTS": "x"}, ["PGOUTPUT_SLOTS", "did you mean PGOUTPUT_SLOT?"]),
-        ({"PGOUTPUT_FOLDER": "x"}, ["PGOUTPUT_FOLDER", "PGOUTPUT_DSN, PGOUTPUT_SLOT"]),
+        ({"PGOUTPUT_BUCKET": "x"}, ["PGOUTPUT_BUCKET", "PGOUTPUT_DSN, PGOUTPUT_SLOT"]),
         ({"PGOUTPUT_CREATE": "perhaps"}, ["PGOUTPUT_CREATE:"]),
         ({"PGOUTPUT_SLOT": "A"}, ["PGOUTPUT_SLOT: 'A'"]),
         ({"PGOUTPUT_DSN": f"password={SECRET} {SECRET}"}, ["PGOUTPUT_DSN:"]),

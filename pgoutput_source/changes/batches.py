@@ -159,6 +159,18 @@ class UndecodedBatch(ChangeBatch):
         return UndecodedBatch, (self.schema, self._metadata, self.error)
 
 
+class ParkedBatch(UndecodedBatch):
+    """An `UndecodedBatch` that has its changes as PostgreSQL sent them: `raw`, see `decode.raw`."""
+
+    __slots__ = ("raw",)
+
+    raw: pa.RecordBatch
+
+    def __init__(self, batch: UndecodedBatch, raw: pa.RecordBatch) -> None:
+        super().__init__(batch.schema, batch._metadata, batch.error)
+        object.__setattr__(self, "raw", raw)
+
+
 def known_fields(prefix: str = "_") -> list[pa.Field]:
     """The fields of the metadata columns of an `UndecodedBatch`: those without values of the table's own columns."""
     return metadata_fields(pa.struct([]), prefix)[:_KNOWN]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pgoutput_source import __version__
-from pgoutput_source.cli import check, demo, resync, snapshot
+from pgoutput_source.cli import check, demo, replay, resync, snapshot
 from pgoutput_source.errors import PgOutputError
 from pgoutput_source.settings import SourceSettings, parse_publications
 
@@ -87,6 +87,23 @@ def _parser() -> argparse.ArgumentParser:
         "--table", metavar="SCHEMA.TABLE", action="append", required=True, help="a published table; several times"
     )
     copy.set_defaults(run=lambda a: snapshot.run(_settings(a), a.table))
+
+    parked = commands.add_parser(
+        "replay",
+        help="have a flow deliver the changes of parked tables",
+        description='For a flow with on_table_error="park". Shows what is parked, and asks for a replay: at its next '
+        "start the flow delivers the parked changes in order, each once, and then resumes. Mend the cause first: a "
+        "table whose changes still can't be decoded stays parked.",
+    )
+    parked.add_argument("--folder", metavar="FOLDER", type=Path, required=True, help="the flow's park_folder")
+    parked.add_argument(
+        "--table",
+        action="append",
+        default=[],
+        help="schema and table, such as public.orders; repeat it for several (default: all that are parked)",
+    )
+    parked.add_argument("--list", action="store_true", help="show what is parked, and ask for nothing")
+    parked.set_defaults(run=lambda a: replay.run(a.folder, a.table, only_list=a.list))
 
     for command in (look, again, copy):
         command.add_argument("--dsn", help="libpq connection string or URL")

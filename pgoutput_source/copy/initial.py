@@ -473,7 +473,7 @@ class InitialCopy:
 
     def _better(self, rows: int, batches: list[ChangeBatch], seconds: float) -> int:
         """How many rows the next chunk may have, by the size of those of this one and the time that they took."""
-        size = sum(int(batch.data.nbytes) for batch in batches)
+        size = sum(batch.nbytes for batch in batches)
         count = sum(len(batch) for batch in batches)
         if not count:
             return rows

@@ -214,6 +214,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         gate.open(self.slot)
         metrics.GATE_TIME.labels(self.slot).set(time.time())
         self.done = self.done or self.final
+        self.session.durable()
         self.session.acknowledge(lsn)
 
     def _ending(self) -> bool:

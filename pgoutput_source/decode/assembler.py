@@ -13,16 +13,26 @@ that are streamed before their commit into this.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pgoutput_source.changes.batches import HEARTBEAT, ChangeBatch, ChangeSet, Message, Truncate
+from pgoutput_source.changes.batches import (
+    HEARTBEAT,
+    ChangeBatch,
+    ChangeSet,
+    Message,
+    ParkedBatch,
+    Truncate,
+    UndecodedBatch,
+)
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.decode.columns import decode
 from pgoutput_source.decode.frames import Bools, Frame, Frames
 from pgoutput_source.decode.in_progress import StreamedTransactions
 from pgoutput_source.decode.order import UNTRUSTED, check_order
+from pgoutput_source.decode.raw import ALREADY, Parked, raw_of
 from pgoutput_source.decode.relations import LookUp, Relations, TableVersion, nameless
 from pgoutput_source.decode.transactions import Open, Rows, Transactions, after, changes_of, transactions_of
 from pgoutput_source.errors import ProtocolError, SchemaChanged
@@ -52,6 +62,8 @@ class Assembler:
         end_lsn: The end of the last complete transaction, what may be acknowledged once its changes are durable.
         in_transaction: Whether a committed transaction was received and not yet delivered to its end.
         pending: Whether `feed` has more to give without new frames: call it with none before the next poll.
+        parked: The tables that are parked; None if tables never are. What can't be decoded is added to them, and comes
+            as a `ParkedBatch`.
     """
 
     def __init__(
@@ -67,6 +79,7 @@ class Assembler:
         metadata_prefix: str = "_",
     ) -> None:
         self.relations = Relations(origin, look_up, known_tables, types, metadata_prefix)
+        self.parked: Parked | None = None
         self._streamed = streamed
         self.on_misfit = on_misfit
         self.position = skip_until
@@ -151,15 +164,17 @@ class Assembler:
         self.relations.expect(_announced(f, rare[f.tag[rare] == _RELATION]))
         for i in rare.tolist():
             try:
-                match messages.decode(f.message(i)):
+                message = f.message(i)
+                match messages.decode(message):
                     case messages.Relation() as relation:
-                        for relation_id, before, version in self.relations.announce(relation, int(t.xid[t.index[i]])):
+                        xid = int(t.xid[t.index[i]])
+                        for relation_id, before, version in self.relations.announce(relation, xid, message):
                             if version is not None and version.error is not None:
                                 version.error.lsn = int(t.commit_lsn[t.index[i]])
                             first: list[_Cut] = [] if before is None else [(-1, before)]
                             versions.setdefault(relation_id, first).append((i, version))
                     case messages.Type() as kind:
-                        self.relations.name_type(kind)
+                        self.relations.name_type(kind, message)
                     case messages.Truncate() as truncate:
                         emptied = map(self.relations.find, truncate.relation_ids)
                         truncates[i] = truncate, tuple(schema.table for schema in emptied if schema is not None)
@@ -207,7 +222,18 @@ class Assembler:
                     raise
                 groups += _cut(f, mine, cuts)
         groups.sort(key=lambda g: g[0])
-        return [decode(f, part, version, on_misfit=self.on_misfit) for _, part, version in groups]
+        return [self._decoded(f, part, version) for _, part, version in groups]
+
+    def _decoded(self, f: Frames, rows: Rows, version: TableVersion) -> ChangeBatch:
+        if self.parked is None:
+            return decode(f, rows, version, on_misfit=self.on_misfit)
+        if version.schema in self.parked:
+            version = replace(version, error=ALREADY)
+        batch = decode(f, rows, version, on_misfit=self.on_misfit)
+        if not isinstance(batch, UndecodedBatch):
+            return batch
+        self.parked.add(batch)
+        return ParkedBatch(batch, raw_of(f, rows, version, self.relations.type_messages(version.schema)))
 
     def _advance(self, t: Transactions, rows: Rows) -> None:
         if len(rows):

@@ -7,6 +7,7 @@ object.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,7 @@ def decode(frames: Frames, rows: Rows, version: TableVersion, *, on_misfit: str 
         except (DecodeError, ConfigurationError) as e:
             error = e
     if error.lsn is None:
+        error = copy.copy(error)
         error.lsn = int(known[3][0].as_py())
     metadata = pa.RecordBatch.from_arrays(known, schema=pa.schema(known_fields(schema.metadata_prefix)))
     return UndecodedBatch(schema, metadata, error)

@@ -49,11 +49,16 @@ class ColumnType:
 
 @dataclass(frozen=True, slots=True)
 class TableVersion:
-    """A version of a table, with what decodes each of its columns; `error` says why its changes can't be had."""
+    """A version of a table, with what decodes each of its columns; `error` says why its changes can't be had.
+
+    `announced` is the Relation message that it comes from, and `xid` the transaction of this message.
+    """
 
     schema: TableSchema
     types: tuple[ColumnType, ...]
     error: PgOutputError | None = None
+    announced: bytes = b""
+    xid: int | None = None
 
 
 class Beginning(NamedTuple):
@@ -114,8 +119,13 @@ class Relations:
         self._holder: dict[TableName, int] = {}  # the relation that a table's name was last announced for
         self._nameless: dict[int, TableSchema] = {}
         self._type_names: dict[int, str] = {}
+        self._type_messages: dict[int, bytes] = {}
         self._attributes: Mapping[int, Attributes] = {}
         self._looked: dict[int, Attributes] = {}  # what the last look at each table found
+
+    def fresh(self) -> Relations:
+        """The same, before any message came."""
+        return Relations(self.origin, self._look_up, self.known, self._table, self.metadata_prefix)
 
     def current(self, relation_id: int) -> TableVersion:
         """The version that is valid now.
@@ -152,8 +162,10 @@ class Relations:
         }
         self._looked |= self._attributes
 
-    def announce(self, relation: messages.Relation, xid: int | None = None) -> list[Beginning]:
+    def announce(self, relation: messages.Relation, xid: int | None = None, message: bytes = b"") -> list[Beginning]:
         """Take note of a Relation message in transaction `xid`; the versions that begin with it, if anything changed.
+
+        `message` are its bytes, which the version keeps.
 
         A version that is not what is known of the table, and must be, has the error: who takes the table gets it.
 
@@ -173,12 +185,12 @@ class Relations:
         known = self._current.get(schema.relation_id)
         if known is not None and known.schema.fingerprint == schema.fingerprint:
             return []
-        return self._begin(schema)
+        return self._begin(schema, message, xid)
 
-    def _begin(self, schema: TableSchema) -> list[Beginning]:
+    def _begin(self, schema: TableSchema, message: bytes, xid: int | None) -> list[Beginning]:
         error = None if self.known is None else _changed(self.known, schema)
         types = tuple(ColumnType(self.type_of(c.type_oid), c.type_oid in self._types) for c in schema.columns)
-        version = TableVersion(schema, types, error)
+        version = TableVersion(schema, types, error, message, xid)
         begun = [Beginning(schema.relation_id, self._current.get(schema.relation_id), version)]
         holder = self._holder.get(schema.full_name, schema.relation_id)
         self._current[schema.relation_id] = version
@@ -199,11 +211,17 @@ class Relations:
             self._nameless[relation_id] = self._current.pop(relation_id).schema
             return [Beginning(relation_id, known, None)]
         schema = replace(known.schema, namespace=name[0], name=name[1])
-        return [] if schema.full_name == taken else self._begin(schema)
+        return [] if schema.full_name == taken else self._begin(schema, known.announced, known.xid)
 
-    def name_type(self, message: messages.Type) -> None:
-        """Take note of a Type message. A domain's carries the domain's OID with its base type's name."""
-        self._type_names[message.type_oid] = f"{message.namespace or 'pg_catalog'}.{message.name}"
+    def name_type(self, kind: messages.Type, message: bytes = b"") -> None:
+        """Take note of a Type message, and its bytes. A domain's has the domain's OID with its base type's name."""
+        self._type_names[kind.type_oid] = f"{kind.namespace or 'pg_catalog'}.{kind.name}"
+        self._type_messages[kind.type_oid] = message
+
+    def type_messages(self, schema: TableSchema) -> list[bytes]:
+        """The Type messages that named the types of a table's columns."""
+        oids = dict.fromkeys(column.type_oid for column in schema.columns)
+        return [self._type_messages[oid] for oid in oids if self._type_messages.get(oid)]
 
     def type_of(self, oid: int) -> PgType:
         """The row that decodes a type: the type table's, the database's own, or its text."""

@@ -17,19 +17,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, UndecodedBatch
 from pgoutput_source.changes.schema import Position
 from pgoutput_source.copy.initial import InitialCopy, copy_of
+from pgoutput_source.copy.requests import prefixes
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.decode.in_progress import StreamedTransactions
+from pgoutput_source.decode.relations import Relations
+from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.protocol.wire import Lsn
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream.frame_source import FrameSource
 from pgoutput_source.stream.heartbeat import Heartbeat
 from pgoutput_source.stream.history import History
+from pgoutput_source.stream.parking import Parking
 from pgoutput_source.stream.replication import ReplicationStream
 from pgoutput_source.stream.start import STATE_VERSION, Start, State, begin, last_delivered
 from pgoutput_source.stream.timeline import Timeline
@@ -92,6 +97,14 @@ class SlotSession:
             # read.
             if frames is None:
                 self._copy = copy_of(dsn, settings, start.system, copied, resumed=state is not None)
+            # As late, because another process may still park changes of the slot until then.
+            self._was_parked = (state or {}).get("parked")
+            self._parking = _parking(settings, start, state, self._assembler.relations.fresh())
+            self._assembler.parked = self._parking
+            if self._parking is not None and self._copy is not None and self._copy.pending:
+                raise ConfigurationError(
+                    'on_table_error="park" while tables are being copied', hint="park once the copy is complete"
+                )
         except BaseException:
             self.frames.close()
             raise
@@ -118,6 +131,8 @@ class SlotSession:
         if self._copy is not None:
             self._copy.close()
         self._heartbeat.close()
+        if self._parking is not None:
+            self._parking.close()
         self.frames.close(graceful=graceful)
         self._assembler.close()
 
@@ -134,6 +149,12 @@ class SlotSession:
             StateError: The server is not the one whose changes were delivered.
             ProtocolError, SchemaChanged, SpillError: See `Assembler.feed`.
         """
+        if self._parking is not None and self._parking.replaying:
+            # Before anything of the stream, which may go on with the same tables.
+            replayed = self._parking.replay()
+            self.idle = False
+            metrics.CHANGES.labels(self.settings.slot).inc(len(replayed))
+            return replayed
         copy = self._copy
         if copy is not None and (copy.reading or (self._streamed and self._copy_is_due)):
             # The copy and the stream take turns. A table without a key is read to its end.
@@ -191,7 +212,13 @@ class SlotSession:
             self._heartbeat.changed()
             self._history.delivered(changes)
             metrics.COMMIT_TIME.labels(slot).set((self._history.commit_ts or 0) / 1_000_000)
-            self._warn(changes.batches)
+            if self._parking is None:
+                self._warn(changes.batches)
+            else:
+                changes = self._parking.take(changes)
+        if self._parking is not None and any(m.prefix in prefixes(slot) for m in changes.messages):
+            logger.warning('slot %s: no table is copied with on_table_error="park"; a request is ignored', slot)
+            changes = replace(changes, messages=tuple(m for m in changes.messages if m.prefix not in prefixes(slot)))
         if self._assembler.skipped:
             metrics.SKIPPED.labels(slot).inc(self._assembler.skipped)
             self._assembler.skipped = 0
@@ -232,7 +259,8 @@ class SlotSession:
     @property
     def ended(self) -> bool:
         """Whether nothing more will be delivered: the run or its copy has ended, or the source has no more frames."""
-        if not self._reached and not self.in_transaction and not self.copying:
+        replaying = self._parking is not None and self._parking.replaying
+        if not self._reached and not self.in_transaction and not self.copying and not replaying:
             self._reached = (
                 self._only or self.frames.exhausted or (self.until is not None and self.safe_lsn >= self.until)
             )
@@ -259,6 +287,11 @@ class SlotSession:
         metrics.ACKNOWLEDGED.labels(slot).set(self.acknowledged)
         metrics.LAG.labels(slot).set(max(0, self.frames.received - self.acknowledged))
 
+    def durable(self) -> None:
+        """What the last `snapshot` returned is durable, and so is all that was delivered before it."""
+        if self._parking is not None:
+            self._parking.durable()
+
     def snapshot(self) -> State:
         """The resume state. A session that starts with it continues after the last change of this one.
 
@@ -266,6 +299,7 @@ class SlotSession:
         """
         position, known = self.position, self._assembler.relations.known
         copy = None if self._copy is None else self._copy.state()
+        parked = self._was_parked if self._parking is None else self._parking.state()
         return {
             "v": STATE_VERSION,
             "system": self.system.system_id,
@@ -278,12 +312,34 @@ class SlotSession:
             **({} if known is None else {"tables": dict(known)}),
             **({"taken": [list(table) for table in self._tables]} if self._tables else {}),
             **({} if copy is None else {"copy": copy}),
+            **({} if parked is None else {"parked": parked}),
             **({"only": True} if self._only else {}),
         }
 
 
 def _stream(dsn: str, settings: SourceSettings, start: Start) -> FrameSource:
     return ReplicationStream.of(dsn, settings)
+
+
+def _parking(settings: SourceSettings, start: Start, state: State | None, relations: Relations) -> Parking | None:
+    kept = (state or {}).get("parked")
+    if settings.on_table_error == "stop" or settings.park_folder is None:
+        if kept is not None and kept["tables"]:
+            names = ", ".join(table["names"][0] for table in kept["tables"].values())
+            raise ConfigurationError(
+                f"changes of {names} are parked, and later ones would be delivered before them",
+                hint='keep on_table_error="park" until they are replayed',
+            )
+        return None
+    return Parking(
+        settings.park_folder,
+        slot=settings.slot,
+        system=start.system.system_id,
+        relations=relations,
+        on_misfit=settings.on_misfit,
+        state=None if state is None else kept or {"next": 0, "tables": {}, "replay": None},
+        resumed=start.position,
+    )
 
 
 def _assembler(dsn: str, settings: SourceSettings, start: Start, state: State | None) -> Assembler:

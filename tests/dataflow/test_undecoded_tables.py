@@ -42,7 +42,11 @@ class Kind(NamedTuple):
 
 KINDS = {
     "a column with a name of ours": Kind(
-        "id int, _op text", "INSERT INTO audit VALUES (2, 'x')", ConfigurationError, "column _op"
+        "id int, _op text",
+        "INSERT INTO audit VALUES (2, 'x')",
+        ConfigurationError,
+        "column _op",
+        mend={"metadata_prefix": "cdc_"},
     ),
     "a truncate of such a table": Kind("id int, _seq int", "TRUNCATE audit", ConfigurationError, "column _seq"),
     "a misfit": Kind(

@@ -30,6 +30,7 @@ from pgoutput_source.decode.in_progress import StreamedTransactions
 from pgoutput_source.parquet.folder import Folder
 from pgoutput_source.sinks import IpcSink, base, parquet
 from pgoutput_source.stream import start
+from pgoutput_source.stream.parking import Parking
 from pgoutput_source.stream.replication import ReplicationStream
 
 Place = tuple[Any, str, bool]
@@ -63,6 +64,15 @@ SINK_PLACES: dict[str, Place] = {
     "a sink behind publishing": (base._TwoPhasePartition, "committed", False),
 }
 """Of the sinks beside Parquet."""
+
+PARK_PLACES: dict[str, Place] = {
+    "before what is parked is synced": (Parking, "state", True),
+    "what is parked is synced": (Parking, "state", False),
+    "in a replay": (Parking, "replay", False),
+    "what was replayed is durable": (Parking, "durable", True),
+    "what was replayed is deleted": (Parking, "durable", False),
+}
+"""Of parked tables and their replay."""
 
 LARGE = ("in a large transaction", "snapshot in a large transaction")
 STREAMED = ("mid-spill", "in a streamed transaction's commit")
@@ -138,7 +148,7 @@ def _slow_down(seconds: float) -> None:
 
 
 def _die_at(name: str, count: int) -> None:
-    owner, method, before = (PLACES | SINK_PLACES)[name]
+    owner, method, before = (PLACES | SINK_PLACES | PARK_PLACES)[name]
     original: Callable[..., Any] = getattr(owner, method)
     left = count
 
@@ -155,6 +165,8 @@ def _die_at(name: str, count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def patched(*arguments: Any, **options: Any) -> Any:
+        if owner is Parking and not (arguments[0]._staged if method == "durable" else arguments[0]._tables):
+            return original(*arguments, **options)
         if before:
             passed(*arguments)
         result = original(*arguments, **options)
