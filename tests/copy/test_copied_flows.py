@@ -109,3 +109,36 @@ def test_a_run_that_only_copies_ends_and_leaves_no_slot(db: Database, tmp_path: 
     said, code = failure(flow, *flow.recovery(), PGOUTPUT_SNAPSHOT="initial")
     assert code == 1
     assert "had snapshot='only'" in said
+
+
+def test_a_signal_stops_the_copy_at_once_and_the_next_run_continues_it(db: Database, tmp_path: Path) -> None:
+    flow = Flow(db, tmp_path, PGOUTPUT_SNAPSHOT="initial", PGOUTPUT_SNAPSHOT_ROWS_PER_SECOND="3000", MAX_AGE="0.01")
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        c.execute("INSERT INTO t SELECT generate_series(1, 8000)")
+        c.execute("CREATE TABLE whole (id int)")
+        c.execute("INSERT INTO whole SELECT generate_series(1, 8000)")
+    publish(db)
+    for table in ("public.t", "public.whole"):  # in the midst of a table with a key, and of one without
+        process = flow.start("-s", "0", *flow.recovery())
+        with following(process) as lines:
+            deadline = time.monotonic() + 30
+            while not read(flow, table):
+                assert time.monotonic() < deadline, lines
+                time.sleep(0.05)
+            begun = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0, lines
+            assert time.monotonic() - begun < 5
+    flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current", PGOUTPUT_SNAPSHOT_ROWS_PER_SECOND="")
+
+    assert read(flow, "public.t") == 8000
+    found, _ = replayed(flow.out)
+    assert {name: sum(rows.values()) for name, rows in found.items()} == {"public.t": 8000, "public.whole": 8000}
+
+
+def read(flow: Flow, table: str) -> int:
+    """How many rows of a table the files have from the copy."""
+    schemas = {file: pq.read_schema(file) for file in flow.out.glob("*.parquet")}
+    mine = [file for file, schema in schemas.items() if (schema.metadata or {})[b"pg.table"].decode() == table]
+    return sum(pq.read_table(file, columns=["_op"])["_op"].to_pylist().count("R") for file in mine)
