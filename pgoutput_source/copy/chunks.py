@@ -137,6 +137,11 @@ class ChunkReader:
                 describe(conn, wanted, self._relations)  # says what is missing
             raise
 
+    def limit(self, seconds: float) -> None:
+        """Have the server cancel every statement of this transaction that takes longer."""
+        with explained():
+            self.connection.execute(f"SET LOCAL statement_timeout = '{seconds * 1000:.0f}ms'".encode())
+
     def _taken(self) -> tuple[Snapshot, datetime]:
         with explained():
             # The snapshot is taken before the first expression is evaluated, so the position is from after it.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from pgoutput_source.copy.requests import REQUEST, prefixes
 from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
 from pgoutput_source.copy.tables import Published, SourceTable, named, published, unreadable
 from pgoutput_source.decode.relations import LookUp, Relations
-from pgoutput_source.errors import ConfigurationError, ConnectionFailed, DecodeError, NotConfigured
+from pgoutput_source.errors import ConfigurationError, ConnectionFailed, DecodeError, NotConfigured, ServerError
 from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.postgres.refusals import explained
 from pgoutput_source.postgres.system import System
@@ -45,6 +46,8 @@ CHUNK_ROWS = 100_000
 
 _CHUNK_BYTES: Final = 32 << 20
 _CHUNK_SECONDS: Final = 0.4  # the stream stands still meanwhile
+_LONGEST = 30.0  # seconds; a longer transaction would keep the server from vacuuming
+_QUERY_CANCELED: Final = "57014"
 _MOST_BYTES: Final = 128 << 20  # of one chunk, which is delivered as a unit
 _FIRST_ROWS: Final = 10_000  # of a table of unknown size
 _PATIENCE: Final = 0.01  # seconds to wait, while the stream pauses, for a snapshot that shows what was streamed
@@ -432,18 +435,18 @@ class InitialCopy:
             self.ledger.rename(copy, name)
         if copy.begun and table.key != copy.key:
             copy.restart(partial=copy.delivered)
-        copy.key, copy.columns, copy.wait = table.key, table.signature, 0
-        copy.unproven.clear()  # this snapshot shows them
-        first: list[ChangeBatch] = []
-        if copy.partial:
-            if copy.delivered:
-                at = self.ledger.position(safe, 1)
-                first = [truncate_of(table.schema, position=at, lsn=chunk.snapshot.high, taken=chunk.taken)]
+        if copy.partial and copy.delivered:
+            # It is delivered by itself: what is read after it may fail, and be read again.
             copy.partial = copy.delivered = False
+            at = self.ledger.position(safe, 1)
+            self._reader.abandon()
+            return ChangeSet((truncate_of(table.schema, position=at, lsn=chunk.snapshot.high, taken=chunk.taken),))
+        copy.key, copy.columns, copy.wait, copy.partial = table.key, table.signature, 0, False
+        copy.unproven.clear()  # this snapshot shows them
         if not table.key:
             self._reader.flushed(chunk.snapshot)
             self._whole = self._as_a_whole(copy, chunk, table, safe)
-            return ChangeSet(tuple(first)) if first else self._piece()
+            return self._piece()
         holes = [key for key, snapshot in copy.holes.items() if snapshot is None]
         try:
             if holes and (copy.ranges and copy.ranges[-1].end is None):
@@ -454,17 +457,29 @@ class InitialCopy:
                 begun = time.monotonic()
                 rows = self._rows.get(copy.relation_id) or self._first_rows(table)
                 self._rows[copy.relation_id] = rows
-                upper = self._reader.upper_bound(table, copy.next_key, rows)
-                batches = self._batches(copy, chunk, table, between(table, copy.next_key, upper), safe)
+                with self._in_time(rows):
+                    upper = self._reader.upper_bound(table, copy.next_key, rows)
+                    batches = self._batches(copy, chunk, table, between(table, copy.next_key, upper), safe)
                 self._reader.flushed(chunk.snapshot)
                 copy.add(upper, chunk.snapshot)
                 self._rows[copy.relation_id] = self._better(rows, batches, time.monotonic() - begun)
         except _TooLarge:
             self._rows[copy.relation_id] = max(1, self._rows.get(copy.relation_id, 1) // 8)
             self._reader.abandon()
-            return ChangeSet(tuple(first)) if first else None
+            return None
         self._reader.commit()
-        return self._given(copy, [*first, *batches])
+        return self._given(copy, batches)
+
+    @contextmanager
+    def _in_time(self, rows: int) -> Iterator[None]:
+        """A chunk of so many rows that takes too long is cancelled, and read in smaller ones."""
+        self._reader.limit(_LONGEST)
+        try:
+            yield
+        except ServerError as e:
+            if e.sqlstate != _QUERY_CANCELED or rows == 1:
+                raise
+            raise _TooLarge from e
 
     def _first_rows(self, table: SourceTable) -> int:
         if not table.row_bytes:
@@ -585,7 +600,7 @@ def copy_of(
 
 
 class _TooLarge(Exception):
-    """A chunk has more bytes than allowed in memory."""
+    """A chunk has more bytes than may be held, or takes too long."""
 
 
 def _is_truncate(batch: ChangeBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:

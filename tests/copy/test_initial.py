@@ -24,6 +24,7 @@ from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.changes.schema import Column
 from pgoutput_source.changes.values import to_python
 from pgoutput_source.copy import chunks, initial
+from pgoutput_source.copy.chunks import ChunkReader
 from pgoutput_source.copy.initial import InitialCopy
 from pgoutput_source.errors import ConfigurationError, ConnectionFailed
 from pgoutput_source.postgres.definitions import Definitions
@@ -514,6 +515,48 @@ def test_tables_that_leave_the_publication_and_come_back(db: Database, monkeypat
         finish(session, db, mirror)
         assert len(mirror.of("public.whole")) == 15
         session.close()
+
+
+def test_a_truncate_of_ours_is_not_lost_with_the_chunk_after_it(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        c.execute("INSERT INTO t SELECT generate_series(1, 10)")
+        c.execute("CREATE PUBLICATION p FOR TABLE t")
+        c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+        session = SlotSession(db.dsn, SourceSettings.of(dsn=db.dsn, slot="s", publication="p", snapshot="initial"))
+        assert drained(session, db) == [("public.t", "R", 10)]
+        c.execute("SELECT pg_logical_emit_message(true, 'pgoutput_source.copy', 'public.t')")
+        read, failed = ChunkReader.read, 0
+
+        def fails_once(self: ChunkReader, table: Any, where: Any) -> Any:
+            nonlocal failed
+            failed += 1
+            if failed == 1:
+                c.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '%copy s'"
+                )
+            return read(self, table, where)
+
+        monkeypatch.setattr(ChunkReader, "read", fails_once)
+        assert drained(session, db) == [("public.t", "T", 1), ("public.t", "R", 10)]
+        assert failed == 2
+        session.close()
+
+
+def test_a_chunk_that_takes_too_long_is_read_in_smaller_ones(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initial, "_LONGEST", 0.3)
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+        c.execute("INSERT INTO t SELECT n, 'v' || n FROM generate_series(1, 200) AS n")
+        # About 5 ms a row.
+        c.execute("CREATE PUBLICATION p FOR TABLE t WHERE (md5(repeat(v, 500000)) > '')")
+        c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+        session = SlotSession(db.dsn, SourceSettings.of(dsn=db.dsn, slot="s", publication="p", snapshot="initial"))
+        found = drained(session, db)
+        session.close()
+
+    assert sum(count for _, _, count in found) == 200
+    assert len(found) > 1
 
 
 @pytest.mark.parametrize("key", [" PRIMARY KEY", ""])
