@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
 from pgoutput_source.compute.metadata import own_columns
 from pgoutput_source.types import type_of
+from pgoutput_source.types.numbers import precision_and_scale
 
 logger = logging.getLogger(__name__)
 
@@ -137,28 +137,25 @@ def _same_values(old: pa.Field, new: pa.Field) -> bool:
         return True
     if _oid(old) is not None and _oid(old) == _oid(new) and _said(old, b"pg.typmod") == _said(new, b"pg.typmod"):
         return True
-    was, now = _modified(old), _modified(new)
-    if was is None or now is None:
-        return False
-    (kind, length), (new_kind, new_length) = was, now
-    texts = ("character varying", "text")
-    if kind in texts and new_kind in texts:
-        return new_length is None or (length is not None and length <= new_length)
-    if kind == new_kind == "numeric":
-        if new_length is None:
-            return True
-        return length is not None and length[1:] == new_length[1:] and length <= new_length
+    was, now = _type(old), _type(new)
+    limit, new_limit = _modifier(old), _modifier(new)
+    if was in _TEXTS and now in _TEXTS:
+        return new_limit is None or (limit is not None and limit <= new_limit)
+    if was == now == "numeric":
+        if limit is None or new_limit is None:
+            return new_limit is None
+        (precision, scale), (new_precision, new_scale) = map(precision_and_scale, (limit, new_limit))
+        return scale == new_scale and precision <= new_precision
     return False
 
 
-def _modified(field: pa.Field) -> tuple[str, Any] | None:
-    """A type's name and its modifier: ``numeric(12,2)`` is ('numeric', (12, 2))."""
-    found = re.fullmatch(r"([a-z ]+)(?:\((\d+)(?:,(\d+))?\))?", _type(field))
-    if found is None:
-        return None
-    name, *modifier = found.groups()
-    numbers = tuple(int(part) for part in modifier if part is not None)
-    return name, numbers or None
+_TEXTS: Final = ("character varying", "text")
+
+
+def _modifier(field: pa.Field) -> int | None:
+    """The type modifier, which limits values; None if nothing does."""
+    typmod = int(_said(field, b"pg.typmod") or -1)
+    return None if typmod < 0 else typmod
 
 
 def _oid(field: pa.Field) -> str | None:

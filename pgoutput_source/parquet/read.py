@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -147,15 +148,60 @@ def common_type(kinds: Iterable[pa.DataType]) -> pa.DataType | None:
 
     >>> common_type([pa.int32(), pa.int64()]), common_type([pa.int64(), pa.utf8()])
     (DataType(int64), DataType(string))
+    >>> common_type([pa.int32(), pa.decimal128(8, 2)]), common_type([pa.int64(), pa.float64()])
+    (Decimal128Type(decimal128(12, 2)), DataType(string))
     >>> common_type([pa.utf8(), pa.list_(pa.utf8())]) is None
     True
     """
     kinds = list(dict.fromkeys(kinds))
+    if len(kinds) > 1 and all(map(_is_number, kinds)):
+        return _number(kinds)
     try:
         fields = [pa.schema([pa.field("", kind)]) for kind in kinds]
-        return pa.unify_schemas(fields, promote_options="permissive").field(0).type
+        found = pa.unify_schemas(fields, promote_options="permissive").field(0).type
     except (pa.ArrowTypeError, pa.ArrowInvalid):
         return pa.utf8() if all(map(_has_text, kinds)) else None
+    return found if all(_holds(found, kind) for kind in kinds) else None
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def _number(kinds: Sequence[pa.DataType]) -> pa.DataType:
+    """The narrowest number that holds all values of these; text if Arrow's own choice would round or overflow."""
+    t = pa.types
+    exact = [(_digits(kind), kind.scale if t.is_decimal(kind) else 0) for kind in kinds if not t.is_floating(kind)]
+    before, scale = (max(part) for part in zip(*exact, strict=True)) if exact else (0, 0)
+    if len(exact) < len(kinds):
+        return pa.float64() if before + scale <= _DIGITS_OF_DOUBLE else pa.utf8()
+    if all(map(t.is_integer, kinds)) and not (pa.uint64() in kinds and any(map(t.is_signed_integer, kinds))):
+        fields = [pa.schema([pa.field("", kind)]) for kind in kinds]
+        return pa.unify_schemas(fields, promote_options="permissive").field(0).type
+    return pa.decimal128(before + scale, scale) if before + scale <= _DIGITS_OF_DECIMAL else pa.utf8()
+
+
+_DIGITS_OF_DOUBLE: Final = 15
+_DIGITS_OF_DECIMAL: Final = 38  # a decimal256 can't be read by Polars, and DuckDB reads it as DOUBLE
+
+
+def _digits(kind: pa.DataType) -> int:
+    """How many digits values have before the point."""
+    if pa.types.is_decimal(kind):
+        return int(kind.precision - kind.scale)
+    return {8: 3, 16: 5, 32: 10}.get(kind.bit_width, 20 if pa.types.is_unsigned_integer(kind) else 19)
+
+
+def _holds(kind: pa.DataType, part: pa.DataType) -> bool:
+    """Whether the numbers in a nested type fit in those of the common type that Arrow chose."""
+    t = pa.types
+    if t.is_struct(kind) and t.is_struct(part):
+        return all(_holds(kind.field(field.name).type, field.type) for field in part)
+    if t.is_map(kind) and t.is_map(part):
+        return _holds(kind.key_type, part.key_type) and _holds(kind.item_type, part.item_type)
+    if t.is_list(kind) and t.is_list(part):
+        return _holds(kind.value_type, part.value_type)
+    return not (_is_number(kind) and _is_number(part)) or kind == part or _number([kind, part]) == kind
 
 
 def _has_text(kind: pa.DataType) -> bool:
