@@ -8,9 +8,10 @@
 A workload writes all the time, sometimes a transaction of a million rows. Each kill is a SIGKILL at a random moment
 or at a named place (tests/harness/faults): of a process with one worker or two, or of one or both of two processes with
 recovery folders of their own; with epochs of 0, 1 or 10 seconds, with transactions streamed while they are in progress
-or not, with values as text or binary, with fsyncs that take up to a second. Around it the walsender is terminated, the
-server is stopped at once and started again, the connection is cut or falls silent, the disk is full, the sink raises or
-hangs for longer than wal_sender_timeout, or the flow was about to end normally.
+or not, with values as text or binary, with fsyncs that take up to a second, in an environment that would shape values,
+of all rows or of those that pass filters. Around it the walsender is terminated, the server is stopped at once and
+started again, the connection is cut or falls silent, the disk is full, the sink raises or hangs for longer than
+wal_sender_timeout, or the flow was about to end normally.
 
 Every fifty kills the flow runs to the end. Its files are then compared with an undisturbed second slot and with the
 tables. A `SlotAhead` at any start means that something was acknowledged before it was durable. Without
@@ -56,7 +57,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from harness.faults import LARGE, PLACES, STREAMED, slow_fsyncs  # noqa: E402
 from harness.proxy import Proxy  # noqa: E402
-from harness.workload import Workload, differences, replayed, tables  # noqa: E402
+from harness.workload import HOSTILE, Workload, differences, replayed, tables  # noqa: E402
 
 KILLS_A_ROUND = 50
 LARGE_ROWS = 30_000
@@ -117,8 +118,8 @@ class Report:
 class Writing(Workload):
     """A workload in a thread of its own that lives through restarts of its server."""
 
-    def __init__(self, dsn: str, seed: int) -> None:
-        super().__init__(dsn, seed=seed, tables=6, largest=100)
+    def __init__(self, dsn: str, seed: int, *, filtered: bool) -> None:
+        super().__init__(dsn, seed=seed, tables=6, largest=100, publication="cdc" if filtered else None)
         self.dsn = dsn
         self.stopped = threading.Event()
         self.large = threading.Event()
@@ -128,6 +129,10 @@ class Writing(Workload):
     def create(self) -> None:
         super().create()
         self.connection.execute("CREATE TABLE million (id bigint PRIMARY KEY, amount numeric(12,2), note text)")
+        if self.publication:
+            self.connection.execute("ALTER PUBLICATION cdc ADD TABLE million")
+        else:
+            self.connection.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
 
     def _write(self) -> None:
         while not self.stopped.wait(0.03):
@@ -200,10 +205,6 @@ class Chaos:
             connection.execute(f"CREATE DATABASE {name}".encode())
         self.dsn = server.dsn(name)
         self.slots = (f"{name}_flow", f"{name}_oracle")
-        with self.sql() as connection:
-            connection.execute("CREATE PUBLICATION cdc FOR ALL TABLES")
-            for slot in self.slots:
-                connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [slot])
         self.proxy = Proxy(lambda: server.port)
         self.environ = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "BYTEWAX", "RUST_"))},
@@ -217,6 +218,12 @@ class Chaos:
             "MAX_AGE": "2",
             **({"PGOUTPUT_SNAPSHOT": "initial", "CHUNK_ROWS": "200"} if copy else {}),
         }
+
+    def create_slots(self) -> None:
+        """For the flow and for the oracle, at one time, once there is a publication."""
+        with self.sql() as connection:
+            for slot in self.slots:
+                connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [slot])
 
     def sql(self) -> psycopg.Connection[Any]:
         """A connection that does not go through the proxy."""
@@ -274,7 +281,7 @@ class Chaos:
         fault = rng.choices(list(FAULTS), list(FAULTS.values()))[0]
         layout = rng.choice(["1 worker", "1 worker", "2 workers", "2 processes"])
         epoch = rng.choice(["0", "0", "1", "1", "1"] if place else ["0", "0", "1", "1", "1", "10"])
-        slow = rng.random() < 0.15
+        slow, hostile = rng.random() < 0.15, rng.random() < 0.5
         count = 2 if layout == "2 processes" else 1
         options = self.options(streamed=place in STREAMED)
         environ = options | self.connection(
@@ -282,6 +289,7 @@ class Chaos:
             wal_sender_timeout="3s" if fault in ("freeze", "stall") else "60s",
         )
         environ["BREAK"] = ",".join(filter(None, [self.mistake, fault if fault in ("raise", "stall") else ""]))
+        environ |= HOSTILE if hostile else {}
         if fault == "full disk":
             environ["FILE_SIZE"] = str(rng.choice([20_000, 200_000, 1_000_000]))
         if slow:
@@ -323,6 +331,7 @@ class Chaos:
         happened[f"with binary {options['PGOUTPUT_BINARY']}"] += 1
         happened["with a heartbeat"] += "PGOUTPUT_HEARTBEAT_SECONDS" in options
         happened["with slow fsyncs"] += slow
+        happened["in a hostile environment"] += hostile
         happened[f"at {place}" if place and -signal.SIGKILL in codes else "at random"] += 1
         happened["while a million rows were on their way"] += self.heavy >= 0
         if fault:
@@ -510,8 +519,11 @@ def run(
                     millions=long and not mistake,
                     copy=copy,
                 )
-                writing = Writing(chaos.dsn, rng.randrange(1 << 20))
+                filtered = rng.random() < 0.5
+                report.happened["rounds with row filters"] += filtered
+                writing = Writing(chaos.dsn, rng.randrange(1 << 20), filtered=filtered)
                 with writing:
+                    chaos.create_slots()
                     writing.thread.start()
                     for _ in range(count):
                         chaos.kill_once(writing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from harness.flow import Flow, confirmed, failure, following, publish, wait_for
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from pgoutput_source import PgOutputReader, cli, peek
 from pgoutput_source.embedded import Server
+from pgoutput_source.errors import PgOutputError
 
 Spoil = Callable[[Database, Flow], None]
 
@@ -105,6 +109,39 @@ def test_one_clear_error(db: Database, tmp_path: Path, spoil: Spoil, error: str,
     assert "Traceback" not in said
     assert confirmed(db) == before
     assert not [file for file in tmp_path.glob("out/*.parquet") if file.name != "foreign.parquet"]
+
+
+SERVER = """
+SELECT slot_name::text, confirmed_flush_lsn::text, restart_lsn::text FROM pg_replication_slots
+ WHERE slot_name = ANY (%(slots)s)
+UNION ALL SELECT pubname::text, puballtables::text, pubowner::text FROM pg_publication ORDER BY 1
+"""
+
+
+def test_nothing_is_created_dropped_or_moved_unasked(
+    db: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is there or not, for all that reads, checks or looks."""
+    slots = [f"{db.name}_there", f"{db.name}_nowhere"]
+    with db.connect() as connection:
+        connection.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        connection.execute("CREATE PUBLICATION there FOR TABLE t")
+        connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", slots[:1])
+        connection.execute("INSERT INTO t VALUES (1)")
+        before = connection.execute(SERVER, {"slots": slots}).fetchall()
+        for slot, publication in itertools.product(slots, ("there", "nowhere")):
+            named = ["--dsn", db.dsn, "--slot", slot, "--publication", publication]
+            with contextlib.suppress(PgOutputError):
+                peek(db.dsn, slot=slot, publication=publication)
+            reader = PgOutputReader(db.dsn, slot=slot, publication=publication, until="current")
+            with contextlib.suppress(PgOutputError), reader:
+                list(reader.sets())
+            assert cli.main(["check", *named]) == (slot not in slots[:1] or publication != "there")
+            cli.main(["resync", *named, "--recovery", str(tmp_path)])
+            assert connection.execute(SERVER, {"slots": slots}).fetchall() == before
+
+    assert len(before) == 2
+    assert "hint" in capsys.readouterr().err
 
 
 def test_a_slot_in_use(db: Database, tmp_path: Path) -> None:

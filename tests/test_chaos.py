@@ -22,7 +22,8 @@ def test_one_run_lives_through_every_fault_of_the_server_and_of_the_network(tmp_
     report = chaos.Report()
     with Server(max(MAJORS), tcp=True) as server:
         flow = chaos.Chaos(server, tmp_path / "flow", random.Random(4), report, mistake="", millions=False)
-        with chaos.Writing(flow.dsn, 4) as writing:
+        with chaos.Writing(flow.dsn, 4, filtered=True) as writing:
+            flow.create_slots()
             writing.thread.start()
             (process,) = flow.start(1, "-s", "1", **flow.connection(wal_sender_timeout="3s"))
             try:

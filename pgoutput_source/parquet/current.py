@@ -175,7 +175,12 @@ def _twice(taken: pa.Table, metadata: MetadataNames, code: Ints, ops: NDArray[np
 
 
 def _crowd(history: TableHistory, transaction: Ints, is_whole: Bools, place: Ints) -> Crowd:
-    names, metadata = [n for n in own_columns(history.schema) if _in_before(history.schema, n)], history.metadata
+    metadata = history.metadata
+    names = [
+        name
+        for name in own_columns(history.schema)
+        if _in_before(history.schema, name) and _comparable(history.known(name)[place], transaction)
+    ]
 
     def contents(rows: Ints, prefix: str) -> list[bytes]:
         raw = [metadata.raw] if metadata.raw in history.schema.names else []
@@ -188,6 +193,11 @@ def _crowd(history: TableHistory, transaction: Ints, is_whole: Bools, place: Int
         return found
 
     return Crowd(transaction, is_whole, lambda rows: contents(rows, ""), lambda rows: contents(rows, OLD))
+
+
+def _comparable(known: Bools, transaction: Ints) -> bool:
+    """Whether no transaction has changes with the column's value and others without: ALTER TABLE amid its changes."""
+    return bool(known.all()) or not np.isin(transaction[~known], transaction[known]).any()
 
 
 def _operations(column: pa.ChunkedArray) -> NDArray[np.int8]:

@@ -208,7 +208,8 @@ def _read(
         if here and (past.known or name in kinds):
             expressions[OLD + name] = pc.field(was.before, past.name).cast(kind)
         else:
-            expressions[OLD + name] = pc.scalar(pa.scalar(None, kind))
+            value = past.value if past.name is None and name not in kinds else None
+            expressions[OLD + name] = pc.scalar(pa.scalar(None, kind) if value is None else value)
     scanner = run.data.scanner(columns=expressions)
     table = scanner.to_table() if places is None else scanner.take(places)
     if was != metadata or any(old != new for old, new in run.current.items()):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from harness.database import Database
 from harness.flow import Busy, Flow, confirmed, following, publish, wait_for
-from harness.workload import Workload, differences, replayed, tables
+from harness.workload import HOSTILE, Workload, differences, replayed, tables
 
 
 @pytest.mark.slow
@@ -19,13 +19,23 @@ def test_files_replayed_equal_the_tables(any_db: Database, tmp_path: Path) -> No
     with Workload(any_db.dsn, seed=any_db.server.major) as workload:
         publish(any_db)
         made = workload.run(100_000)
-        flow = Flow(any_db, tmp_path, PGOUTPUT_UNTIL="current")
+        flow = Flow(any_db, tmp_path, PGOUTPUT_UNTIL="current", **HOSTILE)
         flow.run("-s", "1")
 
         found, count = replayed(flow.out)
 
         assert differences(found, tables(workload)) == []
         assert count >= made
+
+
+def test_files_of_rows_that_cross_filters_equal_what_is_published(any_db: Database, tmp_path: Path) -> None:
+    with Workload(any_db.dsn, seed=any_db.server.major, largest=1_000, publication="cdc") as workload:
+        workload.connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+        workload.run(10_000)
+        flow = Flow(any_db, tmp_path, PGOUTPUT_UNTIL="current", **HOSTILE)
+        flow.run("-s", "1")
+
+        assert differences(replayed(flow.out)[0], tables(workload)) == []
 
 
 @pytest.mark.slow
