@@ -202,8 +202,9 @@ class ChunkReader:
                     raise ConnectionFailed("the server does not flush its WAL", hint="see the server's log and disk")
                 time.sleep(0.002)
 
-    def commit(self) -> None:
-        """End the transaction after everything was read."""
+    def commit(self, snapshot: Snapshot) -> None:
+        """End the transaction after everything was read. Only then does it count: this may fail, too."""
+        self.flushed(snapshot)
         with explained():
             self.connection.execute("COMMIT")
 

@@ -451,7 +451,7 @@ class InitialCopy:
         try:
             if holes and (copy.ranges and copy.ranges[-1].end is None):
                 batches = self._batches(copy, chunk, table, exactly(table, holes), safe)
-                self._reader.flushed(chunk.snapshot)
+                self._reader.commit(chunk.snapshot)
                 copy.holes |= dict.fromkeys(holes, chunk.snapshot)
             else:
                 begun = time.monotonic()
@@ -460,14 +460,13 @@ class InitialCopy:
                 with self._in_time(rows):
                     upper = self._reader.upper_bound(table, copy.next_key, rows)
                     batches = self._batches(copy, chunk, table, between(table, copy.next_key, upper), safe)
-                self._reader.flushed(chunk.snapshot)
+                self._reader.commit(chunk.snapshot)
                 copy.add(upper, chunk.snapshot)
                 self._rows[copy.relation_id] = self._better(rows, batches, time.monotonic() - begun)
         except _TooLarge:
             self._rows[copy.relation_id] = max(1, self._rows.get(copy.relation_id, 1) // 8)
             self._reader.abandon()
             return None
-        self._reader.commit()
         return self._given(copy, batches)
 
     @contextmanager
@@ -528,7 +527,7 @@ class InitialCopy:
                 copy.partial = True
                 at = self.ledger.position(safe, len(raw))
                 yield batch_of(table.schema, arrays, raw, position=at, lsn=chunk.snapshot.high, taken=chunk.taken)
-        self._reader.commit()
+        self._reader.commit(chunk.snapshot)
         copy.partial = False
         copy.add(None, chunk.snapshot)
 

@@ -38,7 +38,7 @@ class Progress:
         metrics.COPIED.labels(self.slot).inc(rows)
         passed = now - self._rated_at
         if passed > 0:
-            weight = math.exp(-passed / _RATE_OVER)
+            weight = math.exp(-passed / _RATE_OVER) if self._rate else 0.0
             self._rate = weight * self._rate + (1 - weight) * rows / passed
             self._rated_at = now
         self.publish()
@@ -49,7 +49,7 @@ class Progress:
         of = f" of about {expected}" if expected > copy.rows else ""
         tables = len(self.ledger.copying)
         logger.info(
-            "slot %s: copying %s: %d%s rows; %d tables to do, %.0f rows/s%s",
+            "slot %s: copying %s: %d%s rows, tables left: %d, %.0f rows/s%s",
             self.slot,
             copy.name,
             copy.rows,

@@ -517,7 +517,11 @@ def test_tables_that_leave_the_publication_and_come_back(db: Database, monkeypat
         session.close()
 
 
-def test_a_truncate_of_ours_is_not_lost_with_the_chunk_after_it(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["upper_bound", "read", "commit"])
+def test_nothing_is_lost_with_the_connection_of_a_chunk(
+    db: Database, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminate = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name LIKE '%copy s'"
     with db.connect() as c:
         c.execute("CREATE TABLE t (id int PRIMARY KEY)")
         c.execute("INSERT INTO t SELECT generate_series(1, 10)")
@@ -526,20 +530,18 @@ def test_a_truncate_of_ours_is_not_lost_with_the_chunk_after_it(db: Database, mo
         session = SlotSession(db.dsn, SourceSettings.of(dsn=db.dsn, slot="s", publication="p", snapshot="initial"))
         assert drained(session, db) == [("public.t", "R", 10)]
         c.execute("SELECT pg_logical_emit_message(true, 'pgoutput_source.copy', 'public.t')")
-        read, failed = ChunkReader.read, 0
+        original, calls = getattr(ChunkReader, moment), 0
 
-        def fails_once(self: ChunkReader, table: Any, where: Any) -> Any:
-            nonlocal failed
-            failed += 1
-            if failed == 1:
-                c.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '%copy s'"
-                )
-            return read(self, table, where)
+        def fails_once(self: ChunkReader, *arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                c.execute(terminate.encode())
+            return original(self, *arguments)
 
-        monkeypatch.setattr(ChunkReader, "read", fails_once)
+        monkeypatch.setattr(ChunkReader, moment, fails_once)
         assert drained(session, db) == [("public.t", "T", 1), ("public.t", "R", 10)]
-        assert failed == 2
+        assert calls == 2
         session.close()
 
 
