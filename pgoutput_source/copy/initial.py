@@ -28,6 +28,7 @@ from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, Signature, Table
 from pgoutput_source.copy.progress import Progress
 from pgoutput_source.copy.requests import REQUEST, prefixes
 from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
+from pgoutput_source.copy.sizes import MOST_BYTES, ChunkSizes
 from pgoutput_source.copy.tables import Published, SourceTable, named, published, unreadable
 from pgoutput_source.decode.relations import LookUp, Relations
 from pgoutput_source.errors import ConfigurationError, ConnectionFailed, DecodeError, NotConfigured, ServerError
@@ -44,17 +45,12 @@ T = TypeVar("T")
 CHUNK_ROWS = 100_000
 """The most rows of a chunk."""
 
-_CHUNK_BYTES: Final = 32 << 20
-_CHUNK_SECONDS: Final = 0.4  # the stream stands still meanwhile
 _LONGEST = 30.0  # seconds; a longer transaction would keep the server from vacuuming
 _QUERY_CANCELED: Final = "57014"
-_MOST_BYTES: Final = 128 << 20  # of one chunk, which is delivered as a unit
-_FIRST_ROWS: Final = 10_000  # of a table of unknown size
 _PATIENCE: Final = 0.01  # seconds to wait, while the stream pauses, for a snapshot that shows what was streamed
 _PAUSE: Final = 0.02  # seconds until the next attempt
 _RECONNECT: Final = 0.5  # seconds
 _LIST_EVERY: Final = 10.0  # seconds; to find tables that were added to a publication and don't change
-_SAY_EVERY: Final = 10.0
 _MOST_UNPROVEN: Final = 1000
 
 
@@ -94,8 +90,7 @@ class InitialCopy:
         )
         self._reader = ChunkReader(dsn, self._relations, application_name=f"pgoutput_source copy {settings.slot}")
         self._keys: dict[int, Keys] = {}
-        self._most_rows = min(CHUNK_ROWS, settings.snapshot_rows_per_second or CHUNK_ROWS)
-        self._rows: dict[int, int] = {}
+        self._sizes = ChunkSizes(min(CHUNK_ROWS, settings.snapshot_rows_per_second or CHUNK_ROWS))
         self._names: dict[int, str] = {}  # of published tables
         self._former: dict[int, str] = {}  # names before a rename that the catalogue showed
         self._awaited: dict[int, tuple[str, Signature]] = {}  # versions for which the copy waited for the stream
@@ -216,8 +211,9 @@ class InitialCopy:
             self.ledger.forget([relation])
 
     def _let_go(self, relation_id: int) -> None:
-        for known in (self._keys, self._rows, self._former, self._awaited):
+        for known in (self._keys, self._former, self._awaited):
             known.pop(relation_id, None)
+        self._sizes.forget(relation_id)
 
     def _prove(self) -> None:
         """Forget unproven transactions that every later snapshot shows."""
@@ -455,16 +451,15 @@ class InitialCopy:
                 copy.holes |= dict.fromkeys(holes, chunk.snapshot)
             else:
                 begun = time.monotonic()
-                rows = self._rows.get(copy.relation_id) or self._first_rows(table)
-                self._rows[copy.relation_id] = rows
+                rows = self._sizes.rows(table)
                 with self._in_time(rows):
                     upper = self._reader.upper_bound(table, copy.next_key, rows)
                     batches = self._batches(copy, chunk, table, between(table, copy.next_key, upper), safe)
                 self._reader.commit(chunk.snapshot)
                 copy.add(upper, chunk.snapshot)
-                self._rows[copy.relation_id] = self._better(rows, batches, time.monotonic() - begun)
+                self._sizes.learn(table, batches, time.monotonic() - begun)
         except _TooLarge:
-            self._rows[copy.relation_id] = max(1, self._rows.get(copy.relation_id, 1) // 8)
+            self._sizes.shrink(table)
             self._reader.abandon()
             return None
         return self._given(copy, batches)
@@ -480,20 +475,6 @@ class InitialCopy:
                 raise
             raise _TooLarge from e
 
-    def _first_rows(self, table: SourceTable) -> int:
-        if not table.row_bytes:
-            return min(self._most_rows, _FIRST_ROWS)
-        return max(1, min(self._most_rows, _CHUNK_BYTES // table.row_bytes))
-
-    def _better(self, rows: int, batches: list[ChangeBatch], seconds: float) -> int:
-        """How many rows the next chunk may have, by the size of those of this one and the time that they took."""
-        size = sum(batch.nbytes for batch in batches)
-        count = sum(len(batch) for batch in batches)
-        if not count:
-            return rows
-        by_size, by_time = _CHUNK_BYTES * count // max(1, size), int(count * _CHUNK_SECONDS / max(seconds, 0.001))
-        return max(1, min(self._most_rows, rows * 4, by_size, by_time))
-
     def _batches(
         self, copy: TableCopy, chunk: Chunk, table: SourceTable, where: sql.Composable, safe: int
     ) -> list[ChangeBatch]:
@@ -503,7 +484,7 @@ class InitialCopy:
         for copied in self._reader.read(table, where):
             arrays, raw = columns_of(copied, table, self._relations, on_misfit=self._settings.on_misfit)
             size += 0 if isinstance(arrays, DecodeError) else sum(array.nbytes for array in arrays)
-            if size > _MOST_BYTES and self._rows.get(copy.relation_id, 1) > 1:
+            if size > MOST_BYTES and self._sizes.rows(table) > 1:
                 raise _TooLarge
             if len(raw):
                 pieces.append((arrays, raw))
