@@ -90,11 +90,6 @@ class PgOutputReader:
         self.settings = SourceSettings.of(
             dsn=dsn, slot=slot, publication=publication, create=create, until=until, **options
         )
-        if self.settings.on_table_error == "park":
-            raise ConfigurationError(
-                'on_table_error="park" is for PgOutputSource',
-                hint="leave it out: iterate sets(), and take the tables that can be decoded",
-            )
         self._stopping = False
         self._closed = False
         self._failure: Exception | None = None
@@ -113,6 +108,7 @@ class PgOutputReader:
         self._acked = _NOTHING
         self._ends: deque[tuple[int, int]] = deque()  # the last position of each unacknowledged transaction
         self._fetched = Lsn(0)  # everything before it was fetched, and is in `_ends` until it is acknowledged
+        self._done = True  # all that was delivered is acknowledged
 
     # -- start and end --------------------------------------------------------------------------------------------
 
@@ -177,7 +173,7 @@ class PgOutputReader:
                 begun = self._begun
                 event = next(self._rest, None)
                 if event is not None:
-                    self._given = event
+                    self._given, self._done = event, False
                     return event
                 if not self._begin_after(begun):
                     break
@@ -194,7 +190,7 @@ class PgOutputReader:
                 begun = self._begun
                 event = next(self._rest, None)
                 if event is not None:
-                    self._given = event
+                    self._given, self._done = event, False
                     return event
                 if not await asyncio.to_thread(self._begin_after, begun):
                     break
@@ -213,7 +209,7 @@ class PgOutputReader:
                     break
             changes, self._set = self._set, None
             assert changes is not None
-            self._given = _position(_last_positions(changes, messages=True)[-1])
+            self._given, self._done = _position(_last_positions(changes, messages=True)[-1]), False
             yield changes
         self._end()
 
@@ -259,9 +255,15 @@ class PgOutputReader:
         return self._set is not None and not self._stopping
 
     def _poll(self, session: SlotSession) -> ChangeSet:
+        replaying = session.replaying
         changes = session.next(_WAIT)
-        found = _last_positions(changes, messages=bool(self._by_set))
+        if self.settings.on_table_error == "park":
+            session.snapshot()  # what was parked is synced before anything is acknowledged
+        # Replayed changes stand before the slot's position, which acknowledges them already.
+        found = [] if replaying else _last_positions(changes, messages=bool(self._by_set))
         with self._acknowledging:
+            if self._done and not session.replaying:
+                session.durable()
             if found and self._ends and self._ends[-1][0] == found[0][0]:
                 self._ends.pop()  # the transaction continues
             self._ends.extend(found)
@@ -314,7 +316,11 @@ class PgOutputReader:
                 )
         with self._acknowledging:
             self._acked = max(self._acked, position)
+            given = self._given.position if isinstance(self._given, ChangeEvent) else self._given
+            self._done = what is self._given or position == given
             self._acknowledge()
+            if self._done and self._session is not None and not self._session.replaying:
+                self._session.durable()
 
     def _acknowledge(self) -> None:
         done = 0

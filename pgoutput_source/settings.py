@@ -248,8 +248,8 @@ class SourceSettings(BaseModel):
             each connection.
         on_table_error: What happens when changes of a table can't be decoded. "stop" stops what takes the table, and
             nothing else. "park" keeps them, and all later changes of the table, in `park_folder` as PostgreSQL sent
-            them, whether or not a step takes the table; the command `replay` has them delivered in order. Only for
-            `PgOutputSource`, and not together with an initial copy.
+            them, whether or not anything takes the table; the command `replay` has them delivered in order. It can't be
+            combined with an initial copy.
         park_folder: A local folder for parked changes. Keep it as safe as the recovery folder.
         streaming_memory: Bytes of transactions in progress to hold in memory. More than that goes to unnamed files in
             the folder for temporary files (TMPDIR).

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pgoutput_source.changes.schema import Column, TableName, TableSchema
 from pgoutput_source.decode.attributes import Attributes
-from pgoutput_source.errors import PgOutputError, ProtocolError, SchemaChanged, ServerError
+from pgoutput_source.errors import DecodeError, PgOutputError, ProtocolError, SchemaChanged, ServerError
 from pgoutput_source.protocol import messages
 from pgoutput_source.types import OPAQUE, TYPES, PgType
 
@@ -121,6 +122,7 @@ class Relations:
         self._type_names: dict[int, str] = {}
         self._type_messages: dict[int, bytes] = {}
         self._attributes: Mapping[int, Attributes] = {}
+        self._unreadable: DecodeError | None = None  # of the relation that is announced
         self._looked: dict[int, Attributes] = {}  # what the last look at each table found
 
     def fresh(self) -> Relations:
@@ -172,6 +174,7 @@ class Relations:
         Raises:
             SchemaChanged: It has another name than it had, and must not: whoever takes it would not notice.
         """
+        self._unreadable = None
         self._learn([column.type_oid for column in relation.columns])
         schema = TableSchema(
             relation_id=relation.relation_id,
@@ -188,7 +191,10 @@ class Relations:
         return self._begin(schema, message, xid)
 
     def _begin(self, schema: TableSchema, message: bytes, xid: int | None) -> list[Beginning]:
-        error = None if self.known is None else _changed(self.known, schema)
+        error: PgOutputError | None = None if self.known is None else _changed(self.known, schema)
+        if self._unreadable is not None:
+            error = self._unreadable
+            error.table = schema.table
         types = tuple(ColumnType(self.type_of(c.type_oid), c.type_oid in self._types) for c in schema.columns)
         version = TableVersion(schema, types, error, message, xid)
         begun = [Beginning(schema.relation_id, self._current.get(schema.relation_id), version)]
@@ -246,8 +252,13 @@ class Relations:
     def _column(self, column: messages.RelationColumn) -> Column:
         kind = self.type_of(column.type_oid)
         name = self._type_names.get(column.type_oid, f"oid {column.type_oid}") if kind is OPAQUE else kind.name
-        metadata = tuple(kind.metadata(column.typmod).items()) if kind.metadata else ()
-        arrow = kind.arrow(column.typmod)
+        try:
+            metadata = tuple(kind.metadata(column.typmod).items()) if kind.metadata else ()
+            arrow = kind.arrow(column.typmod)
+        except (ValueError, pa.ArrowException):
+            problem = f"{column.typmod} is not a modifier of its type"
+            self._unreadable = DecodeError(problem, column=column.name, type_name=name)
+            metadata, arrow = (), pa.utf8()
         return Column(column.name, column.type_oid, column.typmod, column.key, name, arrow, metadata)
 
 

@@ -230,6 +230,10 @@ class Parking:
             self._next = state["next"]
             self._tables = {id: ParkedTable.of(id, kept) for id, kept in state["tables"].items()}
             files = self._restored(files, resumed)
+            for table in self._tables.values():
+                there = sum(file.changes for file in files if file.table == table.id)
+                if there < (table.changes or 0):
+                    raise _missing((table.changes or 0) - there, table, self.folder)
         self._replay = self._requested()
         self._pieces: Iterator[ChangeSet] = iter(())
         if self._replay is not None:
@@ -380,7 +384,9 @@ class Parking:
 
     def _replayed(self, files: Sequence[ParkedFile], replay: _Replay) -> Iterator[ChangeSet]:
         for table in replay.left:
-            mine = [file for file in files if file.table == table.id]
+            # Each file has all changes of the table from its first to its last. Without a resume state they may
+            # overlap, and a later file begin before an earlier one: changes that were not acknowledged came again.
+            mine = sorted((file for file in files if file.table == table.id), key=lambda file: file.first)
             count = 0
             for raw in _pieces(mine, table):
                 batch = decode_raw(raw, self._relations, on_misfit=self._on_misfit)
@@ -402,10 +408,7 @@ class Parking:
                 yield ChangeSet((batch,), (), tuple(truncates_of(raw)))
             else:
                 if table.changes:
-                    raise StateError(
-                        f"{table.changes} parked changes of {table.names[0]} are not in {self.folder}",
-                        hint="somebody removed files that were not replayed: restore them",
-                    )
+                    raise _missing(table.changes, table, self.folder)
                 del self._tables[table.id]
                 metrics.PARKED.labels(self._slot, table.names[0]).set(0)
                 logger.info(
@@ -470,6 +473,13 @@ def request(folder: Path, tables: Sequence[str] | None) -> None:
             os.fsync(file.fileno())
         writing.rename(path)
         _sync(folder)
+
+
+def _missing(count: int, table: ParkedTable, folder: Path) -> StateError:
+    return StateError(
+        f"{count} parked changes of {table.names[0]} are not in {folder}",
+        hint="somebody removed files that were not replayed, or this is another park_folder: restore them",
+    )
 
 
 def _tables_of(files: Sequence[ParkedFile]) -> dict[str, ParkedTable]:

@@ -257,10 +257,14 @@ class SlotSession:
         return self._copy is not None and self._copy.pending
 
     @property
+    def replaying(self) -> bool:
+        """Whether parked changes are being replayed, before anything of the stream."""
+        return self._parking is not None and self._parking.replaying
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more will be delivered: the run or its copy has ended, or the source has no more frames."""
-        replaying = self._parking is not None and self._parking.replaying
-        if not self._reached and not self.in_transaction and not self.copying and not replaying:
+        if not self._reached and not self.in_transaction and not self.copying and not self.replaying:
             self._reached = (
                 self._only or self.frames.exhausted or (self.until is not None and self.safe_lsn >= self.until)
             )

@@ -315,6 +315,21 @@ def test_a_value_that_is_not_of_its_type_names_where_it_stands() -> None:
     assert (e.table, e.column, e.type_name, e.lsn) == ("public.t", "id", "integer", 503)
 
 
+def test_a_relation_that_can_not_be_described_concerns_its_own_changes_alone() -> None:
+    odd = m.Relation(8, "public", "odd", "d", (m.RelationColumn(True, "n", 1700, 4), *COLUMNS))
+    twice = m.Relation(9, "public", "twice", "d", (*COLUMNS, *COLUMNS))
+    rows = [ROW, m.Insert(8, text_tuple("1", "2", "3")), ROW, m.Insert(9, text_tuple("1", "2", "3", "4"))]
+    found: list[m.AnyMessage] = [BEGIN, odd, TABLE, twice, *rows]
+    changes = Assembler().feed([frame(x, 500) for x in found])
+
+    assert changes.table("public.t")["id"].to_pylist() == [1, 1]
+    assert [len(batch) for batch in changes] == [2, 1, 1]
+    with pytest.raises(DecodeError, match="4 is not a modifier of its type") as caught:
+        changes.of("public.odd")
+    assert (caught.value.table, caught.value.column, caught.value.type_name) == ("public.odd", "n", "numeric")
+    assert caught.value.lsn is not None
+
+
 def test_a_negative_length_that_leads_back_into_its_own_frame_is_a_protocol_error() -> None:
     # The first value ends twelve bytes before it starts, in the relation's id. Read from there, the id's bytes are
     # the second value, of 78 bytes, which ends exactly where the frame does.
