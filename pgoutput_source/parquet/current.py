@@ -36,6 +36,10 @@ def current(folder: str | Path, *, key: str | Sequence[str], table: str | None =
     to a wider varchar or numeric) the values of rows that were not sent again are unknown, because USING may have
     computed anything; they are named in `_unchanged`. ``UPDATE t SET c = c`` sends them again.
 
+    A key keeps its values if it was and is a number, or becomes text. If it becomes anything else, the key of rows that
+    were not sent again is unknown, and their earlier versions can't be matched with rows that were: give the new
+    version a folder of its own.
+
     It also works on the output of `cdc.latest` and `cdc.aggregate`. It holds the keys of all changes and the result in
     memory.
 
@@ -68,7 +72,7 @@ def current(folder: str | Path, *, key: str | Sequence[str], table: str | None =
     own = [name for name in history.schema.names if name != history.metadata.before]
     result = history.take(changes.place[changes.last], own).replace_schema_metadata(history.metadata.said or None)
     if history.metadata.unchanged in own:
-        result = _filled(history, changes, result)
+        result = _filled(history, changes, result, keys)
     return result
 
 
@@ -221,7 +225,7 @@ def _check_deletes(known: Bools, keys: tuple[str, ...], is_whole: Bools) -> None
 # -- values that were not sent --------------------------------------------------------------------------------------
 
 
-def _filled(history: TableHistory, changes: _Changes, result: pa.Table) -> pa.Table:
+def _filled(history: TableHistory, changes: _Changes, result: pa.Table, keys: tuple[str, ...]) -> pa.Table:
     """Fill in the values that the changes did not have. Values that no file has are named in `_unchanged`."""
     metadata = history.metadata
     unchanged = _array(history.columns([metadata.unchanged]), metadata.unchanged)
@@ -242,7 +246,10 @@ def _filled(history: TableHistory, changes: _Changes, result: pa.Table) -> pa.Ta
             continue
         open_.update(missing.tolist())
         source = changes.lives.origins(sent, changes.event[missing]).change
-        for row in missing[source < 0].tolist():
+        nowhere = missing[source < 0]
+        if name in keys and len(nowhere) and history.keeps_identity(name):
+            result, nowhere = _with_key(history, changes, result, name, nowhere)
+        for row in nowhere.tolist():
             unknown.setdefault(row, []).append(name)
         missing, source = missing[source >= 0], source[source >= 0]
         columns = [name, *([metadata.raw] if metadata.raw in history.schema.names else [])]
@@ -262,6 +269,31 @@ def _filled(history: TableHistory, changes: _Changes, result: pa.Table) -> pa.Ta
         known = {i: {**dict(old[i].as_py() or ()), **more} for i, more in raw.items()}
         result = _with_values(result, metadata.raw, known)
     return result
+
+
+def _with_key(
+    history: TableHistory, changes: _Changes, result: pa.Table, name: str, rows: Ints
+) -> tuple[pa.Table, Ints]:
+    """The result with the values by which rows were identified, although their type has changed since.
+
+    Returns:
+        The result, and the rows of `rows` whose value the new type does not hold.
+    """
+    index = result.schema.get_field_index(name)
+    cells = _array(history.columns([name], keys=[name]), name).take(pa.array(changes.place[changes.last][rows]))
+    try:
+        cells = cells.cast(result.field(index).type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return result, rows
+    where = np.arange(len(result))
+    where[rows] = len(result) + np.arange(len(rows))
+    both = pa.chunked_array([*result.column(index).chunks, cells], cells.type)
+    return result.set_column(index, result.field(index), both.take(pa.array(where))), rows[_nulls(cells)]
+
+
+def _nulls(cells: pa.Array) -> Bools:
+    found: Bools = cells.is_null().to_numpy(zero_copy_only=False)
+    return found
 
 
 def _with_values(table: pa.Table, name: str, values: Mapping[int, Any]) -> pa.Table:

@@ -24,7 +24,7 @@ from pgoutput_source.compute.metadata import Bools, Ints, own_columns, renamed
 from pgoutput_source.compute.versions import Past, column_in, relation_of
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.parquet.folder import Asked, may_be, table_of
-from pgoutput_source.parquet.read import common_type, schemas_of
+from pgoutput_source.parquet.read import common_type, is_number, schemas_of
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,15 @@ class TableHistory:
         """For each change, whether an old row would have all columns."""
         return np.repeat([run.whole for run in self.runs], [run.rows for run in self.runs])
 
+    def keeps_identity(self, name: str) -> bool:
+        """Whether values of a key identify the same rows, whatever type it has had: numbers, or what became text."""
+        fields = [run.schema.field(past.name) for run in self.runs if (past := run.past[name]).name is not None]
+        if all(is_number(field.type) or _pg_type(field) == b"numeric" for field in fields):
+            return True
+        is_text, t = _pg_type(self.schema.field(name)) in (b"text", b"character varying"), pa.types
+        kinds = [field.type for field in fields if _pg_type(field) != b"numeric"]
+        return is_text and len(kinds) == len(fields) and all(t.is_string(kind) or t.is_integer(kind) for kind in kinds)
+
     def _key_type(self, name: str) -> pa.DataType:
         kinds = [run.schema.field(past.name).type for run in self.runs if (past := run.past[name]).name is not None]
         kind = common_type(kinds) if kinds else pa.null()
@@ -136,6 +145,11 @@ class TableHistory:
                 "%s: column %s %s: its value is unknown in rows that have not been sent since (_unchanged)",
                 table, name, reason,
             )  # fmt: skip
+
+
+def _pg_type(field: pa.Field) -> bytes | None:
+    found: bytes | None = (field.metadata or {}).get(b"pg.type")
+    return found
 
 
 def _of_table(folder: Path, table: str | None) -> tuple[str, dict[Path, pa.Schema]]:

@@ -154,7 +154,7 @@ def common_type(kinds: Iterable[pa.DataType]) -> pa.DataType | None:
     True
     """
     kinds = list(dict.fromkeys(kinds))
-    if len(kinds) > 1 and all(map(_is_number, kinds)):
+    if len(kinds) > 1 and all(map(is_number, kinds)):
         return _number(kinds)
     try:
         fields = [pa.schema([pa.field("", kind)]) for kind in kinds]
@@ -164,7 +164,8 @@ def common_type(kinds: Iterable[pa.DataType]) -> pa.DataType | None:
     return found if all(_holds(found, kind) for kind in kinds) else None
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def is_number(kind: pa.DataType) -> bool:
+    """Whether values of this type are integers, decimals or floats."""
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
@@ -201,7 +202,7 @@ def _holds(kind: pa.DataType, part: pa.DataType) -> bool:
         return _holds(kind.key_type, part.key_type) and _holds(kind.item_type, part.item_type)
     if t.is_list(kind) and t.is_list(part):
         return _holds(kind.value_type, part.value_type)
-    return not (_is_number(kind) and _is_number(part)) or kind == part or _number([kind, part]) == kind
+    return not (is_number(kind) and is_number(part)) or kind == part or _number([kind, part]) == kind
 
 
 def _has_text(kind: pa.DataType) -> bool:

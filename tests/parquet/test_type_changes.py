@@ -199,3 +199,40 @@ def expected(value: Any, kind: pa.DataType, row: dict[str, Any], name: str, sche
     if second:
         return [(second[0], value)]
     return [(name, pa.array([value], kind).cast(target)[0].as_py())]
+
+
+KEYS = [
+    ("int", "bigint", "1", "2", "3"),
+    ("int", "text", "1", "2", "3"),
+    ("bigint", "numeric(20,2)", "1", "2", "3"),
+    ("numeric(8,2)", "numeric(10,4)", "1", "2.5", "3"),
+    ("numeric", "numeric(10,4)", "1", "2.5", "3"),
+    ("varchar(9)", "varchar(12)", "'a'", "'b'", "'c'"),
+    ("uuid", "text", *(f"'00000000-0000-0000-0000-00000000000{n}'" for n in "123")),
+    ("mood", "text", "'sad'", "'ok'", "'so'"),
+]
+
+
+@pytest.mark.parametrize(("was", "new", "one", "two", "three"), KEYS, ids=[f"{key[0]}-{key[1]}" for key in KEYS])
+def test_a_key_whose_type_changes_goes_on_identifying_its_rows(
+    db: Database, tmp_path: Path, was: str, new: str, one: str, two: str, three: str
+) -> None:
+    connection = db.connect()
+    connection.execute("CREATE TYPE mood AS ENUM ('sad', 'ok', 'so')")
+    connection.execute(f"CREATE TABLE t (id {was} PRIMARY KEY, v text); CREATE PUBLICATION p FOR TABLE t".encode())
+    connection.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+    assembler, files = Assembler(look_up=Definitions(db.dsn)), 0
+    connection.execute(f"INSERT INTO t VALUES ({one}, 'a'), ({two}, 'a'), ({three}, 'a')".encode())
+    for _ in range(2):
+        for made in assembler.feed(consumed(connection, "s")).batches:
+            pq.write_table(pa.table(made), tmp_path / f"{files:04}.parquet")
+            files += 1
+        if files == 1:
+            connection.execute(f"ALTER TABLE t ALTER id TYPE {new}".encode())
+            ids = [row[0] for row in connection.execute("SELECT id FROM t ORDER BY id")]
+            connection.execute("UPDATE t SET v = 'b' WHERE id = %s", [ids[1]])
+            connection.execute("DELETE FROM t WHERE id = %s", [ids[2]])
+
+    rows = current(tmp_path, key="id").sort_by("id").select(["id", "v", "_unchanged"]).to_pylist()
+    want = connection.execute("SELECT id, v FROM t ORDER BY id").fetchall()
+    assert [tuple(row.values()) for row in rows] == [(*row, None) for row in want]
