@@ -64,6 +64,29 @@ def test_current_rows_are_those_of_the_tables(db: Database, tmp_path: Path, seed
         assert {"I", "U", "D"} <= set(history["_op"].to_pylist())
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_last_rows_of_latest_are_those_of_the_tables(db: Database, tmp_path: Path, seed: int) -> None:
+    """Put and removed in order, as a mirror elsewhere would."""
+    flow = Dataflow("latest")
+    source = PgOutputSource(db.dsn, slot="cdc", publication="cdc", until="current", max_frames=500)
+    changes = op.input("in", flow, source)
+    with Workload(db.dsn, seed=seed, tables=9, largest=300, publication="cdc") as workload:
+        workload.connection.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+        workload.run(4_000)
+        for number, table in enumerate(workload.tables):
+            batches = cdc.table(f"table {number}", changes, table.identifier.as_string(None))
+            last = cdc.latest(f"latest {number}", batches, key=None if table.keyed else table.key)
+            cdc.output(f"out {number}", last, ParquetSink(tmp_path / str(number)))
+        run(flow, epoch=timedelta(seconds=1))
+
+        found = {
+            str(table.name): mirrored(tmp_path / str(number), str(table.name), table.key)
+            for number, table in enumerate(workload.tables)
+            if any((tmp_path / str(number)).glob("*.parquet"))
+        }
+        assert differences({name: rows for name, rows in found.items() if rows}, tables(workload)) == []
+
+
 @pytest.mark.parametrize("default", ["", " DEFAULT 'x'", " DEFAULT md5(random()::text)"])
 def test_a_column_that_comes_amid_a_transaction_does_not_keep_rows_alive(
     db: Database, tmp_path: Path, default: str
