@@ -15,6 +15,7 @@ from bytewax.dataflow import Dataflow
 from harness.database import Database
 from harness.flow import Flow, publish
 from harness.workload import Workload, differences, replayed, tables
+from psycopg.conninfo import make_conninfo
 
 import pgoutput_source.operators as cdc
 from pgoutput_source import IpcSink, PgOutputReader, PgOutputSource, metrics, peek, run, stream
@@ -43,13 +44,13 @@ class Parking:
         for statement in statements:
             self.c.execute(statement.encode())
 
-    def run(self, *, recovery: bool = True, **options: Any) -> None:
+    def run(self, *, recovery: bool = True, workers: int = 1, dsn: str = "", **options: Any) -> None:
         given: dict[str, Any] = {"slot": "s", "publication": "p", "until": "current", "on_misfit": "error"}
         given |= {"on_table_error": "park", "park_folder": self.folder, **options}
         flow = Dataflow("flow")
-        changes = op.input("pg", flow, PgOutputSource(self.db.dsn, **given))
+        changes = op.input("pg", flow, PgOutputSource(dsn or self.db.dsn, **given))
         cdc.output("out", op.flat_map("batches", changes, lambda s: s.batches), IpcSink(self.out))
-        run(flow, recovery=self.store if recovery else None, epoch=timedelta(0))
+        run(flow, recovery=self.store if recovery else None, epoch=timedelta(0), workers=workers)
 
     def replay(self, *arguments: str) -> int:
         return main(["replay", "--folder", str(self.folder), *arguments])
@@ -201,6 +202,30 @@ def test_a_table_with_a_column_named_like_one_of_ours_is_replayed_with_another_p
         "_seq": [2, None, None],
         "cdc_op": ["I", "I", "T"],
     }
+    assert parking.files == []
+
+
+@pytest.mark.parametrize(("streaming", "workers", "binary"), [("on", 2, "off"), ("parallel", 1, "auto")])
+def test_a_transaction_in_progress_and_values_in_binary_are_parked_as_they_came(
+    parking: Parking, streaming: str, workers: int, binary: str
+) -> None:
+    options: dict[str, Any] = {"streaming": streaming, "workers": workers, "binary": binary, "streaming_memory": 50_000}
+    options["dsn"] = make_conninfo(parking.db.dsn, options="-c logical_decoding_work_mem=64kB")
+    parking.run_sql(
+        "CREATE TYPE pair AS (a int, b text)",
+        "CREATE TABLE large (id int PRIMARY KEY, p pair, n numeric(8, 2))",
+        "BEGIN; INSERT INTO large SELECT i, row(i, 'x'::text)::pair, i FROM generate_series(1, 3000) i;"
+        "INSERT INTO orders SELECT generate_series(1, 3000); INSERT INTO large VALUES (0, NULL, 'NaN');"
+        "SAVEPOINT lost; UPDATE large SET n = 1; ROLLBACK TO lost; UPDATE large SET n = n + 1 WHERE id < 10; COMMIT",
+        "DELETE FROM large WHERE id < 5",
+    )
+    parking.run(**options)
+    assert parking.delivered("public.orders") == parking.all_of("public.orders")
+    assert metrics.PARKED.labels("s", "public.large")._value.get() > 0
+    parking.replay()
+    parking.run(**options | {"on_misfit": "raw"})
+
+    assert parking.delivered("public.large") == parking.all_of("public.large")
     assert parking.files == []
 
 
