@@ -182,7 +182,11 @@ class SlotSession:
 
     @property
     def _copy_is_due(self) -> bool:
-        return self._copy is not None and self._copy.due and not self.in_transaction
+        if self._copy is None or self.in_transaction or not self._copy.due:
+            return False
+        # A session that resumes, or lost its connection, within a transaction waits for the rest of it: rows of the copy
+        # stand before it, and it may have emptied the table.
+        return self.position is None or self.position.commit_lsn < self.safe_lsn
 
     def _poll(self, timeout: float) -> Sequence[bytes | memoryview]:
         settings, frames = self.settings, self.frames

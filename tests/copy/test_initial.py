@@ -26,6 +26,7 @@ from pgoutput_source.changes.values import to_python
 from pgoutput_source.copy import chunks, initial
 from pgoutput_source.copy.chunks import ChunkReader
 from pgoutput_source.copy.initial import InitialCopy
+from pgoutput_source.copy.ledger import TableCopy
 from pgoutput_source.errors import ConfigurationError, ConnectionFailed
 from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.reader import PgOutputReader
@@ -456,6 +457,55 @@ def test_a_table_that_takes_the_name_of_another_in_the_midst_of_its_copy(
         assert len(found.of("public.old")) == 400
 
 
+def test_rows_of_the_copy_never_stand_before_what_was_delivered_of_an_unfinished_transaction(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream is cut after a TRUNCATE, and the table is read again before the rest of its transaction comes."""
+    settings = SourceSettings.of(dsn=db.dsn, slot="s", publication="p", snapshot="initial", max_frames=1)
+    found: list[tuple[int, int, str, int | None]] = []
+
+    def take(changes: ChangeSet) -> str:
+        for batch in changes:
+            names = ("_commit_lsn", "_seq", "_op", "id")
+            found.extend(zip(*(batch.data.column(name).to_pylist() for name in names), strict=True))
+        return found[-1][2] if found else ""
+
+    def until(op: str, session: SlotSession) -> None:
+        deadline = time.monotonic() + 30
+        while take(session.next(0.01)) != op:
+            assert time.monotonic() < deadline
+
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int); ALTER TABLE t REPLICA IDENTITY FULL; INSERT INTO t VALUES (1)")
+        c.execute("CREATE PUBLICATION p FOR TABLE t")
+        c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+        session = SlotSession(db.dsn, settings)
+        until("R", session)
+        with monkeypatch.context() as patch:
+            patch.setattr(TableCopy, "settle", lambda *_: None)  # before the TRUNCATE is there
+            take(session.next(0.01))
+            c.execute("BEGIN; TRUNCATE t; INSERT INTO t VALUES (2), (3); COMMIT")
+            until("T", session)
+        state = session.snapshot()
+        session.close()
+        session = SlotSession(db.dsn, settings, state)
+        with monkeypatch.context() as patch:
+            patch.setattr(session.frames, "poll", lambda **_: [])  # the server takes its time
+            for _ in range(20):
+                take(session.next())
+        until("R", session)
+        c.execute("UPDATE t SET id = id + 10")
+        deadline = time.monotonic() + 30
+        while session.copying or found[-1][2:] != ("U", 13):
+            assert time.monotonic() < deadline, found
+            take(session.next(0.05))
+        session.close()
+
+    assert found == sorted(found)
+    kept = [row for row in found if row > next(row for row in found if row[2] == "T")]
+    assert [(op, number) for _, _, op, number in kept] == [("R", 2), ("R", 3), ("U", 12), ("U", 13)]
+
+
 def test_a_reader_that_only_copies(db: Database) -> None:
     with db.connect() as c:
         c.execute("CREATE TABLE t (id int PRIMARY KEY)")
@@ -500,6 +550,8 @@ def test_tables_that_leave_the_publication_and_come_back(db: Database, monkeypat
         for _ in range(20):
             mirror.take(session.next(0.01))
         c.execute("ALTER PUBLICATION p ADD TABLE t")
+        for _ in range(20):  # until it is seen to be published
+            mirror.take(session.next(0.01))
         finish(session, db, mirror)
         assert len(mirror.rows) == 180
 

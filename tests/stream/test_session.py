@@ -135,6 +135,6 @@ def test_a_look_at_the_catalogue_waits_for_the_server_as_the_stream_does(tls: Se
                     assert away < 1
                 else:
                     with pytest.raises(ConnectionFailed):
-                        session.next(5)
+                        [session.next(1) for _ in range(10)]  # the first may bring the Begin alone
                 away = 0
     db.drop()
