@@ -1,7 +1,7 @@
 """The gate: the moment at which an epoch is known to be durable, and what this process does then.
 
 After a ``snapshot()`` Bytewax calls the source's ``next_batch()``, or its next ``snapshot()``, only once that epoch is
-durable in the whole cluster. The source then calls `Gate.open`, *before* it acknowledges to PostgreSQL, and every
+durable in the whole cluster. The source then calls `Gate.opened`, *before* it acknowledges to PostgreSQL, and every
 sink part of the process publishes what it staged in that epoch. If a publisher raises, the error reaches the source,
 which fails without acknowledging. Sources and sinks live in different worker threads, so everything here runs under
 `Gate.lock`.
@@ -10,7 +10,7 @@ which fails without acknowledging. Sources and sinks live in different worker th
     ------                                       ---------
                                                  list_parts   expect(self, …), by the sink
     build_part   source_opened("orders")         build_part   register(self)
-    next_batch   open("orders"), acknowledge     snapshot     staged(self)
+    next_batch   opened("orders"), acknowledge   snapshot     staged(self)
     StopIteration  source_finished("orders")     close        ended(self) or unregister(self)
     close        source_closed("orders")
 
@@ -172,7 +172,7 @@ class Gate:
             kept = sorted(runs)[-MAX_RUNS:]
             return {**({} if len(kept) == len(runs) else {_CUT: 0}), **{run: runs[run] for run in kept}}
 
-    def open(self, source: str = "") -> None:
+    def opened(self, source: str = "") -> None:
         """The last snapshot of `source` is durable. Call this once per snapshot, before acknowledging.
 
         Raises:

@@ -211,7 +211,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         if self.staged is None:
             return
         lsn, self.staged = self.staged, None
-        gate.open(self.slot)
+        gate.opened(self.slot)
         metrics.GATE_TIME.labels(self.slot).set(time.time())
         self.done = self.done or self.final
         self.session.durable()

@@ -184,8 +184,8 @@ class SlotSession:
     def _copy_is_due(self) -> bool:
         if self._copy is None or self.in_transaction or not self._copy.due:
             return False
-        # A session that resumes, or lost its connection, within a transaction waits for the rest of it: rows of the copy
-        # stand before it, and it may have emptied the table.
+        # A session that resumes, or reconnects, within a transaction waits for the rest of it: rows of the copy stand
+        # before it, and what was delivered of it may have emptied the table.
         return self.position is None or self.position.commit_lsn < self.safe_lsn
 
     def _poll(self, timeout: float) -> Sequence[bytes | memoryview]:

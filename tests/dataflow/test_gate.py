@@ -53,7 +53,7 @@ class SourcePart(StatefulSourcePartition[tuple[str, int], int]):
         if self.waiting:
             self.waiting = False
             self.source.log.append(("opens", self.source.name, self.epoch - 1))
-            gate.open(self.source.name)
+            gate.opened(self.source.name)
             self.source.log.append(("acknowledges", self.source.name, self.epoch - 1))
 
     def next_batch(self) -> list[tuple[str, int]]:
@@ -162,18 +162,18 @@ def test_a_part_behind_another_source_waits_for_the_opening_that_proves_its_epoc
     ahead, behind = SinkPart(Sink("ahead", log)), SinkPart(Sink("behind", log))
     gate.source_opened("a")
     gate.source_opened("b")
-    gate.open("a")
-    gate.open("b")
+    gate.opened("a")
+    gate.opened("b")
     ahead.write_batch([2])
     ahead.snapshot()  # b has closed epoch 2, and a has not
-    gate.open("b")
+    gate.opened("b")
     assert log[-1] == ("publishes", "ahead", 2)
     ahead.write_batch([3])
     ahead.snapshot()  # b has closed epoch 3, while a's gate for epoch 2 opens only now
     behind.write_batch([2])
-    gate.open("a")
+    gate.opened("a")
     assert log[-1] == ("stages", "ahead", 3), "an opening for epoch 2 proves nothing about epoch 3"
-    gate.open("b")
+    gate.opened("b")
     assert log[-1] == ("publishes", "ahead", 3)
 
 
@@ -219,7 +219,7 @@ def test_a_new_run_forgets_what_an_earlier_one_did_not_finish() -> None:
     part.snapshot()
     part.close()
     gate.source_opened("a")
-    gate.open("a")
+    gate.opened("a")
     gate.source_finished("a")
     gate.source_closed("a")
     gate.finish()

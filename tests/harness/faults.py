@@ -48,13 +48,13 @@ PLACES: dict[str, Place] = {
     "before staging": (parquet._ParquetPartition, "snapshot", True),
     "before a part's fsync": (Folder, "stage", True),
     "after staging": (parquet._ParquetPartition, "snapshot", False),
-    "epoch durable, nothing committed": (gate, "open", True),
+    "epoch durable, nothing committed": (gate, "opened", True),
     "committed, nothing published": (Folder, "commit", False),
     "mid-rename": (Folder, "_append", True),
     "published, parts not deleted": (Folder, "_append", False),
     "published, not acknowledged": (ReplicationStream, "acknowledge", True),
     "acknowledged": (ReplicationStream, "acknowledge", False),
-    "before the next epoch": (gate, "open", False),
+    "before the next epoch": (gate, "opened", False),
 }
 SINK_PLACES: dict[str, Place] = {
     "a sink before staging": (base._TwoPhasePartition, "snapshot", True),

@@ -172,7 +172,7 @@ def test_a_source_remembers_its_last_hundred_runs() -> None:
         gate.source_opened("slot", {"commit_lsn": 5, "seq": 2, "epochs": state})
         for _ in range(3):
             state = gate.epochs("slot")
-            gate.open("slot")
+            gate.opened("slot")
         assert len(state) == min(number + 1, MAX_RUNS) + (number >= MAX_RUNS)
     assert set(state.values()) == {0, 3}
     gate.abandon()

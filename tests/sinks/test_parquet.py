@@ -176,7 +176,7 @@ class World:
             waiting = False
             while position < self.total:
                 if waiting:
-                    gate.open("orders")
+                    gate.opened("orders")
                     disk.step("acknowledge")
                     self.slot, waiting = position, False
                 for _ in range(self.random.randint(1, 3)):
@@ -310,7 +310,7 @@ class GatedPart(StatefulSourcePartition[pa.RecordBatch, int]):
     def _gate(self) -> None:
         if self.waiting:
             self.waiting = False
-            gate.open("orders")
+            gate.opened("orders")
 
     def next_batch(self) -> list[pa.RecordBatch]:
         self._gate()
@@ -429,7 +429,7 @@ class Epochs:
     def write(self, *batches: pa.RecordBatch) -> None:
         self.part.write_batch(list(batches))
         self.part.snapshot()
-        gate.open("orders")
+        gate.opened("orders")
 
 
 def test_small_epochs_are_merged_until_a_limit_is_reached(tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_a_row_waits_no_longer_than_max_age(tmp_path: Path, monkeypatch: pytest.
         clock[0] += 9
     assert files(tmp_path) == []
     clock[0] += 6
-    gate.open("orders")  # an epoch without data
+    gate.opened("orders")  # an epoch without data
     assert [line["rows"] for line in index(tmp_path)] == [60]
 
 
@@ -665,7 +665,7 @@ def test_a_recovery_folder_that_is_older_than_the_files_is_refused(tmp_path: Pat
     for i in range(3):
         part.write_batch([changes(ORDERS, i * 10, 10)])
         states.append(part.snapshot())
-        gate.open("orders")
+        gate.opened("orders")
     part.close()
     with pytest.raises(SinkError, match="ahead of the recovery folder") as caught:
         sink.build_part("flow.out", "parquet", states[0])
@@ -707,7 +707,7 @@ def test_a_full_disk_is_an_error_and_nothing_of_it_is_visible_or_lost(tmp_path: 
     part = sink.build_part("flow.out", "parquet", None)
     part.write_batch([changes(ORDERS, 0, 1000)])
     state = part.snapshot()
-    gate.open("orders")
+    gate.opened("orders")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:

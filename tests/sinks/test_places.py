@@ -121,15 +121,15 @@ def test_a_row_waits_for_max_age_whatever_the_clock_says(
     part = sink.build_part("f.out", "parquet", None)
     part.write_batch([ROW])
     state = part.snapshot()
-    gate.open("slot")
+    gate.opened("slot")
     wall[0] += step
     now[0] += 59
     part.snapshot()
-    gate.open("slot")
+    gate.opened("slot")
     assert not list(tmp_path.glob("*.parquet"))
     now[0] += 2
     part.snapshot()
-    gate.open("slot")
+    gate.opened("slot")
     assert len(list(tmp_path.glob("*.parquet"))) == 1
     part.close()
     assert state["parts"]
@@ -146,7 +146,7 @@ def test_what_was_staged_before_the_clock_was_set_back_waits_no_longer_than_max_
     part = sink.build_part("f.out", "parquet", None)
     part.write_batch([ROW])
     state = part.snapshot()
-    gate.open("slot")
+    gate.opened("slot")
     gate.source_closed("slot")
     part.close()
     wall[0] -= 86_400
@@ -154,7 +154,7 @@ def test_what_was_staged_before_the_clock_was_set_back_waits_no_longer_than_max_
     part = sink.build_part("f.out", "parquet", state)
     now[0] += 61
     part.snapshot()
-    gate.open("slot")
+    gate.opened("slot")
     assert len(list(tmp_path.glob("*.parquet"))) == 1
     part.close()
 

@@ -100,7 +100,7 @@ class SlotPart(StatefulSourcePartition[ChangeBatch, int]):
 
     def _gate(self) -> None:
         if self.staged is not None:
-            gate.open("orders")
+            gate.opened("orders")
             self.slot.acknowledged, self.staged = self.staged, None
 
     def next_batch(self) -> list[ChangeBatch]:

@@ -304,7 +304,7 @@ def test_duckdb_and_polars_read_the_same_values_from_parquet_as_the_batch_holds(
     part = ParquetSink(tmp_path).build_part("flow.out", "parquet", None)
     part.write_batch([every.batch])
     part.snapshot()
-    gate.open("cdc")
+    gate.opened("cdc")
     gate.drain()
     gate.abandon()
     expected = every.batch.data.select(every.names)
