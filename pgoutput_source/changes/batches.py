@@ -233,6 +233,9 @@ class ChangeSet:
     `batches` has one `ChangeBatch` per version of a table, ordered by their first change. `truncates` are the
     statements of the rows with `_op` T. `messages` are the logical decoding messages.
 
+    `continues` says that the transaction of the last change has not ended yet. The next set goes on with it, or is
+    empty and says that it has ended.
+
     A batch whose values can't be decoded is an `UndecodedBatch`. A loop over all batches finds it. Its error is raised
     when it is used: by `of`, `table` and `events`, and by the batch's own `data`.
 
@@ -246,6 +249,7 @@ class ChangeSet:
     batches: tuple[ChangeBatch, ...]
     messages: tuple[Message, ...] = ()
     truncates: tuple[Truncate, ...] = ()
+    continues: bool = False
 
     def __len__(self) -> int:
         return sum(map(len, self.batches))

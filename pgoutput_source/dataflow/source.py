@@ -162,6 +162,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         self.done = False  # whether that snapshot is durable
         self.left = False
         self.bytes_in_epoch = 0
+        self.continues = self.session.unfinished  # what the last set said
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self._awake: datetime | None = None
         self.open = True
@@ -182,7 +183,9 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         self._awake = datetime.now(UTC) + _IDLE if self.session.idle else None
         if not self.in_main_thread:
             self.bytes_in_epoch += sum(batch.nbytes for batch in changes.batches)
-        return [changes] if len(changes) or changes.messages else []
+        ended = self.continues and not changes.continues
+        self.continues = changes.continues
+        return [changes] if len(changes) or changes.messages or ended else []
 
     def next_awake(self) -> datetime | None:
         return self._awake

@@ -128,7 +128,7 @@ def decode_copied(tuples: Tuples, columns: Sequence[CopiedColumn], table: str, *
         if not ok.all():
             raise ProtocolError(f"COPY: {problem}", table=table)
 
-    check(numbers_at(tuples.raw, ">i2", pos) == len(columns), f"a tuple that doesn't have {len(columns)} columns")
+    check(numbers_at(tuples.raw, ">i2", pos) == len(columns), f"a tuple that is not {len(columns)} columns wide")
     pos = pos + 2
     arrays: list[pa.Array] = []
     misfits: dict[int, list[tuple[str, str]]] = {}

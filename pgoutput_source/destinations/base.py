@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import pyarrow as pa
@@ -41,14 +41,13 @@ class Job(NamedTuple):
     key: tuple[str, ...]
     identity: str
     changes: pa.Table
-    continues: bool = False
 
     @classmethod
     def of(cls, target: Target, parts: Sequence[tuple[Part, pa.Table]]) -> Job:
         """The job that these parts make; their schemas are equal."""
         part = parts[-1][0]
         changes = pa.concat_tables([table for _, table in parts])
-        return cls(target, part.number, part.last, part.key, part.identity, changes, part.continues)
+        return cls(target, part.number, part.last, part.key, part.identity, changes)
 
     @property
     def origin(self) -> tuple[str, ...]:
@@ -75,10 +74,11 @@ class Destination(ABC):
         """
 
     @abstractmethod
-    def apply(self, jobs: Sequence[Job]) -> None:
+    def apply(self, jobs: Iterable[Job]) -> None:
         """Commit the jobs whose number is larger than the one that their target has, and that number with them.
 
-        All of a job becomes visible at once. It is durable when this returns.
+        The last of them ends with a transaction, so a store that can commit several tables commits them all at once.
+        They are read one by one. They are durable when this returns.
 
         Raises:
             SinkError: Nothing of the job that failed is there, and it may be applied again.

@@ -9,7 +9,7 @@ https://www.postgresql.org/docs/current/sql-copy.html
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from psycopg import sql
 
 from pgoutput_source.changes.schema import MetadataNames, attnum_of, missing_of
 from pgoutput_source.compute.metadata import own_columns
+from pgoutput_source.compute.net_effect import Standing
 from pgoutput_source.compute.net_rows import net_rows
 from pgoutput_source.destinations.base import Destination, Job, Mode, Reached
 from pgoutput_source.destinations.targets import Target
@@ -85,6 +86,7 @@ class PostgresDestination(Destination):
     def __init__(self, dsn: str, *, mode: Mode, schema: str = "pgoutput") -> None:
         self.dsn, self.mode, self.schema = dsn, mode, schema
         self._connection: Connection | None = None
+        self._standing: dict[Target, Standing | None] = {}
 
     def __repr__(self) -> str:
         return "PostgreSQL"
@@ -124,8 +126,9 @@ class PostgresDestination(Destination):
             )
         return Reached(number, (int(lsn), seq), (system, database, slot))
 
-    def apply(self, jobs: Sequence[Job]) -> None:
+    def apply(self, jobs: Iterable[Job]) -> None:
         """All jobs in one transaction."""
+        self._standing = {}
         if self._connection is None or self._connection.closed:
             self._connection = connect(self.dsn)
             self._prepare(self._connection)
@@ -341,7 +344,8 @@ class PostgresDestination(Destination):
         data = job.changes.combine_chunks().to_batches()
         if not data:
             return
-        net, _ = net_rows(data[0], job.key, whole=job.identity == "f")
+        standing = self._standing.get(job.target)
+        net, self._standing[job.target] = net_rows(data[0], job.key, whole=job.identity == "f", standing=standing)
         own, names = own_columns(net.puts.schema), MetadataNames.of(net.puts.schema)
         columns = _names([*own, names.commit_lsn, names.unchanged])
         if net.emptied:

@@ -46,7 +46,6 @@ class Part:
         last: Where its last change stands.
         rows: How many changes it has.
         size: How many bytes they take in the file.
-        continues: Whether the transaction of its last change may go on in a later part.
     """
 
     number: int
@@ -57,7 +56,6 @@ class Part:
     last: Point
     rows: int
     size: int = 0
-    continues: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For the head of a file."""
@@ -112,8 +110,10 @@ class Spool:
             ) from None
         return lock
 
-    def put(self, token: str, parts: Sequence[tuple[Part, Sequence[pa.RecordBatch]]]) -> None:
-        """Make an epoch's parts durable."""
+    def put(
+        self, token: str, parts: Sequence[tuple[Part, Sequence[pa.RecordBatch]]], *, continues: bool = False
+    ) -> None:
+        """Make an epoch's parts durable; `continues` says that the next epoch goes on with its last transaction."""
         path = self.folder / f"{token}{_WRITING}"
         with explained("can't write to", self.folder):
             bodies = []
@@ -126,7 +126,7 @@ class Spool:
                 bodies.append(body.getvalue())
                 heads.append(part.to_json() | {"size": len(bodies[-1])})
             with path.open("wb") as file:
-                file.write(json.dumps({"v": _VERSION, "parts": heads}).encode() + b"\n")
+                file.write(json.dumps({"v": _VERSION, "continues": continues, "parts": heads}).encode() + b"\n")
                 for written in bodies:
                     file.write(written)
                 file.flush()
@@ -178,12 +178,17 @@ class Spool:
     def parts(self, token: str) -> list[Part]:
         """What an epoch has, without its rows."""
         with self._opened(token) as file:
-            return self._head(file)
+            return self._head(file)[0]
+
+    def continues(self, token: str) -> bool:
+        """Whether the next epoch goes on with the last transaction of this one."""
+        with self._opened(token) as file:
+            return self._head(file)[1]
 
     def read(self, token: str) -> Iterator[tuple[Part, pa.Table]]:
         """The parts of an epoch with their rows."""
         with self._opened(token) as file:
-            for part in self._head(file):
+            for part in self._head(file)[0]:
                 with explained("can't read", self.folder):
                     body = file.read(part.size)
                 try:
@@ -201,10 +206,11 @@ class Spool:
                 hint="somebody removed it. Put it back; or start afresh: a new destination, recovery folder and slot",
             )
 
-    def _head(self, file: BinaryIO) -> list[Part]:
+    def _head(self, file: BinaryIO) -> tuple[list[Part], bool]:
         try:
             head = json.loads(file.readline())
-            version, parts = head["v"], [Part.from_json(part) for part in head["parts"]]
+            version, continues = head["v"], bool(head["continues"])
+            parts = [Part.from_json(part) for part in head["parts"]]
         except (ValueError, KeyError, TypeError) as e:
             raise self._damaged(Path(file.name).stem) from e
         if version != _VERSION:
@@ -212,7 +218,7 @@ class Spool:
                 f"the spool {self.folder} has version {version!r}, and this is version {_VERSION}",
                 hint="run the release that wrote it until it is empty",
             )
-        return parts
+        return parts, continues
 
     def _damaged(self, token: str) -> SinkError:
         return SinkError(

@@ -157,7 +157,7 @@ def check_slot(conn: Connection, slot: SlotState) -> None:
         )
     if slot.two_phase:
         raise SlotMismatch(
-            f"{name} was created with two_phase, which sends prepared transactions before they are committed",
+            f"{name} is two-phase: it sends prepared transactions before they are committed",
             hint=f"use a slot without it: SELECT pg_create_logical_replication_slot('…', '{PLUGIN}')",
         )
     if slot.invalidation:

@@ -72,8 +72,8 @@ def newer_publication_hint(slot: str | None) -> str:
     """The publication exists, or did when the stream began, but it is younger than the slot's position."""
     slot = slot or "…"
     return (
-        "a publication must be older than the changes that the slot holds, and this one was created, or dropped and "
-        "recreated, after them. Read these changes with the earlier publication, or give them up: "
+        "a publication must be older than the slot, and this one was created, or dropped and recreated, after the "
+        "changes that the slot holds. Read these changes with the earlier publication, or give them up: "
         f"SELECT pg_replication_slot_advance('{slot}', pg_current_wal_lsn()). {resync_hint(slot)}"
     )
 

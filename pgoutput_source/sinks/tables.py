@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -119,7 +119,8 @@ class TableSink(TwoPhaseSink[Item]):
             if self.targets.of(first.schema.full_name) is not None
         ]
         parts = [part for first, batches in taken if (part := self._part(first, batches)) is not None]
-        spool.put(token, parts)
+        continues = isinstance(items[-1], ChangeSet) and items[-1].continues
+        spool.put(token, parts, continues=continues)
         there = {token, *spool.tokens(COMMITTED), *spool.tokens(STAGED)}
         self._receipts = {name: receipt for name, receipt in self._receipts.items() if name in there}
         self._receipts[token] = self._receipt([part for part, _ in parts])
@@ -274,8 +275,20 @@ class TableSink(TwoPhaseSink[Item]):
             out.append(batch)
         return out
 
-    def jobs(self, tokens: Sequence[str]) -> list[Job]:
-        """What these epochs are for the destination, tables in the order of their first change."""
+    def jobs(self, tokens: Sequence[str]) -> Iterator[Job]:
+        """What these epochs are for the destination. No more than some are in memory."""
+        assert self._spool is not None
+        some: list[str] = []
+        size = 0
+        for token in tokens:
+            some.append(token)
+            size += sum(part.size for part in self._spool.parts(token))
+            if size > _MOST_BYTES:
+                yield from self._jobs(some)
+                some, size = [], 0
+        yield from self._jobs(some)
+
+    def _jobs(self, tokens: Sequence[str]) -> list[Job]:
         assert self._spool is not None
         found: dict[Target, list[list[tuple[Part, pa.Table]]]] = {}
         for token in tokens:
@@ -327,6 +340,7 @@ class _Flusher(threading.Thread):
         self.sink = sink
         self.changed = threading.Condition()
         self.stopping = self.draining = False
+        self.applying = False  # there is something that it may apply
         self.error: PgOutputError | None = None
         self.since = time.monotonic()
 
@@ -344,8 +358,7 @@ class _Flusher(threading.Thread):
         """Wait a while for a destination that can't keep up."""
         assert self.sink._spool is not None
         deadline = time.monotonic() + _WAIT
-        while self.sink._spool.size() > _FULL and time.monotonic() < deadline and self.error is None:
-            self.wake()
+        while self.applying and self.sink._spool.size() > _FULL and time.monotonic() < deadline and self.error is None:
             time.sleep(0.05)
 
     def drain(self) -> None:
@@ -369,11 +382,12 @@ class _Flusher(threading.Thread):
         try:
             while not self.stopping:
                 tokens = self._due()
+                self.applying = bool(tokens)
                 if tokens:
                     self._apply(tokens)
                     continue
                 with self.changed:
-                    if self.draining and not self._committed():
+                    if self.draining and not self._due():
                         self.draining = False
                         self.changed.notify_all()
                     elif not self.stopping:
@@ -399,23 +413,23 @@ class _Flusher(threading.Thread):
         age = time.time() - spool.age(tokens[0])
         if not (self.draining or age >= self.sink.max_age or spool.size() > _MOST_BYTES):
             return []
-        size = 0
-        most: list[str] = []
-        for token in tokens:
+        size, whole = 0, 0
+        for count, token in enumerate(tokens, 1):
             size += sum(part.size for part in spool.parts(token))
-            if most and size > _MOST_BYTES:
-                break
-            most.append(token)
-        return most
+            # A mirror shows no part of a transaction.
+            if self.sink.destination.mode == "history" or not spool.continues(token):
+                whole = count
+                if size > _MOST_BYTES:
+                    break
+        return tokens[:whole]
 
     def _apply(self, tokens: list[str]) -> None:
         spool = self.sink._spool
         assert spool is not None
-        jobs = self.sink.jobs(tokens)
         begun, pause = time.monotonic(), 0.1
         while True:
             try:
-                self.sink.destination.apply(jobs)
+                self.sink.destination.apply(self.sink.jobs(tokens))
                 break
             except ServerError as e:
                 if not passing(e) or time.monotonic() - begun > self.sink.retry or self.stopping:
@@ -426,5 +440,4 @@ class _Flusher(threading.Thread):
             pause = min(2 * pause, _PAUSE)
         for token in tokens:
             spool.drop(token)
-        rows = sum(len(job.changes) for job in jobs)
-        logger.debug("%s: %d changes of %d tables applied", self.sink.destination, rows, len(jobs))
+        logger.debug("%s: %d epochs applied", self.sink.destination, len(tokens))

@@ -186,7 +186,7 @@ class SlotSession:
             return False
         # A session that resumes, or reconnects, within a transaction waits for the rest of it: rows of the copy stand
         # before it, and what was delivered of it may have emptied the table.
-        return self.position is None or self.position.commit_lsn < self.safe_lsn
+        return not self.unfinished
 
     def _poll(self, timeout: float) -> Sequence[bytes | memoryview]:
         settings, frames = self.settings, self.frames
@@ -230,7 +230,7 @@ class SlotSession:
             changes = self._copy.judge(changes)
             self._copy.passed(self.safe_lsn)
         metrics.CHANGES.labels(slot).inc(len(changes))
-        return changes
+        return replace(changes, continues=True) if self.unfinished else changes
 
     def _warn(self, batches: Iterable[ChangeBatch]) -> None:
         """Warn once per table that its changes can't be decoded. If nobody takes the table, nothing else reports it."""
@@ -249,6 +249,11 @@ class SlotSession:
     def position(self) -> Position | None:
         """The last delivered change, of this session or of the one that it resumes."""
         return self._assembler.position
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the transaction of the last delivered change has not ended yet, as far as this session knows."""
+        return self.position is not None and self.position.commit_lsn >= self.safe_lsn
 
     @property
     def in_transaction(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ options: dict[str, Any] = {
     "mode": os.environ["MODE"],
     "spool": os.environ["SPOOL"],
     "max_age": timedelta(seconds=float(os.environ.get("MAX_AGE", "0"))),
+    "key": json.loads(os.environ.get("KEY", "null")),
     "exclude": tuple(filter(None, os.environ.get("EXCLUDE", "").split(","))),
 }
 
