@@ -79,6 +79,7 @@ def test_the_loop_would_see_what_comes_twice() -> None:
 
 @pytest.mark.slow
 def test_the_loop_would_see_what_is_lost() -> None:
-    report = chaos.run(20, 2, max(MAJORS), mistake="acknowledge early", recovery=False)
+    # A kill must come between the acknowledgement and the files, which a busy machine may miss.
+    reports = (chaos.run(20, seed, max(MAJORS), mistake="acknowledge early", recovery=False) for seed in (2, 3, 4))
 
-    assert report.lost, report
+    assert any(report.lost for report in reports)

@@ -117,6 +117,7 @@ def test_a_mirror_equals_its_source(db: Database, target: Database, tmp_path: Pa
             assert differ(db, target, keyed(workload)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_age", ["0", "0.5"])
 def test_kill_9_while_parts_are_spooled_and_applied(
     db: Database, target: Database, tmp_path: Path, max_age: str
@@ -125,7 +126,7 @@ def test_kill_9_while_parts_are_spooled_and_applied(
     with Busy(db.dsn, seed=5, tables=6, largest=200) as workload:
         publish(db)
         flow = into(db, target, tmp_path, EXCLUDE=unkeyed(workload), MAX_AGE=max_age, **CUT)
-        for _ in range(8):
+        for _ in range(5):
             process = flow.start("-s", rng.choice(["0", "1"]), *flow.recovery())
             with following(process) as lines:
                 wait_for(lines, "streaming from", process)
