@@ -131,7 +131,7 @@ def check_options(conn: Connection, settings: SourceSettings) -> None:
             )
     if settings.binary == "on" and (columns := text_columns(conn, settings.publication)):
         raise ConfigurationError(
-            f"binary='on': these columns can only be read as text: {'; '.join(columns)}",
+            f"binary='on': these columns can be read as text only: {'; '.join(columns)}",
             hint="leave it out, or use binary='auto'; or leave the columns out of the publication (PostgreSQL 15)",
         )
 
