@@ -117,6 +117,18 @@ def test_a_mirror_equals_its_source(db: Database, target: Database, tmp_path: Pa
             assert differ(db, target, keyed(workload)) == []
 
 
+def test_a_mirror_of_tables_that_were_there_before(db: Database, target: Database, tmp_path: Path) -> None:
+    with Workload(db.dsn, seed=8, tables=6, largest=300) as workload:
+        workload.run(1_000)
+        publish(db)
+        workload.run(500)
+        flow = into(db, target, tmp_path, EXCLUDE=unkeyed(workload), PGOUTPUT_SNAPSHOT="initial")
+        flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
+        workload.run(500)
+        flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
+        assert differ(db, target, keyed(workload)) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("max_age", ["0", "0.5"])
 def test_kill_9_while_parts_are_spooled_and_applied(
