@@ -32,7 +32,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class KeyColumn:
+class CollatedColumn:
     """A column of a table's key: its name, its type as SQL writes it, and its collation ("" if it has none)."""
 
     name: str
@@ -57,12 +57,12 @@ class Keys:
             integer needs none.
 
     Example:
-        >>> keys = Keys((KeyColumn("id", "bigint"),))
+        >>> keys = Keys((CollatedColumn("id", "bigint"),))
         >>> keys.places([("5",), ("10",), ("70",)], [("10",), ("50",)]).tolist()
         [0, 1, 2]
     """
 
-    def __init__(self, columns: Sequence[KeyColumn], ask: Ask | None = None) -> None:
+    def __init__(self, columns: Sequence[CollatedColumn], ask: Ask | None = None) -> None:
         self.columns = tuple(columns)
         self._asked = ask
         self._integer = len(self.columns) == 1 and self.columns[0].integer

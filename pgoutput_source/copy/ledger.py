@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-from pgoutput_source.copy.keys import Key, KeyColumn
+from pgoutput_source.copy.keys import CollatedColumn, Key
 from pgoutput_source.copy.visibility import Snapshot
 from pgoutput_source.errors import StateError, check_version
 
@@ -73,7 +73,7 @@ class TableCopy:
     unproven: set[int] = field(default_factory=set)
     delivered: bool = False
     partial: bool = False
-    key: tuple[KeyColumn, ...] = ()
+    key: tuple[CollatedColumn, ...] = ()
     columns: Signature = ()
     wait: int = 0
     gone: bool = False
@@ -178,7 +178,7 @@ class TableCopy:
             unproven=set(state["unproven"]),
             delivered=state["delivered"],
             partial=state["partial"],
-            key=tuple(KeyColumn(*column) for column in state["key"]),
+            key=tuple(CollatedColumn(*column) for column in state["key"]),
             columns=tuple((n, name, oid, typmod) for n, name, oid, typmod in state["columns"]),
             wait=state["wait"],
             gone=state["gone"],

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pgoutput_source.changes.schema import TableName, TableSchema
-from pgoutput_source.copy.keys import KeyColumn, comparable
+from pgoutput_source.copy.keys import CollatedColumn, comparable
 from pgoutput_source.copy.ledger import Signature
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.errors import NotConfigured
@@ -109,7 +109,7 @@ class SourceTable:
     schema: TableSchema
     sql_name: str
     columns: tuple[SourceColumn, ...]
-    key: tuple[KeyColumn, ...]
+    key: tuple[CollatedColumn, ...]
     row_filter: str | None
     rows: int
     row_bytes: int
@@ -180,7 +180,7 @@ def describe(conn: Connection, wanted: Published, relations: Relations) -> Sourc
     schema = relations.current(wanted.relation_id).schema
     arrow = {column.name: column.arrow for column in schema.columns}
     key = [
-        KeyColumn(c[1], c[6], c[7])
+        CollatedColumn(c[1], c[6], c[7])
         for c in sorted((c for c in columns if c[1] in place), key=lambda c: place[c[1]])
         if c[1] in arrow and comparable(arrow[c[1]])
     ]

@@ -1,4 +1,4 @@
-"""What a destination is: three questions, and one commit."""
+"""What a destination is: how far each table is, and one commit for what is next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import pyarrow as pa
 
-from pgoutput_source.destinations.spool import Part, Point
+from pgoutput_source.destinations.spool import Point, Portion
 from pgoutput_source.destinations.targets import Target
 
 Mode: TypeAlias = Literal["history", "mirror"]
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     changes: pa.Table
 
     @classmethod
-    def of(cls, target: Target, parts: Sequence[tuple[Part, pa.Table]]) -> Job:
+    def of(cls, target: Target, parts: Sequence[tuple[Portion, pa.Table]]) -> Job:
         """The job that these parts make; their schemas are equal."""
         part = parts[-1][0]
         changes = pa.concat_tables([table for _, table in parts])

@@ -34,7 +34,7 @@ Point = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Portion:
     """Changes of one version of a table that one epoch brought.
 
     Attributes:
@@ -111,7 +111,7 @@ class Spool:
         return lock
 
     def put(
-        self, token: str, parts: Sequence[tuple[Part, Sequence[pa.RecordBatch]]], *, continues: bool = False
+        self, token: str, parts: Sequence[tuple[Portion, Sequence[pa.RecordBatch]]], *, continues: bool = False
     ) -> None:
         """Make an epoch's parts durable; `continues` says that the next epoch goes on with its last transaction."""
         path = self.folder / f"{token}{_WRITING}"
@@ -167,7 +167,7 @@ class Spool:
                     size += path.stat().st_size
         return size
 
-    def waiting(self) -> list[Part]:
+    def waiting(self) -> list[Portion]:
         """The parts of all epochs, without their rows. One that is applied meanwhile may be left out."""
         found = []
         for token in (*self.tokens(COMMITTED), *self.tokens(STAGED)):
@@ -175,7 +175,7 @@ class Spool:
                 found += self.parts(token)
         return found
 
-    def parts(self, token: str) -> list[Part]:
+    def parts(self, token: str) -> list[Portion]:
         """What an epoch has, without its rows."""
         with self._opened(token) as file:
             return self._head(file)[0]
@@ -185,7 +185,7 @@ class Spool:
         with self._opened(token) as file:
             return self._head(file)[1]
 
-    def read(self, token: str) -> Iterator[tuple[Part, pa.Table]]:
+    def read(self, token: str) -> Iterator[tuple[Portion, pa.Table]]:
         """The parts of an epoch with their rows."""
         with self._opened(token) as file:
             for part in self._head(file)[0]:
@@ -206,11 +206,11 @@ class Spool:
                 hint="somebody removed it. Put it back; or start afresh: a new destination, recovery folder and slot",
             )
 
-    def _head(self, file: BinaryIO) -> tuple[list[Part], bool]:
+    def _head(self, file: BinaryIO) -> tuple[list[Portion], bool]:
         try:
             head = json.loads(file.readline())
             version, continues = head["v"], bool(head["continues"])
-            parts = [Part.from_json(part) for part in head["parts"]]
+            parts = [Portion.from_json(part) for part in head["parts"]]
         except (ValueError, KeyError, TypeError) as e:
             raise self._damaged(Path(file.name).stem) from e
         if version != _VERSION:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet
 from pgoutput_source.changes.schema import MetadataNames, TableName
 from pgoutput_source.destinations.base import Destination, Job, Reached
-from pgoutput_source.destinations.spool import COMMITTED, STAGED, Part, Point, Spool
+from pgoutput_source.destinations.spool import COMMITTED, STAGED, Point, Portion, Spool
 from pgoutput_source.destinations.targets import Target, Targets
 from pgoutput_source.errors import ConfigurationError, PgOutputError, ServerError, SinkError
 from pgoutput_source.parquet.folder import FolderInUse
@@ -187,11 +187,11 @@ class TableSink(TwoPhaseSink[Item]):
             self._flusher.start()
         return self._spool, self._flusher
 
-    def _receipt(self, parts: Iterable[Part]) -> dict[str, int]:
+    def _receipt(self, parts: Iterable[Portion]) -> dict[str, int]:
         found = [(self.targets.of(part.table), part.number) for part in parts]
         return {json.dumps(target): number for target, number in found if target is not None}
 
-    def _part(self, first: ChangeBatch, batches: list[pa.RecordBatch]) -> tuple[Part, list[pa.RecordBatch]] | None:
+    def _part(self, first: ChangeBatch, batches: list[pa.RecordBatch]) -> tuple[Portion, list[pa.RecordBatch]] | None:
         schema = first.schema
         target = self.targets.of(schema.full_name)
         assert target is not None
@@ -205,7 +205,7 @@ class TableSink(TwoPhaseSink[Item]):
         begin, end = _points(batches[0])[0], _points(batches[-1])[1]
         rows = sum(len(batch) for batch in batches)
         identity = schema.replica_identity
-        return Part(self._numbers[target], schema.full_name, identity, key, begin, end, rows), batches
+        return Portion(self._numbers[target], schema.full_name, identity, key, begin, end, rows), batches
 
     def _key(self, batch: ChangeBatch) -> tuple[str, ...]:
         schema = batch.schema
@@ -290,7 +290,7 @@ class TableSink(TwoPhaseSink[Item]):
 
     def _jobs(self, tokens: Sequence[str]) -> list[Job]:
         assert self._spool is not None
-        found: dict[Target, list[list[tuple[Part, pa.Table]]]] = {}
+        found: dict[Target, list[list[tuple[Portion, pa.Table]]]] = {}
         for token in tokens:
             for part, changes in self._spool.read(token):
                 target = self.targets.of(part.table)

@@ -13,7 +13,7 @@ from harness.database import Database
 
 from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.copy import initial
-from pgoutput_source.copy.keys import KeyColumn
+from pgoutput_source.copy.keys import CollatedColumn
 from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger
 from pgoutput_source.copy.visibility import Snapshot
 from pgoutput_source.settings import SourceSettings
@@ -148,7 +148,7 @@ def test_what_is_copied_is_what_is_streamed(any_db: Database, root: bool, monkey
 def test_a_ledger_of_ten_thousand_chunks_is_small_at_every_moment() -> None:
     ledger = Ledger()
     copy = ledger.register(1, "public.t", 0)
-    copy.key = (KeyColumn("id", "bigint"),)
+    copy.key = (CollatedColumn("id", "bigint"),)
     largest = 0
     for n in range(10_000):
         copy.add((str(n * 100_000),), Snapshot(n, n + 2, tuple(range(n, n + 2)), 8 * n))

@@ -20,13 +20,13 @@ import pytest
 from pgoutput_source import testing
 from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.copy import judge as judging
-from pgoutput_source.copy.keys import KeyColumn, Keys
+from pgoutput_source.copy.keys import CollatedColumn, Keys
 from pgoutput_source.copy.ledger import Ledger, TableCopy
 from pgoutput_source.copy.visibility import Snapshot
 
 TABLE = 1
 TYPES = {"id": pa.int64(), "v": pa.int64(), "big": pa.utf8()}
-KEYS = Keys((KeyColumn("id", "bigint"),))
+KEYS = Keys((CollatedColumn("id", "bigint"),))
 NEAR_2_32 = 2**32 - 12
 SETTLED = 10**6
 
