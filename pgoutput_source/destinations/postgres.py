@@ -259,9 +259,9 @@ class PostgresDestination(Destination):
             if column.name in wanted or column.name in renamed.values():
                 renamed[column.name] = self._aside(column, {*there, *wanted})
         for before_name in renamed:
-            self._rename(connection, job.target, before_name, f"pgoutput {before_name}"[:60])
+            self._rename(connection, job, before_name, f"pgoutput {before_name}"[:60])
         for before_name, name in renamed.items():
-            self._rename(connection, job.target, f"pgoutput {before_name}"[:60], name)
+            self._rename(connection, job, f"pgoutput {before_name}"[:60], name)
         for column in columns:
             if column.name not in stay:
                 self._add(connection, job, column)
@@ -277,10 +277,19 @@ class PostgresDestination(Destination):
             number += 1
         return f"{column.name}__{number}"
 
-    def _rename(self, connection: Connection, target: Target, name: str, to: str) -> None:
+    def _rename(self, connection: Connection, job: Job, name: str, to: str) -> None:
+        """Rename a column, also where rows name it as unknown."""
         connection.execute(
-            sql.SQL("ALTER TABLE {} RENAME {} TO {}").format(_table(target), sql.Identifier(name), sql.Identifier(to))
+            sql.SQL("ALTER TABLE {} RENAME {} TO {}").format(
+                _table(job.target), sql.Identifier(name), sql.Identifier(to)
+            )
         )
+        if self.mode == "mirror":
+            connection.execute(
+                sql.SQL("UPDATE {0} SET {1} = array_replace({1}, {2}, {3}) WHERE {2} = ANY({1})").format(
+                    _table(job.target), _unchanged(job), sql.Literal(name), sql.Literal(to)
+                )
+            )
 
     def _add(self, connection: Connection, job: Job, column: _Column) -> None:
         missing = missing_of(job.changes.schema.field(column.name))
@@ -308,7 +317,7 @@ class PostgresDestination(Destination):
         except ServerError as e:
             if getattr(e, "transient", False):
                 raise
-            self._rename(connection, job.target, column.name, self._aside(column, {column.name}))
+            self._rename(connection, job, column.name, self._aside(column, {column.name}))
             self._add(connection, job, column)
             return
         self._unknown(connection, job, column.name)

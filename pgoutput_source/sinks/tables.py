@@ -113,12 +113,8 @@ class TableSink(TwoPhaseSink[Item]):
         spool, flusher = self._opened()
         flusher.check()
         flusher.brake()
-        taken = [
-            (first, batches)
-            for first, batches in _by_version(items)
-            if self.targets.of(first.schema.full_name) is not None
-        ]
-        parts = [part for first, batches in taken if (part := self._part(first, batches)) is not None]
+        versions = _by_version(items, self.targets)
+        parts = [part for first, batches in versions if (part := self._part(first, batches)) is not None]
         continues = isinstance(items[-1], ChangeSet) and items[-1].continues
         spool.put(token, parts, continues=continues)
         there = {token, *spool.tokens(COMMITTED), *spool.tokens(STAGED)}
@@ -307,8 +303,8 @@ class TableSink(TwoPhaseSink[Item]):
         return [Job.of(target, parts) for target, versions in found.items() for parts in versions]
 
 
-def _by_version(items: list[Item]) -> list[tuple[ChangeBatch, list[pa.RecordBatch]]]:
-    """The batches of each version of a table, one after the other."""
+def _by_version(items: list[Item], targets: Targets) -> list[tuple[ChangeBatch, list[pa.RecordBatch]]]:
+    """The batches of each version of a table that is taken, one after the other."""
     found: dict[TableName, list[tuple[ChangeBatch, list[pa.RecordBatch]]]] = {}
     for item in items:
         for batch in item.batches if isinstance(item, ChangeSet) else [item]:
@@ -317,6 +313,8 @@ def _by_version(items: list[Item]) -> list[tuple[ChangeBatch, list[pa.RecordBatc
                     f"a sink of tables takes ChangeSet and ChangeBatch, not {type(batch).__name__}",
                     hint="pass it the stream of the source, or of cdc.table(…)",
                 )
+            if targets.of(batch.schema.full_name) is None:
+                continue  # its values may be undecodable, which concerns only those who take it
             versions = found.setdefault(batch.schema.full_name, [])
             if versions and versions[-1][1][0].schema.equals(batch.data.schema, check_metadata=True):
                 versions[-1][1].append(batch.data)
