@@ -291,19 +291,19 @@ class PostgresDestination(Destination):
                 )
             )
 
-    def _add(self, connection: Connection, job: Job, column: _Column) -> None:
-        missing = missing_of(job.changes.schema.field(column.name))
+    def _add(self, connection: Connection, job: Job, column: _Column, *, known: bool = True) -> None:
+        """Add a column; `known` says that older rows hold what the source says they do, if it says so."""
+        missing = missing_of(job.changes.schema.field(column.name)) if known else None
         add = sql.SQL("ALTER TABLE {} ADD COLUMN {} {}").format(
             _table(job.target), sql.Identifier(column.name), sql.SQL(column.type)
         )
-        known = missing is not None
         if missing is not None and missing.text is not None and self.mode == "mirror":
             add += sql.SQL(" DEFAULT {}").format(sql.Literal(missing.text))
         connection.execute(add)
         connection.execute(
             sql.SQL("ALTER TABLE {} ALTER {} DROP DEFAULT").format(_table(job.target), sql.Identifier(column.name))
         )
-        if not known:
+        if missing is None:
             self._unknown(connection, job, column.name)
 
     def _retype(self, connection: Connection, job: Job, column: _Column) -> None:
@@ -318,7 +318,7 @@ class PostgresDestination(Destination):
             if getattr(e, "transient", False):
                 raise
             self._rename(connection, job, column.name, self._aside(column, {column.name}))
-            self._add(connection, job, column)
+            self._add(connection, job, column, known=False)
             return
         self._unknown(connection, job, column.name)
 

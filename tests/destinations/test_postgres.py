@@ -256,6 +256,20 @@ def test_an_unknown_value_stays_named_when_its_column_is_renamed(
         ]
 
 
+def test_values_that_can_not_be_cast_are_unknown(db: Database, target: Database, tmp_path: Path) -> None:
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY, n text)")
+        publish(db)
+        flow = into(db, target, tmp_path, PGOUTPUT_UNTIL="current")
+        c.execute("INSERT INTO t VALUES (1, 'abc')")
+        flow.run("-s", "0", *flow.recovery())
+        c.execute("ALTER TABLE t ALTER n TYPE int USING length(n); INSERT INTO t VALUES (2, 2)")
+        flow.run("-s", "0", *flow.recovery())
+    with target.connect() as c:
+        found = c.execute("SELECT id, n, n__2, _unchanged FROM t ORDER BY id").fetchall()
+        assert found == [(1, None, "abc", ["n"]), (2, 2, None, None)]
+
+
 def test_history_has_every_change(db: Database, target: Database, tmp_path: Path) -> None:
     with db.connect() as c:
         c.execute("CREATE TABLE t (id int PRIMARY KEY, day date)")
