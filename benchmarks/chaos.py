@@ -81,6 +81,9 @@ FAULTS = {
 ENDS = {"drain": {0, -signal.SIGTERM}, "raise": {1}, "full disk": {1}}
 """Exit codes that a fault may lead to when it comes before the kill."""
 
+UNREACHABLE = {"terminate", "restart", "cut", "freeze"}
+"""Faults that end a start: only a connection that was there before is made again."""
+
 POSITIONS = pa.schema([("_commit_lsn", pa.uint64()), ("_seq", pa.uint64())])
 
 
@@ -400,6 +403,8 @@ class Chaos:
         allowed = {-signal.SIGKILL} | ENDS.get(fault, set())
         if processes > 1 and (-signal.SIGKILL in codes or fault == "drain"):
             allowed.add(1)  # a peer is gone; a signal in the first moments of a member ends it at once
+        if fault in UNREACHABLE and "ConnectionFailed" in said and "streaming from" not in said:
+            allowed.add(1)
         if not codes <= allowed:
             self.report.failures.append(f"exit codes {codes}, fault {fault!r}: {said[-2000:]}")
 

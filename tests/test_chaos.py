@@ -41,7 +41,7 @@ def test_one_run_lives_through_every_fault_of_the_server_and_of_the_network(tmp_
             flow.finish(writing)
         flow.close()
 
-    assert report.held, report
+    assert report.held, str(report)
     assert report.changes > 100
 
 
@@ -56,7 +56,7 @@ def until_said(flow: chaos.Chaos, text: str, times: int) -> None:
 def test_ten_kills_among_other_faults_lose_and_repeat_nothing() -> None:
     report = chaos.run(10, 5, max(MAJORS))
 
-    assert report.held, report
+    assert report.held, str(report)
     assert report.kills == 10
     assert report.changes > 1_000
 
@@ -65,7 +65,7 @@ def test_ten_kills_among_other_faults_lose_and_repeat_nothing() -> None:
 def test_kills_without_recovery_lose_nothing() -> None:
     report = chaos.run(4, 6, max(MAJORS), recovery=False)
 
-    assert report.held, report
+    assert report.held, str(report)
     assert report.kills == 4
     assert report.changes > 1_000
 
@@ -74,7 +74,7 @@ def test_kills_without_recovery_lose_nothing() -> None:
 def test_the_loop_would_see_what_comes_twice() -> None:
     report = chaos.run(20, 1, max(MAJORS), mistake="forget")
 
-    assert report.repeated, report
+    assert report.repeated, str(report)
 
 
 @pytest.mark.slow

@@ -44,6 +44,13 @@ def history(db: Database, folder: Path, **options: Any) -> Dataflow:
     return flow
 
 
+def until_exists(folder: Path, pattern: str) -> None:
+    deadline = time.monotonic() + 20
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline, pattern
+        time.sleep(0.02)
+
+
 def ids(folder: Path) -> list[int]:
     return sorted(read(folder).to_table()["id"].to_pylist())
 
@@ -169,10 +176,7 @@ def test_a_signal_drains_and_it_returns(db: Database, tmp_path: Path, number: si
     assert process.stdout is not None
     with following(process) as lines:
         wait_for(lines, "streaming from", process)
-        deadline = time.monotonic() + 20
-        while not list(tmp_path.glob("out/_staging/*.committed")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until_exists(tmp_path, "out/_staging/*.committed")
         process.send_signal(number)
         assert process.wait(20) == 0, "".join(lines)
         with process.stdout:
@@ -262,9 +266,11 @@ def test_a_forked_child_does_not_keep_the_slot_beyond_its_parent(db: Database, t
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_second_ctrl_c_ends_a_drain_without_a_traceback(db: Database, tmp_path: Path, workers: str) -> None:
     publish(db)
+    orders(db, insert=1)
     process = Flow(db, tmp_path).start("-s", "60", "-w", workers)
     with following(process) as lines:
-        wait_for(lines, "streaming from", process)
+        # A signal before the first batch interrupts the start instead.
+        until_exists(tmp_path, "out/_staging/*.writing")
         for text in ("SIGINT: draining", "SIGINT again"):
             process.send_signal(signal.SIGINT)
             wait_for(lines, text, process) if "again" not in text else process.wait(10)
