@@ -28,6 +28,7 @@ import pgoutput_source.operators as cdc
 from pgoutput_source import ParquetSink, PgOutputSource, read, run
 from pgoutput_source.dataflow.run import gate
 from pgoutput_source.errors import ConfigurationError, ConnectionFailed, SinkError
+from pgoutput_source.parquet.writer import ROW_GROUP_ROWS
 from pgoutput_source.testing import batch
 
 
@@ -266,10 +267,10 @@ def test_a_forked_child_does_not_keep_the_slot_beyond_its_parent(db: Database, t
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_second_ctrl_c_ends_a_drain_without_a_traceback(db: Database, tmp_path: Path, workers: str) -> None:
     publish(db)
-    orders(db, insert=1)
+    orders(db, insert=ROW_GROUP_ROWS)
     process = Flow(db, tmp_path).start("-s", "60", "-w", workers)
     with following(process) as lines:
-        # A signal before the first batch interrupts the start instead.
+        # Before the first batch a signal interrupts the start instead.
         until_exists(tmp_path, "out/_staging/*.writing")
         for text in ("SIGINT: draining", "SIGINT again"):
             process.send_signal(signal.SIGINT)
