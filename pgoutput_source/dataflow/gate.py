@@ -93,6 +93,22 @@ class Gate:
         with self.lock:
             self._ended[publisher] = self._needs.pop(publisher, 0)
 
+    def hold(self, sink: object) -> None:
+        """A sink has as much waiting as it takes: until `let_go`, the sources of this process deliver nothing more.
+
+        Epochs go on closing, so what waits can become durable and be published. Takes no lock: any thread may call it.
+        """
+        self._holding.add(sink)
+
+    def let_go(self, sink: object) -> None:
+        """A sink takes more again, or has ended. Takes no lock: any thread may call it."""
+        self._holding.discard(sink)
+
+    @property
+    def held(self) -> bool:
+        """Whether sources are to deliver nothing now."""
+        return bool(self._holding)
+
     def epoch(self) -> str:
         """The name of the epoch that sink parts are closing: letters, digits and a dash. Names sort in order."""
         with self.lock:
@@ -235,6 +251,7 @@ class Gate:
             self._needs: dict[Publisher, int] = {}  # the number of the opening that proves its last snapshot
             self._ended: dict[Publisher, int] = {}  # the same, for parts that were closed at their end
             self._expected: dict[object, Callable[[], None]] = {}  # what to do at the first opening
+            self._holding: set[object] = set()
 
 
 def _run_name(after: int) -> str:

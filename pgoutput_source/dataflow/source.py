@@ -176,7 +176,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         self._gate()
         if self.done:
             return self._leave()
-        if self._ending() or self._full():
+        if self._ending() or self._full() or gate.held:
             self._awake = datetime.now(UTC) + _IDLE
             return []
         changes = self.session.next()

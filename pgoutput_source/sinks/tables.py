@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet
 from pgoutput_source.changes.schema import MetadataNames, TableName
+from pgoutput_source.dataflow.run import gate
 from pgoutput_source.destinations.base import Destination, Job, Reached
 from pgoutput_source.destinations.spool import COMMITTED, STAGED, Point, Portion, Spool
 from pgoutput_source.destinations.targets import Target, Targets
@@ -36,8 +37,7 @@ logger = logging.getLogger(__name__)
 Item: TypeAlias = ChangeSet | ChangeBatch
 
 _MOST_BYTES: Final = 128 << 20  # of the spool, that are applied at once
-_FULL: Final = 1 << 30  # bytes in the spool from which on an epoch waits for the destination
-_WAIT: Final = 5.0  # seconds; the source must soon answer its server again
+_FULL: Final = 1 << 30  # bytes in the spool from which on sources wait for the destination
 _PAUSE: Final = 5.0  # seconds, the longest between two attempts
 
 Keys: TypeAlias = Mapping[str, str | Sequence[str]]
@@ -112,7 +112,6 @@ class TableSink(TwoPhaseSink[Item]):
         """Write the parts of the epoch into the spool, with numbers."""
         spool, flusher = self._opened()
         flusher.check()
-        flusher.brake()
         versions = _by_version(items, self.targets)
         parts = [part for first, batches in versions if (part := self._part(first, batches)) is not None]
         continues = isinstance(items[-1], ChangeSet) and items[-1].continues
@@ -120,6 +119,7 @@ class TableSink(TwoPhaseSink[Item]):
         there = {token, *spool.tokens(COMMITTED), *spool.tokens(STAGED)}
         self._receipts = {name: receipt for name, receipt in self._receipts.items() if name in there}
         self._receipts[token] = self._receipt([part for part, _ in parts])
+        flusher.measure()
 
     def publish(self, token: str) -> None:
         """From now on the destination may have it."""
@@ -352,12 +352,14 @@ class _Flusher(threading.Thread):
         if self.error is not None:
             raise self.error
 
-    def brake(self) -> None:
-        """Wait a while for a destination that can't keep up."""
+    def measure(self) -> None:
+        """Hold the sources if too much waits for a destination that can't keep up."""
         assert self.sink._spool is not None
-        deadline = time.monotonic() + _WAIT
-        while self.applying and self.sink._spool.size() > _FULL and time.monotonic() < deadline and self.error is None:
-            time.sleep(0.05)
+        # What can't be applied yet, like the beginning of a mirror's large transaction, must not wait for its end.
+        if self.applying and self.sink._spool.size() > _FULL:
+            gate.hold(self.sink)
+        else:
+            gate.let_go(self.sink)
 
     def drain(self) -> None:
         with self.changed:
@@ -381,6 +383,7 @@ class _Flusher(threading.Thread):
             while not self.stopping:
                 tokens = self._due()
                 self.applying = bool(tokens)
+                self.measure()
                 if tokens:
                     self._apply(tokens)
                     continue
@@ -396,6 +399,7 @@ class _Flusher(threading.Thread):
             self.error = SinkError(f"{self.sink.destination}: {type(e).__name__}: {e}")
             self.error.__cause__ = e
         finally:
+            gate.let_go(self.sink)
             self.wake()
 
     def _committed(self) -> list[str]:
