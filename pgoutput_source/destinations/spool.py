@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from pgoutput_source.changes.schema import TableName
 from pgoutput_source.errors import SinkError
+from pgoutput_source.files import explained, local_path, no_locks, sync
 from pgoutput_source.parquet.folder import FolderInUse
-from pgoutput_source.parquet.place import explained, local_path, no_locks, sync
 
 _WRITING, STAGED, COMMITTED = ".writing", ".staged", ".committed"
 _VERSION: Final = 1

@@ -16,8 +16,8 @@ from pgoutput_source.compute.keys import KeyColumns, moved
 from pgoutput_source.compute.metadata import DELETE, TRUNCATE, Bools, Ints, own_columns, texts
 from pgoutput_source.compute.net_effect import Crowd, Lives, digests, lives
 from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.files import local_path
 from pgoutput_source.parquet.history import OLD, TableHistory
-from pgoutput_source.parquet.place import local_path
 
 
 def current(folder: str | Path, *, key: str | Sequence[str], table: str | None = None) -> pa.Table:

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from pgoutput_source.changes.schema import Position, TableName
 from pgoutput_source.errors import ConfigurationError, SinkError
-from pgoutput_source.parquet.place import explained, need_file, no_locks, sync
+from pgoutput_source.files import explained, need_file, no_locks, sync
 from pgoutput_source.protocol.wire import Lsn
 
 logger = logging.getLogger(__name__)

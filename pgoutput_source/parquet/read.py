@@ -16,9 +16,9 @@ from pyarrow import fs
 
 from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.compute.metadata import renamed
+from pgoutput_source.files import local_path
 from pgoutput_source.parquet.folder import FOOTER, INDEX, Asked
 from pgoutput_source.parquet.leaves import restored
-from pgoutput_source.parquet.place import local_path
 
 logger = logging.getLogger(__name__)
 

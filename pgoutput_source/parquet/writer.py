@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.files import explained
 from pgoutput_source.parquet.folder import FOOTER, Part, origin_of, schema_digest, table_of
 from pgoutput_source.parquet.leaves import Leaf, leaves, stored
-from pgoutput_source.parquet.place import explained
 
 ROW_GROUP_ROWS: Final = 128 * 1024
 ROW_GROUP_BYTES: Final = 32 * 1024 * 1024

@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pgoutput_source.errors import SinkError
+from pgoutput_source.files import explained, local_path, sync
 from pgoutput_source.parquet.folder import STAGING, WRITING
-from pgoutput_source.parquet.place import explained, local_path, sync
 from pgoutput_source.parquet.writer import positions
 from pgoutput_source.sinks.base import TwoPhaseSink
 from pgoutput_source.sinks.items import Item, record_batches

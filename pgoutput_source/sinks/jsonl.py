@@ -19,7 +19,7 @@ from pgoutput_source.changes.events import ChangeEvent
 from pgoutput_source.changes.schema import Column
 from pgoutput_source.changes.values import rows, to_python
 from pgoutput_source.errors import SinkError
-from pgoutput_source.parquet.place import explained, local_path, need_file
+from pgoutput_source.files import explained, local_path, need_file
 
 Item: TypeAlias = ChangeBatch | ChangeEvent | pa.RecordBatch | pa.Table | Mapping[str, Any]
 

@@ -29,6 +29,7 @@ from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
 from pgoutput_source.dataflow.run import gate
 from pgoutput_source.errors import ConfigurationError, SinkError, check_version
+from pgoutput_source.files import local_path
 from pgoutput_source.parquet.folder import (
     MERGING,
     STAGED,
@@ -37,7 +38,6 @@ from pgoutput_source.parquet.folder import (
     Part,
     origin_of,
 )
-from pgoutput_source.parquet.place import local_path
 from pgoutput_source.parquet.writer import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Codec, PartWriter, merge
 from pgoutput_source.sinks.base import State
 from pgoutput_source.sinks.items import Item, record_batches

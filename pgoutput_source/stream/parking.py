@@ -22,7 +22,6 @@ Without a resume state the files themselves say what is parked. Then a change ma
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -41,6 +40,7 @@ from pgoutput_source.changes.schema import Position, TableSchema
 from pgoutput_source.decode.raw import decode_raw, truncates_of
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.errors import StateError
+from pgoutput_source.files import explained, sync
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class ParkedFile:
             StateError: It can't be read.
         """
         count, first, last = 0, (0, 0), (0, 0)
-        with _explained("can't read", path), path.open("rb") as file:
+        with explained("can't read", path, StateError), path.open("rb") as file:
             try:
                 with pa.ipc.open_stream(file) as stream:
                     said = {key.decode(): value.decode() for key, value in (stream.schema.metadata or {}).items()}
@@ -210,10 +210,10 @@ class Parking:
         self._staged: list[Path] = []  # … which the last state does
         self._last_token: str | None = None if state is None else state["replay"]
         self._staged_token: str | None = None
-        with _explained("can't use", self.folder):
+        with explained("can't use", self.folder, StateError):
             self.folder.mkdir(parents=True, exist_ok=True)
             for above in (folder, folder.absolute().parent):
-                _sync(above)
+                sync(above)
             for path in self.folder.glob(f"*{_WRITING}"):
                 path.unlink()
         files = [found for path in parked_files(self.folder) if (found := ParkedFile.read(path)) is not None]
@@ -260,13 +260,13 @@ class Parking:
                     f"{file.path} is ahead of the recovery folder, and its changes will not come again",
                     hint="an old recovery folder was restored, or two flows use this park_folder",
                 )
-            with _explained("can't delete", file.path):
+            with explained("can't delete", file.path, StateError):
                 file.path.unlink()
         return kept
 
     def _requested(self) -> _Replay | None:
         path = self.folder / REQUEST
-        with _explained("can't read", path):
+        with explained("can't read", path, StateError):
             if not path.exists():
                 return None
             try:
@@ -337,7 +337,7 @@ class Parking:
 
     def _write(self, table: ParkedTable, batch: ParkedBatch) -> None:
         raw = batch.raw
-        with _explained("can't park changes in", self.folder):
+        with explained("can't park changes in", self.folder, StateError):
             writing = self._open.get(table.id)
             if writing is not None and writing.metadata != raw.schema.metadata:
                 self._close(table.id)
@@ -427,11 +427,11 @@ class Parking:
         Raises:
             StateError: A file can't be written.
         """
-        with _explained("can't park changes in", self.folder):
+        with explained("can't park changes in", self.folder, StateError):
             if self._open:
                 for id in list(self._open):
                     self._close(id)
-                _sync(self.folder)
+                sync(self.folder)
         self._staged += self._done
         self._done, self._staged_token = [], self._last_token
         return {
@@ -442,7 +442,7 @@ class Parking:
 
     def durable(self) -> None:
         """What the last `state` said is durable."""
-        with _explained("can't clean", self.folder):
+        with explained("can't clean", self.folder, StateError):
             for path in self._staged:
                 path.unlink(missing_ok=True)
             self._staged = []
@@ -465,14 +465,14 @@ def request(folder: Path, tables: Sequence[str] | None) -> None:
         StateError: The folder can't be written.
     """
     path = folder / REQUEST
-    with _explained("can't write", path):
+    with explained("can't write", path, StateError):
         writing = path.with_suffix(_WRITING)
         with writing.open("w") as file:
             json.dump({"token": secrets.token_hex(8), "tables": None if tables is None else list(tables)}, file)
             file.flush()
             os.fsync(file.fileno())
         writing.rename(path)
-        _sync(folder)
+        sync(folder)
 
 
 def _missing(count: int, table: ParkedTable, folder: Path) -> StateError:
@@ -495,7 +495,11 @@ def _tables_of(files: Sequence[ParkedFile]) -> dict[str, ParkedTable]:
 def _pieces(files: Sequence[ParkedFile], table: ParkedTable) -> Iterator[pa.RecordBatch]:
     """The raw changes of a table that were not replayed, each once."""
     for file in files:
-        with _explained("can't read", file.path), file.path.open("rb") as opened, pa.ipc.open_stream(opened) as stream:
+        with (
+            explained("can't read", file.path, StateError),
+            file.path.open("rb") as opened,
+            pa.ipc.open_stream(opened) as stream,
+        ):
             for batch in stream:
                 for start in range(0, len(batch), _PIECE):
                     raw = batch.slice(start, _PIECE)
@@ -508,26 +512,6 @@ def _pieces(files: Sequence[ParkedFile], table: ParkedTable) -> Iterator[pa.Reco
 
 def _positions(raw: pa.RecordBatch) -> list[Pair]:
     return list(zip(raw.column("commit_lsn").to_pylist(), raw.column("seq").to_pylist(), strict=True))
-
-
-@contextlib.contextmanager
-def _explained(what: str, path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into a `StateError`."""
-    try:
-        yield
-    except OSError as e:
-        raise StateError(
-            f"{what} {path}: {e.strerror or e}",
-            hint="free some space, or repair the folder or the disk, and start again: nothing of it was acknowledged",
-        ) from e
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _without(truncate: Truncate, names: set[str]) -> Truncate:

@@ -1,4 +1,4 @@
-"""Places on a local file system: paths that users give, and errors of the operating system."""
+"""Files on a local file system: the paths that users give, durability, locks, and errors of the operating system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from pgoutput_source.errors import ConfigurationError, SinkError
+from pgoutput_source.errors import ConfigurationError, PgOutputError, SinkError
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _STORE: Final = re.compile(
@@ -54,8 +54,8 @@ def local_path(place: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def explained(what: str, path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into a `SinkError`."""
+def explained(what: str, path: Path, error: type[PgOutputError] = SinkError) -> Iterator[None]:
+    """Turn the operating system's errors into an `error` that says what could not be done with `path`."""
     try:
         yield
     except OSError as e:
@@ -64,11 +64,12 @@ def explained(what: str, path: Path) -> Iterator[None]:
             "and start again"
         )
         if e.errno in (errno.EMFILE, errno.ENFILE):
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             hint = (
-                f"a sink needs a few files: this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[1]}; "
-                "raise the limit (ulimit -Hn, or LimitNOFILE of a systemd unit), or write fewer tables per process"
+                f"each table needs a few files, and this process may open {most}: raise the limit (ulimit -Hn, or "
+                "LimitNOFILE of a systemd unit), or write fewer tables per process"
             )
-        raise SinkError(f"{what} {path}: {e.strerror or e}", hint=hint) from e
+        raise error(f"{what} {path}: {e.strerror or e}", hint=hint) from e
 
 
 def sync(path: Path) -> None:
