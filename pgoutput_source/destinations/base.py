@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -32,7 +33,8 @@ class Job(NamedTuple):
     """Parts of one version of one table that come together, in order.
 
     `target` is their table's place at the destination, `number` and `last` are those of the last part, and `key` says
-    which columns identify a row; empty in mode "history".
+    which columns identify a row; empty in mode "history". `parts` has the number of each part and how many changes the
+    parts up to it have; empty if there is one.
     """
 
     target: Target
@@ -41,13 +43,26 @@ class Job(NamedTuple):
     key: tuple[str, ...]
     identity: str
     changes: pa.Table
+    parts: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, target: Target, parts: Sequence[tuple[Portion, pa.Table]]) -> Job:
         """The job that these parts make; their schemas are equal."""
         part = parts[-1][0]
         changes = pa.concat_tables([table for _, table in parts])
-        return cls(target, part.number, part.last, part.key, part.identity, changes)
+        ends = itertools.accumulate(len(table) for _, table in parts)
+        numbers = tuple(zip((portion.number for portion, _ in parts), ends, strict=True))
+        return cls(target, part.number, part.last, part.key, part.identity, changes, numbers)
+
+    def split(self, number: int) -> tuple[pa.Table, pa.Table]:
+        """The changes of the parts up to this number, which the destination has, and those of the parts after it.
+
+        Parts that were applied and not yet dropped from the spool come again, together with later ones.
+        """
+        rows = max(
+            (end for part, end in self.parts or ((self.number, len(self.changes)),) if part <= number), default=0
+        )
+        return self.changes.slice(0, rows), self.changes.slice(rows)
 
     @property
     def origin(self) -> tuple[str, ...]:
@@ -75,7 +90,7 @@ class Destination(ABC):
 
     @abstractmethod
     def apply(self, jobs: Iterable[Job]) -> None:
-        """Commit the jobs whose number is larger than the one that their target has, and that number with them.
+        """Commit the parts whose number is larger than the one that their target has, and the last number with them.
 
         The last of them ends with a transaction, so a store that can commit several tables commits them all at once.
         They are read one by one. They are durable when this returns.
