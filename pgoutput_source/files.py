@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import resource
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -102,3 +103,9 @@ def need_file(descriptor: int) -> None:
     if soft != resource.RLIM_INFINITY and descriptor > soft // 3 and soft != hard:
         most = 1 << 20 if hard == resource.RLIM_INFINITY else hard
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def folds_case(folder: Path) -> bool:
+    """Whether names in a folder that differ only in upper and lower case are the same."""
+    with explained("can't write to", folder), tempfile.NamedTemporaryFile(prefix="_Case", dir=folder) as file:
+        return Path(file.name).with_name(Path(file.name).name.swapcase()).exists()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from string import Formatter
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pgoutput_source.changes.schema import TableName
 from pgoutput_source.errors import ConfigurationError, SinkError
@@ -18,7 +20,7 @@ class Target(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return str(TableName(self.namespace, self.name))
+        return str(TableName(self.namespace, self.name)) if self.namespace else self.name
 
 
 class Targets:
@@ -77,10 +79,8 @@ class Targets:
         return matched and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def _place(self, table: TableName) -> Target:
-        values: Mapping[str, str] = {"schema": table.namespace, "table": table.name}
-        schema, dot, name = self.template.partition(".")
-        target = Target(schema.format(**values) if dot else "", (name if dot else schema).format(**values))
-        same = Target(target.namespace.casefold(), target.name.casefold()) if self.folded else target
+        target = self._target(table)
+        same = Target(*map(_folded, target)) if self.folded else target
         other = self._taken.setdefault(same, table)
         if other != table:
             raise SinkError(
@@ -88,3 +88,35 @@ class Targets:
                 hint="put {schema} and {table} into the template, or leave one of them out with exclude=",
             )
         return target
+
+    def _target(self, table: TableName) -> Target:
+        values: Mapping[str, str] = {"schema": table.namespace, "table": table.name}
+        schema, dot, name = self.template.partition(".")
+        return Target(schema.format(**values) if dot else "", (name if dot else schema).format(**values))
+
+
+class FolderTargets(Targets):
+    """Targets that are folders: a template is a path or URL, and the name of a target is what it becomes.
+
+    What a folder's name can't hold everywhere is percent-encoded. So are characters of glob patterns, an equals sign,
+    which names a partition, and a leading underscore or dot, which tells readers to skip a folder.
+
+    Example:
+        >>> FolderTargets("out/{schema}/{table}").of(TableName("public", "_in/out=50%")).name
+        'out/public/%5Fin%2Fout%3D50%25'
+    """
+
+    def _target(self, table: TableName) -> Target:
+        return Target("", self.template.format(schema=folder_name(table.namespace), table=folder_name(table.name)))
+
+
+_ENCODED: Final = re.compile(r"""^[_.]|[\x00-\x1f\x7f/\\:*?"<>|%=\[\]{}]""")
+
+
+def folder_name(text: str) -> str:
+    """A text as the name of a folder."""
+    return _ENCODED.sub(lambda match: f"%{ord(match[0]):02X}", text)
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()

@@ -23,11 +23,11 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,6 +65,9 @@ class Part:
     `first` and `last` are positions as (commit_lsn, seq), None for data without positions. `schema` is a digest of the
     Arrow schema with its metadata; `origin` is the system, database and slot that its metadata names. `arrived` is when
     the first row arrived, in seconds of Unix time.
+
+    Files of a sink of many tables say that they complete all parts of their table up to `number`, or, if not `whole`,
+    only what these parts have for the file's own `partition`: a path like ``day=2026-11-25`` below the folder.
     """
 
     names: tuple[str, ...]
@@ -76,6 +79,9 @@ class Part:
     first: tuple[int, int] | None
     last: tuple[int, int] | None
     arrived: float
+    number: int | None = None
+    whole: bool = True
+    partition: str = ""
 
     @property
     def name(self) -> str:
@@ -84,13 +90,18 @@ class Part:
 
     @property
     def file(self) -> str:
-        """The name of the published file. Files sort by the position of their first change."""
+        """The published file, below the folder. Names sort by the position of their first change."""
         place = "{:016X}-{:08X}".format(*self.first) if self.first else f"{int(self.arrived * 1e6):020d}"
-        return f"{place}-{self.name}.parquet"
+        name = f"{place}-{self.name}.parquet"
+        return f"{self.partition}/{name}" if self.partition else name
 
     def state(self) -> dict[str, Any]:
         """Builtins only."""
-        return asdict(self)
+        state = asdict(self)
+        if self.number is None:
+            for name in ("number", "whole", "partition"):
+                del state[name]
+        return state
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Part:
@@ -197,16 +208,80 @@ class FolderInUse(SinkError):
     """Another process or sink owns the folder."""
 
 
-_open: Final[weakref.WeakSet[Folder]] = weakref.WeakSet()
+def published_files(folder: Path) -> list[Path]:
+    """The published files, those in partitions included, in the order of their first changes."""
+    return sorted(_files(folder), key=lambda file: file.name)
 
 
-def _forked() -> None:
-    # A lock lasts until every copy of its descriptor is closed. A child's copy would outlive the parent.
-    for folder in list(_open):
-        folder.close()
+def _files(folder: Path) -> Iterator[Path]:
+    yield from folder.glob("*.parquet")
+    for partition in folder.glob("*=*"):
+        yield from _files(partition)
 
 
-os.register_at_fork(after_in_child=_forked)
+class FolderLock:
+    """The lock of a folder, which is created with it. One owner at a time holds it, until `close`.
+
+    Raises:
+        SinkError: The folder is in use, can't be created or written, or is on a file system without locks.
+    """
+
+    _open: ClassVar[weakref.WeakSet[FolderLock]] = weakref.WeakSet()
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        staging = path / STAGING
+        with explained("can't write to", path):
+            new = not staging.exists()
+            staging.mkdir(parents=True, exist_ok=True)
+            if new:
+                sync(path.parent)
+                sync(path)
+            self._file = os.open(staging / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        need_file(self._file)
+        FolderLock._open.add(self)
+        try:
+            with explained("can't open", path):
+                self._take()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._file, 32, 0).decode(errors="replace").strip()
+            raise FolderInUse(
+                f"{self.path} is in use by process {owner or 'unknown'}",
+                hint="give each sink its own folder, and wait until an earlier run has ended",
+            ) from None
+        except OSError as e:
+            if (refusal := no_locks(e, self.path)) is not None:
+                raise refusal from None
+            raise
+
+    def sign(self) -> None:
+        """Say which process has it."""
+        with explained("can't write to", self.path / STAGING):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    @classmethod
+    def forked(cls) -> None:
+        """A lock lasts until every copy of its descriptor is closed. A child's copy would outlive the parent."""
+        for lock in list(cls._open):
+            lock.close()
+
+
+os.register_at_fork(after_in_child=FolderLock.forked)
 
 
 class Folder:
@@ -219,18 +294,10 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path = path.absolute()  # Arrow would take "run:7/orders" for a URL
         self.staging = path / STAGING
-        with explained("can't write to", path):
-            new = not self.staging.exists()
-            self.staging.mkdir(parents=True, exist_ok=True)
-            if new:
-                sync(path.parent)
-                sync(path)
-            self._lock = os.open(self.staging / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        need_file(self._lock)
-        _open.add(self)
+        self._lock: FolderLock | None = None
         try:
+            self._own()
             with explained("can't open", path):
-                self._own()
                 self.entries = self._read_index()
                 self._adopt_files()
                 self.void = self._read_void()
@@ -240,15 +307,14 @@ class Folder:
                     if file.suffix in (STAGED, UNPROVEN, COMMITTED)
                 }
         except BaseException:
-            os.close(self._lock)
+            self.close()
             raise
         self.done = {name for entry in self.entries.values() for name in entry["parts"]}
 
     def close(self) -> None:
         """Unlock the folder."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def origins(self) -> set[tuple[str, ...]]:
@@ -257,7 +323,7 @@ class Folder:
 
     def __str__(self) -> str:
         rows = sum(entry["rows"] for entry in self.entries.values())
-        last = max((_position(entry["last"]) for entry in self.entries.values() if entry["last"]), default=None)
+        last = max((position_of(entry["last"]) for entry in self.entries.values() if entry["last"]), default=None)
         upto = f" up to {last}" if last else ""
         return f"{self.path} holds {len(self.entries)} files, {rows} rows{upto}"
 
@@ -346,54 +412,23 @@ class Folder:
                 self.discard(part.names)
 
     def _append(self, part: Part) -> None:
-        entry = self.entries[part.file] = _entry(part)
-        line = json.dumps(entry).encode() + b"\n"
-        index = os.open(self.path / INDEX, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            if os.write(index, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(index)
-        finally:
-            os.close(index)
+        self.entries[part.file] = add_to_index(self.path, part)
 
     # -- opening ------------------------------------------------------------------------------------------------
 
     def _own(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
-            raise FolderInUse(
-                f"{self.path} is in use by process {owner or 'unknown'}",
-                hint="give each sink its own folder, and wait until an earlier run has ended",
-            ) from None
-        except OSError as e:
-            if (refusal := no_locks(e, self.path)) is not None:
-                raise refusal from None
-            raise
-        with explained("can't write to", self.staging):
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-            os.fsync(self._lock)
+        self._lock = FolderLock(self.path)
+        self._lock.sign()
 
     def _read_index(self) -> dict[str, dict[str, Any]]:
-        """The index, without lines that a crash cut off. The files make up for these."""
+        """The index, after a line that a crash cut off is removed. The files make up for it."""
         index = self.path / INDEX
-        if not index.exists():
-            return {}
         with explained("can't read", index):
-            data = index.read_bytes()
+            data = index.read_bytes() if index.exists() else b""
             whole = data.rfind(b"\n") + 1
             if whole < len(data):
                 os.truncate(index, whole)
-        entries = {}
-        for line in data[:whole].splitlines():
-            try:
-                entry = json.loads(line)
-                entries[entry["file"]] = entry
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s: a damaged line was skipped; the files have what it said", index)
-        return entries
+        return read_index(self.path)
 
     def _read_void(self) -> dict[str, None]:
         names = self.staging / VOID
@@ -401,11 +436,12 @@ class Folder:
             return dict.fromkeys(names.read_text().split() if names.exists() else ())
 
     def _adopt_files(self) -> None:
-        for file in sorted(self.path.glob("*.parquet")):
-            if file.name not in self.entries:
+        for file in published_files(self.path):
+            name = file.relative_to(self.path).as_posix()
+            if name not in self.entries:
                 with explained("can't index", file):
                     part = Part.read(file)
-                    if part is None or part.file != file.name:
+                    if part is None or part.file != name:
                         raise SinkError(
                             f"{file} was not written by this sink, or was renamed",
                             hint="give the sink its own folder, or move the file away",
@@ -413,7 +449,41 @@ class Folder:
                     self._append(part)
 
 
-def _entry(part: Part) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a folder's index, by file. What a crash cut off is left out."""
+    index = folder / INDEX
+    entries = {}
+    with explained("can't read", index):
+        lines = index.read_bytes().splitlines(keepends=True) if index.exists() else []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            file = entry["file"]
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                logger.warning("%s: a damaged line was skipped; the files have what it said", index)
+            continue
+        if line.endswith(b"\n"):
+            entries[file] = entry
+    return entries
+
+
+def add_to_index(folder: Path, part: Part) -> dict[str, Any]:
+    """Add a published file to a folder's index, durably. Gives its entry."""
+    entry = entry_of(part)
+    line = json.dumps(entry).encode() + b"\n"
+    index = os.open(folder / INDEX, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        if os.write(index, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(index)
+    finally:
+        os.close(index)
+    return entry
+
+
+def entry_of(part: Part) -> dict[str, Any]:
+    """What the index says of a published file."""
     return {
         "file": part.file,
         "rows": part.rows,
@@ -425,9 +495,11 @@ def _entry(part: Part) -> dict[str, Any]:
         "origin": part.origin,
         "parts": part.names,
         "published_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        **({} if part.number is None else {"number": part.number, "whole": part.whole}),
     }
 
 
-def _position(text: str) -> Position:
+def position_of(text: str) -> Position:
+    """A position as the index writes it."""
     lsn, _, seq = text.partition("#")
     return Position(Lsn(lsn), int(seq))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pyarrow import fs
 from pgoutput_source.changes.schema import MetadataNames
 from pgoutput_source.compute.metadata import renamed
 from pgoutput_source.files import local_path
-from pgoutput_source.parquet.folder import FOOTER, INDEX, Asked
+from pgoutput_source.parquet.folder import FOOTER, Asked, published_files, read_index
 from pgoutput_source.parquet.leaves import restored
 
 logger = logging.getLogger(__name__)
@@ -84,12 +83,12 @@ def schemas_of(folder: Path, table: str | None = None) -> dict[Path, pa.Schema]:
 
     A file in the index need not be opened: files of one version have the same schema.
     """
-    listed = _index(folder)
+    listed = {file: (entry.get("table"), entry.get("schema", "")) for file, entry in read_index(folder).items()}
     asked = None if table is None else Asked(table)
     versions: dict[str, pa.Schema] = {}
     found = {}
-    for file in sorted(folder.glob("*.parquet")):
-        named, version = listed.get(file.name, (None, ""))
+    for file in published_files(folder):
+        named, version = listed.get(file.relative_to(folder).as_posix(), (None, ""))
         if named is not None and asked is not None and not asked.has(named):
             continue
         schema = versions.get(version)
@@ -101,19 +100,6 @@ def schemas_of(folder: Path, table: str | None = None) -> dict[Path, pa.Schema]:
                 versions[version] = schema
         if asked is None or asked.of(schema):
             found[file] = schema
-    return found
-
-
-def _index(folder: Path) -> dict[str, tuple[str, str]]:
-    """The table and the schema digest in the index, by file."""
-    index = folder / INDEX
-    found = {}
-    for line in index.read_bytes().splitlines() if index.exists() else ():
-        try:
-            entry = json.loads(line)
-            found[entry["file"]] = entry["table"], entry["schema"]
-        except (ValueError, KeyError, TypeError):
-            continue  # a crash cut this line off: the file itself has what it said
     return found
 
 

@@ -65,10 +65,11 @@ class Codec:
 class PartWriter:
     """A part that is being written. Rows wait in memory until they fill a row group."""
 
-    def __init__(self, codec: Codec, name: str, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, codec: Codec, name: str, path: Path, schema: pa.Schema, heavy: Set[str] = frozenset()) -> None:
         self.codec = codec
         self.path = path
         self.schema, self._stored = schema, stored(schema)
+        self.heavy = heavy
         self.begun = time.monotonic()
         self.part = Part(
             names=(name,),
@@ -92,6 +93,15 @@ class PartWriter:
         self.waiting_rows += batch.num_rows
         self.waiting_bytes += batch.nbytes
 
+    def write(self, table: pa.Table) -> None:
+        """Write all rows of a table, one row group after the other."""
+        for batch in table.to_batches(max_chunksize=ROW_GROUP_ROWS):
+            if self.waiting_rows + batch.num_rows > ROW_GROUP_ROWS:
+                self.flush()
+            self.add(batch)
+            if self.waiting_bytes >= ROW_GROUP_BYTES:
+                self.flush()
+
     def flush(self) -> None:
         """Write the waiting rows as one row group."""
         if not self.waiting:
@@ -113,7 +123,7 @@ class PartWriter:
         )
         with explained("can't write", self.path):
             if self._writer is None:
-                self._writer = self.codec.writer(self.path, table, heavy)
+                self._writer = self.codec.writer(self.path, table, heavy | self.heavy)
             self._writer.write_table(table, row_group_size=table.num_rows)
             self.part = replace(self.part, size=self.path.stat().st_size)
 

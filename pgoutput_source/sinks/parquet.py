@@ -19,17 +19,20 @@ import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
 from pgoutput_source.dataflow.run import gate
+from pgoutput_source.destinations.parquet import ParquetDestination
+from pgoutput_source.destinations.targets import FolderTargets
 from pgoutput_source.errors import ConfigurationError, SinkError, check_version
-from pgoutput_source.files import local_path
+from pgoutput_source.files import explained, folds_case, local_path
 from pgoutput_source.parquet.folder import (
     MERGING,
     STAGED,
@@ -41,6 +44,7 @@ from pgoutput_source.parquet.folder import (
 from pgoutput_source.parquet.writer import ROW_GROUP_BYTES, ROW_GROUP_ROWS, Codec, PartWriter, merge
 from pgoutput_source.sinks.base import State
 from pgoutput_source.sinks.items import Item, record_batches
+from pgoutput_source.sinks.tables import TableSink
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +67,23 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
     position of the first change. A folder belongs to one sink of one running process, and to the database and slot of
     its changes. If the folder already has files, a run continues after them.
 
+    **All tables.** ``ParquetSink("out/{schema}/{table}")`` takes the `ChangeSet`s of a source. Each table of the
+    publication gets a folder of its own, as above, when its first change comes; so does a table that is created later.
+    What a path can't hold is percent-encoded, and so are a leading underscore or dot and an equals sign. What is
+    durable and not published waits in one spool for all tables. With recovery every row is in exactly one file, too. A
+    file ends with an epoch, so it may have one epoch more than the limits; `max_bytes` is an estimate.
+
     Args:
-        folder: The folder. It is created when the dataflow starts.
+        folder: The folder, created when the dataflow starts; or, with ``{table}`` and ``{schema}`` in it, the folder of
+            each table.
         max_rows: Rows in a file; it may have up to one row group more.
         max_bytes: Bytes in a file; it may have up to one row group more.
         max_age: How long a row waits for others before it is published. Zero publishes every epoch.
         compression: A codec, named as in Parquet and Arrow: "zstd", "snappy", "lz4", "gzip", "brotli", "none".
         compression_level: The codec's level; codecs without levels ignore it.
+        tables: With ``{table}``: patterns of the tables to take, as ``public.*``. All by default.
+        exclude: With ``{table}``: patterns of the tables to leave out.
+        spool: With ``{table}``: the folder for what waits. By default ``_spool`` beside the folders of the tables.
 
     Raises:
         ConfigurationError: An option is invalid.
@@ -92,6 +106,9 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         max_age: timedelta = timedelta(seconds=60),
         compression: str = "zstd",
         compression_level: int | None = 1,
+        tables: Iterable[str] = ("*",),
+        exclude: Iterable[str] = (),
+        spool: str | Path | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_bytes", max_bytes)):
             if value < 1:
@@ -104,12 +121,23 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         self.max_age = max_age.total_seconds()
         self.codec = Codec.of(compression, compression_level)
         self._built = False
+        self._tables: _Tables | None = None
+        options = {"tables": (tables, ("*",)), "exclude": (exclude, ()), "spool": (spool, None)}
+        if "{table}" in str(self.folder):
+            self._tables = _Tables(self, tables, exclude, spool)
+        elif given := [name for name, (value, default) in options.items() if value != default]:
+            raise ConfigurationError(
+                f"{given[0]}= is for a sink of many tables, and {str(self.folder)!r} is one folder",
+                hint="write ParquetSink('out/{schema}/{table}')",
+            )
 
     def __repr__(self) -> str:
         return f"ParquetSink({str(self.folder)!r})"
 
     def list_parts(self) -> list[str]:
         """One partition. Its name never changes: it is the key of the resume state."""
+        if self._tables is not None:
+            return self._tables.list_parts()
         self._built = False
         gate.expect(self, self._settle)
         return ["parquet"]
@@ -125,14 +153,43 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         """Every key goes to the single partition."""
         return 0
 
-    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> _ParquetPartition:
+    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> Any:
         """Open and repair the folder.
 
         Raises:
             SinkError: The folder can't be used, or does not fit the resume state.
             StateError: The resume state is of another version.
         """
+        if self._tables is not None:
+            return self._tables.build_part(step_id, for_part, resume_state)
         return _ParquetPartition(self, resume_state)
+
+
+class _Tables(TableSink):
+    """A folder for each table: a `ParquetSink` with a template."""
+
+    def __init__(
+        self, sink: ParquetSink, tables: Iterable[str], exclude: Iterable[str], spool: str | Path | None
+    ) -> None:
+        parts = sink.folder.parts
+        fixed = next(i for i, part in enumerate(parts) if "{" in part)
+        self.root, self.template = Path(*parts[:fixed]), str(sink.folder)
+        super().__init__(
+            ParquetDestination(self.root, codec=sink.codec, max_rows=sink.max_rows, max_bytes=sink.max_bytes),
+            FolderTargets("/".join(parts[fixed:]), tables=tables, exclude=exclude),
+            spool=self.root / "_spool" if spool is None else spool,
+            max_age=timedelta(seconds=sink.max_age),
+        )
+
+    def __repr__(self) -> str:
+        return f"ParquetSink({self.template!r})"
+
+    def build_part(self, step_id: str, for_part: str, resume_state: State | None) -> Any:
+        """Go on as the resume state says; see `TableSink`."""
+        with explained("can't create", self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+        self.targets.folded = folds_case(self.root)
+        return super().build_part(step_id, for_part, resume_state)
 
 
 @dataclass(slots=True)
@@ -164,6 +221,10 @@ class _ParquetPartition(StatefulSinkPartition[Item, State]):
             self.lineage: str = secrets.token_hex(4) if resume is None else resume["lineage"]
             self.next: int = 1 if resume is None else resume["next"]
             self.known = self.folder.origins
+            if any("number" in entry for entry in self.folder.entries.values()):
+                raise SinkError(
+                    f"{sink.folder} belongs to a sink of many tables", hint="give this sink a folder of its own"
+                )
             if self.folder.entries:
                 logger.info("%s; continuing after them", self.folder)
             self._restore([] if resume is None else [Part.from_state(part) for part in resume["parts"]])

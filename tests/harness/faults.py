@@ -24,10 +24,13 @@ from typing import Any
 
 from prometheus_client import generate_latest
 
+from pgoutput_source import destinations
 from pgoutput_source.dataflow import run, source
 from pgoutput_source.dataflow.run import gate
 from pgoutput_source.decode.in_progress import StreamedTransactions
-from pgoutput_source.parquet.folder import Folder
+from pgoutput_source.destinations.spool import Spool
+from pgoutput_source.parquet.folder import Folder, FolderLock
+from pgoutput_source.parquet.writer import PartWriter
 from pgoutput_source.sinks import IpcSink, base, parquet
 from pgoutput_source.stream import start
 from pgoutput_source.stream.parking import Parking
@@ -73,6 +76,17 @@ PARK_PLACES: dict[str, Place] = {
     "what was replayed is deleted": (Parking, "durable", False),
 }
 """Of parked tables and their replay."""
+
+FOLDER_PLACES: dict[str, Place] = {
+    "an epoch is spooled": (Spool, "put", False),
+    "an epoch is committed": (Spool, "commit", False),
+    "before a table's file is written": (FolderLock, "_take", False),
+    "a table's file is written": (PartWriter, "close", False),
+    "a table's file is renamed": (destinations.parquet, "add_to_index", True),
+    "a table's file is published": (destinations.parquet, "add_to_index", False),
+    "an applied epoch is dropped": (Spool, "drop", False),
+}
+"""Of folders for all tables."""
 
 LARGE = ("in a large transaction", "snapshot in a large transaction")
 STREAMED = ("mid-spill", "in a streamed transaction's commit")
@@ -148,7 +162,7 @@ def _slow_down(seconds: float) -> None:
 
 
 def _die_at(name: str, count: int) -> None:
-    owner, method, before = (PLACES | SINK_PLACES | PARK_PLACES)[name]
+    owner, method, before = (PLACES | SINK_PLACES | PARK_PLACES | FOLDER_PLACES)[name]
     original: Callable[..., Any] = getattr(owner, method)
     left = count
 

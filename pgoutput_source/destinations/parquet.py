@@ -1,0 +1,218 @@
+"""Tables in folders of Parquet files: a folder for each table, and in the footer of each file how far its table is.
+
+Parts that come together become a file. It is published by its rename: what its footer says is true as soon as its rows
+can be seen. See `parquet.folder` for what a folder holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+
+from pgoutput_source.changes.schema import MetadataNames
+from pgoutput_source.destinations.base import Destination, Job, Mode, Reached
+from pgoutput_source.destinations.spool import Point
+from pgoutput_source.destinations.targets import Target
+from pgoutput_source.errors import SinkError
+from pgoutput_source.files import explained, sync
+from pgoutput_source.parquet.folder import (
+    INDEX,
+    STAGING,
+    WRITING,
+    Folder,
+    FolderLock,
+    Part,
+    add_to_index,
+    entry_of,
+    position_of,
+    published_files,
+    read_index,
+)
+from pgoutput_source.parquet.writer import ROW_GROUP_BYTES, Codec, PartWriter
+
+_THREADS: Final = 8
+"""Tables that are written at once: most of the time goes into waiting for the disk. Each needs a few descriptors."""
+
+_PACKED: Final = 4
+"""How many times larger changes usually are in memory than in a file."""
+
+
+class _Known(NamedTuple):
+    """What a folder has: how far its table is, and how many bytes its index had then."""
+
+    reached: Reached | None
+    size: int
+
+
+class ParquetDestination(Destination):
+    """Folders of Parquet files below `root`; see `ParquetSink`."""
+
+    mode: Mode = "history"
+
+    def __init__(self, root: Path, *, codec: Codec, max_rows: int, max_bytes: int) -> None:
+        self.root, self.codec, self.max_rows, self.max_bytes = root.absolute(), codec, max_rows, max_bytes
+        self._known: dict[Target, _Known] = {}
+        self._threads: ThreadPoolExecutor | None = None
+
+    def __repr__(self) -> str:
+        return str(self.root)
+
+    def close(self) -> None:
+        """End the threads."""
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown()
+
+    def reached(self, target: Target) -> Reached | None:
+        """How far a table is. The folder is only read: the other thread may be writing to it."""
+        folder = self.root / target.name
+        entries = read_index(folder)
+        with explained("can't read", folder):
+            for file in published_files(folder):
+                if (name := file.relative_to(folder).as_posix()) not in entries:
+                    entries[name] = _entry(file)
+        return _reached(folder, entries)
+
+    def apply(self, jobs: Iterable[Job]) -> None:
+        """Publish files of several tables at once, and those of one table one after the other."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pgoutput-parquet")
+        running: dict[Future[None], Target] = {}
+        try:
+            for job in jobs:
+                while len(running) >= _THREADS or job.target in running.values():
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        del running[future]
+                        future.result()
+                running[self._threads.submit(self._apply, job)] = job.target
+            for future in running:
+                future.result()
+        finally:
+            wait(running)
+
+    # -- one job ----------------------------------------------------------------------------------------------------
+
+    def _apply(self, job: Job) -> None:
+        with self._locked(job.target) as reached:
+            if reached is not None:
+                job = _missing(job, reached)
+            for some in self._files(job):
+                reached = self._publish(some, Reached(some.number, some.last, job.origin))
+        self._known[job.target] = _Known(reached, self._size(job.target))
+
+    @contextlib.contextmanager
+    def _locked(self, target: Target) -> Iterator[Reached | None]:
+        """Own a folder for the moment. What is known of it holds if nobody has written to it since."""
+        folder = self.root / target.name
+        while True:
+            lock = FolderLock(folder)
+            try:
+                known = self._known.pop(target, None)
+                if known is not None and known.size == self._size(target):
+                    yield known.reached
+                    return
+            finally:
+                lock.close()
+            with contextlib.closing(Folder(folder)) as opened:
+                if opened.staged:
+                    raise _not_ours(folder)
+                opened.sweep()
+                self._known[target] = _Known(_reached(folder, opened.entries), self._size(target))
+
+    def _size(self, target: Target) -> int:
+        index = self.root / target.name / INDEX
+        with explained("can't read", index):
+            return index.stat().st_size if index.exists() else 0
+
+    def _files(self, job: Job) -> Iterator[Job]:
+        """The changes of each file: parts until there are enough rows or bytes."""
+        begin = size = end = 0
+        for number, after in job.parts or ((job.number, len(job.changes)),):
+            size += job.changes.slice(end, after - end).nbytes
+            end = after
+            enough = end - begin >= self.max_rows or size >= self.max_bytes * _PACKED
+            if end > begin and (enough or end == len(job.changes)):
+                changes = job.changes.slice(begin, end - begin)
+                yield job._replace(number=number, last=_point(changes, -1), changes=changes, parts=())
+                begin, size = end, 0
+
+    def _publish(self, job: Job, reached: Reached) -> Reached:
+        folder = self.root / job.target.name
+        name = f"t{job.number:08d}"
+        writing = folder / STAGING / f"{name}{WRITING}"
+        writer = PartWriter(self.codec, name, writing, job.changes.schema, _heavy(job.changes))
+        try:
+            writer.part = replace(writer.part, number=job.number)
+            writer.write(job.changes)
+            part = writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        file = folder / part.file
+        with explained("can't publish", file):
+            sync(writing)
+            os.rename(writing, file)
+            sync(file.parent)
+            add_to_index(folder, part)
+        return reached
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    part = Part.read(file)
+    return {} if part is None else entry_of(part)
+
+
+def _reached(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> Reached | None:
+    """How far a folder with these files is."""
+    if not entries:
+        return None
+    if any(entry.get("number") is None or entry["last"] is None for entry in entries.values()):
+        raise _not_ours(folder)
+    last = max(entries.values(), key=lambda entry: int(entry["number"]))
+    commit_lsn, seq = position_of(last["last"])
+    return Reached(last["number"], (int(commit_lsn), seq), tuple(last["origin"] or ("", "", "")))
+
+
+def _not_ours(folder: Path) -> SinkError:
+    return SinkError(
+        f"{folder} has files of another program, or of a ParquetSink for a single table",
+        hint="give this sink folders of its own, or move the files away",
+    )
+
+
+def _missing(job: Job, reached: Reached) -> Job:
+    """The job without what the folder has."""
+    done, changes = job.split(reached.number)
+    begin = _point(changes, 0) if len(changes) else None
+    if job.origin != reached.origin or (begin is None and job.last > reached.point) or (begin or _END) <= reached.point:
+        raise SinkError(
+            f"somebody else writes to {job.target}: it is at {reached}, and {begin or job.last} comes",
+            hint="give each sink folders of its own",
+        )
+    parts = tuple((number, end - len(done)) for number, end in job.parts if end > len(done))
+    return job._replace(changes=changes, parts=parts)
+
+
+_END: Final = (1 << 64, 0)
+
+
+def _point(changes: pa.Table, index: int) -> Point:
+    names = MetadataNames.of(changes.schema)
+    lsn, seq = (changes.column(name)[index].as_py() for name in (names.commit_lsn, names.seq))
+    return lsn, seq
+
+
+def _heavy(changes: pa.Table) -> set[str]:
+    """Columns with values so large that statistics of them would take much memory."""
+    return {
+        name
+        for name, column in zip(changes.schema.names, changes.columns, strict=True)
+        if any(chunk.nbytes > ROW_GROUP_BYTES for chunk in column.chunks)
+    }
