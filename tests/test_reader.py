@@ -18,6 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 from harness.database import Database
+from harness.waiting import until
 
 from pgoutput_source.changes import ChangeSet, Position
 from pgoutput_source.errors import (
@@ -166,7 +167,7 @@ with PgOutputReader(sys.argv[1], slot=sys.argv[2], publication="p", status_inter
         assert lines == list(range(lines[0], lines[-1] + 1))
         assert not seen or lines[0] <= max(seen) + 1
         seen += lines
-    wait_until(lambda: not is_active(shop))
+    until(lambda: not is_active(shop))
     with reader(shop) as r:
         rest = []
         for event in r:
@@ -217,7 +218,7 @@ def test_a_quiet_publication_lets_go_of_the_busy_databases_wal(shop: Database) -
         now = Lsn(connection.execute("SELECT pg_current_wal_lsn()::text").fetchall()[0][0])
         thread = threading.Thread(target=lambda: next(r, None))
         thread.start()
-        wait_until(lambda: confirmed(shop) >= now)
+        until(lambda: confirmed(shop) >= now)
         r.stop()
         thread.join()
 
@@ -274,13 +275,14 @@ def test_stop_ends_the_loop_and_frees_the_slot(shop: Database, how: str) -> None
     insert(shop, 0, 3)
     got = []
     with reader(shop, until=None) as r:
-        if how == "thread":
-            threading.Timer(1, r.stop).start()
-        else:
-            signal.signal(signal.SIGALRM, lambda *_: r.close())
-            signal.setitimer(signal.ITIMER_REAL, 1)
+        signal.signal(signal.SIGALRM, lambda *_: r.close())
         for event in r:
             got.append(event.row["id"])
+            if len(got) == 3:  # soon, it waits for the next
+                if how == "thread":
+                    threading.Timer(0.3, r.stop).start()
+                else:
+                    signal.setitimer(signal.ITIMER_REAL, 0.3)
         assert list(r) == []
     assert got == [0, 1, 2]
     assert not is_active(shop)
@@ -479,10 +481,3 @@ def test_the_compatible_reader_is_a_reader(shop: Database) -> None:
     assert [next(old).row["id"], next(old).row["id"]] == [0, 1]
     old.stop()
     assert left(shop) == [1]  # the last one was never asked past
-
-
-def wait_until(condition: Any, timeout: float = 10) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.05)

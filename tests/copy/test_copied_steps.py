@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import Counter
 from datetime import timedelta
 from typing import Any
@@ -17,6 +16,7 @@ from bytewax.dataflow import Dataflow
 from bytewax.testing import TestingSink, TestingSource
 from harness.database import Database
 from harness.one_table import run_flow
+from harness.waiting import until
 
 import pgoutput_source.operators as cdc
 from pgoutput_source.changes import ChangeBatch
@@ -46,15 +46,16 @@ def delivered(db: Database, monkeypatch: pytest.MonkeyPatch) -> list[ChangeBatch
         c.execute("INSERT INTO log (g, n) SELECT n % 7, n FROM generate_series(1, 2000) n")
         c.execute("CREATE PUBLICATION p FOR TABLE t, log")
         c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
-    stopped = threading.Event()
-    writers = [threading.Thread(target=write, args=(db.dsn, seed, stopped)) for seed in range(2)]
+    stopped, commits = threading.Event(), list[int]()
+    writers = [threading.Thread(target=write, args=(db.dsn, seed, stopped, commits)) for seed in range(2)]
     for writer in writers:
         writer.start()
     session = SlotSession(db.dsn, SourceSettings.of(dsn=db.dsn, slot="s", publication="p", snapshot="initial"))
     found: list[ChangeBatch] = []
     while session.copying:
+        before = len(commits)
         found += session.next(0.01)
-        time.sleep(0.005)
+        until(lambda before=before: len(commits) > before, "nobody writes")  # type: ignore[misc]
     stopped.set()
     for writer in writers:
         writer.join()
@@ -71,7 +72,7 @@ def delivered(db: Database, monkeypatch: pytest.MonkeyPatch) -> list[ChangeBatch
     return found
 
 
-def write(dsn: str, seed: int, stopped: threading.Event) -> None:
+def write(dsn: str, seed: int, stopped: threading.Event, commits: list[int]) -> None:
     rng = random.Random(seed)
     with psycopg.connect(dsn, options="-c deadlock_timeout=20ms") as c:
         while not stopped.wait(0.002):
@@ -79,6 +80,7 @@ def write(dsn: str, seed: int, stopped: threading.Event) -> None:
                 for _ in range(rng.randint(1, 5)):
                     c.execute(rng.choice(CHANGES).encode(), {"n": rng.randint(1, 2000)})
                 c.commit()
+                commits.append(seed)
             except (psycopg.errors.DeadlockDetected, psycopg.errors.UniqueViolation):
                 c.rollback()
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import psycopg
 import pytest
 from harness.database import Database
-from harness.flow import Busy, Flow, confirmed, following, publish, wait_for
+from harness.flow import Busy, Flow, confirmed, following, publish, until_staged, wait_for
+from harness.waiting import until
 from harness.workload import Workload, differences, replayed, tables
 
 from pgoutput_source.embedded import shop
@@ -32,9 +33,9 @@ def test_threads_drain(db: Database, tmp_path: Path, number: signal.Signals) -> 
         with following(process) as lines:
             wait_for(lines, "streaming from", process)
             workload.run(2_000)
-            wait_until_shown(flow)
+            until_staged(flow)
             process.send_signal(number)
-            assert process.wait(20) == 0, "".join(lines)
+            assert process.wait(60) == 0, "".join(lines)
             assert "Traceback" not in "".join(lines)
         workload.run(2_000)
         flow.run("-s", "1", "-w", "2", *flow.recovery(), PGOUTPUT_UNTIL="current")
@@ -52,11 +53,12 @@ def test_the_shop_s_flow_drains_and_goes_on_with_threads(db: Database, tmp_path:
     for _ in range(2):
         process = flow.start("-s", "1", "-w", "2", *flow.recovery())
         with following(process) as lines:
-            wait_for(lines, "streaming from", process)
+            before = confirmed(db)
             take_orders(db, 100)
-            time.sleep(0.5)
+            until(lambda before=before: confirmed(db) > before, lines)  # type: ignore[misc]
+            take_orders(db, 100)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0, "".join(lines)
+            assert process.wait(60) == 0, "".join(lines)
 
     assert list((tmp_path / "out/orders").glob("*.parquet"))
 
@@ -64,14 +66,6 @@ def test_the_shop_s_flow_drains_and_goes_on_with_threads(db: Database, tmp_path:
 def take_orders(db: Database, count: int) -> None:
     steps = iter(range(count))
     shop.Workload(db.dsn, seed=1).run(lambda _: next(steps, None) is None)
-
-
-def wait_until_shown(flow: Flow, seconds: float = 20) -> None:
-    """Until something of an epoch is staged."""
-    deadline = time.monotonic() + seconds
-    while not list(flow.out.glob("**/*.committed")) and not list(flow.out.glob("*.parquet")):
-        assert time.monotonic() < deadline, "nothing was staged"
-        time.sleep(0.05)
 
 
 class Cluster:
@@ -106,11 +100,12 @@ class Cluster:
                 for number in range(2)
             ]
             said = [stack.enter_context(following(process)) for process in processes]
-            deadline = time.monotonic() + 40
-            while not any("streaming from" in line for lines in said for line in lines):
+
+            def streaming() -> bool:
                 assert all(process.poll() is None for process in processes), said
-                assert time.monotonic() < deadline, said
-                time.sleep(0.02)
+                return any("streaming from" in line for lines in said for line in lines)
+
+            until(streaming, said)
             if any("streaming from" in line for line in said[1]):
                 processes.reverse()
                 said.reverse()
@@ -130,10 +125,10 @@ def test_processes_drain(db: Database, tmp_path: Path, number: signal.Signals) -
     with Workload(db.dsn, seed=5, tables=3, largest=100) as workload:
         with cluster.running() as (processes, said):
             workload.run(2_000)
-            wait_until_shown(flow)
+            until_staged(flow)
             for process in reversed(processes):
                 process.send_signal(number)
-            assert [process.wait(20) for process in processes] == [0, 0], said
+            assert [process.wait(60) for process in processes] == [0, 0], said
             assert "Traceback" not in str(said)
         workload.run(1_000)
         cluster.finish()
@@ -168,7 +163,7 @@ def test_killed_processes_lose_and_repeat_nothing(
                 time.sleep(rng.uniform(0.2, 2.5))
                 victims(rng, processes)
                 # The others notice by themselves: none waits for a peer that is gone.
-                assert all(process.wait(20) in (1, -signal.SIGKILL) for process in processes), said
+                assert all(process.wait(60) in (1, -signal.SIGKILL) for process in processes), said
         workload.stop()
         cluster.finish()
 
@@ -186,11 +181,11 @@ def test_a_stopped_member_does_not_hold_the_slot_for_ever(db: Database, tmp_path
         with cluster.running(PGOUTPUT_STALL_SECONDS="3") as (processes, said):
             reading, other = processes
             workload.run(1_000)
-            wait_until_shown(flow)
+            until_staged(flow)
             other.send_signal(signal.SIGSTOP)
             workload.run(1_000)
             before = confirmed(db)
-            assert reading.wait(30) == 70, said
+            assert reading.wait(60) == 70, said
             free_of_readers(db)
         assert "no progress for" in "".join(said[0])
         assert confirmed(db) >= before
@@ -203,7 +198,5 @@ def test_a_stopped_member_does_not_hold_the_slot_for_ever(db: Database, tmp_path
 
 def free_of_readers(db: Database) -> None:
     with psycopg.connect(db.dsn, autocommit=True) as connection:
-        deadline = time.monotonic() + 10
-        while connection.execute("SELECT active FROM pg_replication_slots").fetchall() != [(False,)]:
-            assert time.monotonic() < deadline, "the slot is still in use"
-            time.sleep(0.05)
+        query = "SELECT active FROM pg_replication_slots"
+        until(lambda: connection.execute(query).fetchall() == [(False,)], "the slot is still in use")

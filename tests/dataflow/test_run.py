@@ -23,6 +23,7 @@ from bytewax.dataflow import Dataflow
 from bytewax.testing import TestingSink, TestingSource
 from harness.database import Database
 from harness.flow import Flow, following, publish, wait_for
+from harness.waiting import until
 
 import pgoutput_source.operators as cdc
 from pgoutput_source import ParquetSink, PgOutputSource, read, run
@@ -46,10 +47,7 @@ def history(db: Database, folder: Path, **options: Any) -> Dataflow:
 
 
 def until_exists(folder: Path, pattern: str) -> None:
-    deadline = time.monotonic() + 20
-    while not list(folder.glob(pattern)):
-        assert time.monotonic() < deadline, pattern
-        time.sleep(0.02)
+    until(lambda: list(folder.glob(pattern)), pattern)
 
 
 def ids(folder: Path) -> list[int]:
@@ -113,7 +111,7 @@ def test_one_dataflow_at_a_time(tmp_path: Path) -> None:
 
     def wait(item: Any) -> Any:
         started.set()
-        go_on.wait(10)
+        go_on.wait(60)
         return item
 
     flow = Dataflow("slow")
@@ -121,7 +119,7 @@ def test_one_dataflow_at_a_time(tmp_path: Path) -> None:
     cdc.output("out", rows, ParquetSink(tmp_path / "out"))
     thread = threading.Thread(target=run, args=(flow,))
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     with pytest.raises(ConfigurationError, match="runs in this process already"):
         run(flow)
     go_on.set()
@@ -148,7 +146,7 @@ def forking(item):
         child = os.fork()
         if not child:
             import time
-            time.sleep(60)
+            time.sleep(200)
             os._exit(1)
         open("child", "w").write(str(child))
     return item
@@ -176,10 +174,9 @@ def test_a_signal_drains_and_it_returns(db: Database, tmp_path: Path, number: si
     process = program(db.dsn, tmp_path, workers)
     assert process.stdout is not None
     with following(process) as lines:
-        wait_for(lines, "streaming from", process)
         until_exists(tmp_path, "out/_staging/*.committed")
         process.send_signal(number)
-        assert process.wait(20) == 0, "".join(lines)
+        assert process.wait(60) == 0, "".join(lines)
         with process.stdout:
             assert process.stdout.read() == "returned\n"
         assert sum(number.name in line for line in lines) == 1
@@ -196,7 +193,7 @@ def test_a_signal_ends_what_waits_for_a_silent_server(tmp_path: Path, number: si
         with silent.accept()[0]:
             time.sleep(0.2)
             process.send_signal(number)
-            said, log = process.communicate(timeout=5)
+            said, log = process.communicate(timeout=30)  # half of the time that it would wait for the server
     assert (process.returncode, said) == (0, "returned\n"), log
     assert log.count("\n") == 1
     assert "stopped before anything was delivered" in log
@@ -214,7 +211,7 @@ def test_a_signal_ends_what_waits_for_its_slot(db: Database, tmp_path: Path, wor
             with following(waiting) as said:
                 wait_for(said, "is in use by process", waiting)
                 waiting.send_signal(number)
-                assert waiting.wait(5) == 0, said
+                assert waiting.wait(30) == 0, said  # it would wait for twice that
                 assert len(said) <= 3, said
         assert reading.poll() is None
 
@@ -230,11 +227,9 @@ def forking(db: Database, folder: Path) -> Iterator[tuple[subprocess.Popen[str],
     process = program(db.dsn, folder, 1, FORKS)
     assert process.stdout is not None
     with following(process) as lines, process.stdout:
-        deadline = time.monotonic() + 30
-        while not (folder / "child").exists() or not (folder / "child").read_text():
-            assert time.monotonic() < deadline, lines
-            time.sleep(0.02)
-        child = int((folder / "child").read_text())
+        written = folder / "child"
+        until(lambda: written.exists() and written.read_text(), lines)
+        child = int(written.read_text())
         try:
             yield process, child
         finally:
@@ -244,23 +239,22 @@ def forking(db: Database, folder: Path) -> Iterator[tuple[subprocess.Popen[str],
 
 def test_a_forked_child_has_no_part_in_the_run(db: Database, tmp_path: Path) -> None:
     with forking(db, tmp_path) as (process, child):
-        deadline = time.monotonic() + 20
-        while Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
-            assert time.monotonic() < deadline, "the child took the signal for the run's"
+
+        def ended() -> bool:
             os.kill(child, signal.SIGTERM)  # again and again: Python forgets one that comes amid the fork
-            time.sleep(0.02)
+            return Path(f"/proc/{child}/stat").read_text().split()[2] == "Z"
+
+        until(ended, "the child took the signal for the run's")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_forked_child_does_not_keep_the_slot_beyond_its_parent(db: Database, tmp_path: Path) -> None:
     with forking(db, tmp_path) as (process, child), db.connect() as connection:
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 10
-        while connection.execute("SELECT bool_or(active) FROM pg_replication_slots").fetchone() != (False,):
-            assert time.monotonic() < deadline, "a slot is still in use"
-            time.sleep(0.05)
+        query = "SELECT bool_or(active) FROM pg_replication_slots"
+        until(lambda: connection.execute(query).fetchone() == (False,), "a slot is still in use")
         os.kill(child, 0)
 
 
@@ -274,7 +268,7 @@ def test_a_second_ctrl_c_ends_a_drain_without_a_traceback(db: Database, tmp_path
         until_exists(tmp_path, "out/_staging/*.writing")
         for text in ("SIGINT: draining", "SIGINT again"):
             process.send_signal(signal.SIGINT)
-            wait_for(lines, text, process) if "again" not in text else process.wait(10)
+            wait_for(lines, text, process) if "again" not in text else process.wait(30)
         assert process.returncode == -signal.SIGINT
     assert "SIGINT again" in lines[-1]
     assert len(lines) <= 4, lines

@@ -69,7 +69,7 @@ def test_a_sink_writes_once_what_an_epoch_wrote_that_never_was(
         died(flow, recovery, "epoch durable, nothing committed:3")
         void_last_epoch(recovery)
         # The first epoch of the next process is over before anything has come from the server.
-        died(flow, recovery, staged if second == "staged" else second)
+        died(flow, recovery, staged if second == "staged" else second, LATE="1")
         flow.run(*EPOCHS, "-r", str(recovery), PGOUTPUT_UNTIL="current")
         expected = tables(workload)
 
@@ -99,7 +99,7 @@ def counted(db: Database, tmp_path: Path, **environ: str) -> tuple[dict[str, int
     recovery = Path(flow.recovery()[1])
     died(flow, recovery, "epoch durable, nothing committed:3")
     void_last_epoch(recovery)
-    died(flow, recovery, "before the next epoch:1")
+    died(flow, recovery, "before the next epoch:1", LATE="1")
     flow.run(*EPOCHS, "-r", str(recovery), PGOUTPUT_UNTIL="current")
     found: Counter[str] = Counter()
     for line in (flow.out / "counts.jsonl").read_text().splitlines():

@@ -33,7 +33,7 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 15) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -181,7 +181,7 @@ kept = {kept}
 with Server(data=folder / "data" if kept else None) as server:
     print(server.pid, server.data, server.dsn(), sep="|", flush=True)
     try:
-        time.sleep(60)
+        time.sleep(200)
     except KeyboardInterrupt:
         import psycopg
         with psycopg.connect(server.dsn()) as connection:
@@ -224,7 +224,7 @@ Dies().start()
     owner = python(program, folder)
     with ended(owner):
         pid = int(said(owner))
-        assert owner.wait(20) == -signal.SIGKILL
+        assert owner.wait(60) == -signal.SIGKILL
         assert wait_until(lambda: gone(pid))
 
 

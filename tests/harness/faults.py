@@ -35,6 +35,7 @@ from pgoutput_source.sinks import IpcSink, base, parquet
 from pgoutput_source.stream import start
 from pgoutput_source.stream.parking import Parking
 from pgoutput_source.stream.replication import ReplicationStream
+from pgoutput_source.stream.session import SlotSession
 
 Place = tuple[Any, str, bool]
 """Who has the method, its name, and whether the death comes before it."""
@@ -132,7 +133,8 @@ def install() -> None:
     """Patch what `KILL_AT` and `BREAK` name; nothing without them.
 
     `FILE_SIZE` is the most bytes that a file may have, as if the disk were full; `UMASK` the process's umask, in octal;
-    `TELL_ALL` logs everything that there is to log, and the metrics at the exit.
+    `LATE` lets nothing come from the server in the first epoch; `TELL_ALL` logs everything that there is to log, and
+    the metrics at the exit.
     """
     if size := os.environ.get("FILE_SIZE"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
@@ -141,6 +143,8 @@ def install() -> None:
     if os.environ.get("TELL_ALL"):
         logging.basicConfig(level=logging.DEBUG)
         atexit.register(lambda: print(generate_latest().decode(), file=sys.stderr))
+    if os.environ.get("LATE"):
+        _come_late()
     if (seconds := os.environ.get("SLOW_FSYNC")) and "LD_PRELOAD" not in os.environ:
         _slow_down(float(seconds))
     for mistake in filter(None, os.environ.get("BREAK", "").split(",")):
@@ -159,6 +163,15 @@ def _slow_down(seconds: float) -> None:
         fsync(fd)
 
     os.fsync = slowly
+
+
+def _come_late() -> None:
+    receive, polls = SlotSession._poll, itertools.count()
+
+    def poll(self: Any, timeout: float) -> Any:
+        return receive(self, timeout) if next(polls) else ()
+
+    SlotSession._poll = poll  # type: ignore[method-assign]
 
 
 def _die_at(name: str, count: int) -> None:

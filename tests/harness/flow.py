@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 from harness.database import Database
+from harness.waiting import PATIENCE, until
 from harness.workload import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,12 @@ class Flow:
             folder.mkdir()
             subprocess.run([sys.executable, "-m", "bytewax.recovery", folder, "1"], check=True)
         return ("-r", str(folder), "-b", "0")
+
+    def epoch(self) -> int:
+        """The first epoch that is not durable yet."""
+        with closing(sqlite3.connect(self.folder / "recovery/part-0.sqlite3")) as store:
+            found = store.execute("SELECT max(worker_frontier) FROM fronts").fetchone()
+            return int(found[0] or 0)
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         """Start it; the interval between epochs must be among the arguments."""
@@ -91,12 +98,25 @@ def following(process: subprocess.Popen[str]) -> Iterator[list[str]]:
         process.stderr.close()
 
 
-def wait_for(lines: list[str], text: str, process: subprocess.Popen[str], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not any(text in line for line in lines):
+def wait_for(lines: list[str], text: str, process: subprocess.Popen[str], seconds: float = PATIENCE) -> None:
+    """Wait until a process has written a line with this text.
+
+    "streaming from" is the end of the connecting, and not yet the beginning of the run: a signal that comes at once
+    interrupts the start instead of draining. `until_staged` waits for longer.
+    """
+
+    def there() -> bool:
+        if any(text in line for line in lines):
+            return True
         assert process.poll() is None, "".join(lines)
-        assert time.monotonic() < deadline, "".join(lines)
-        time.sleep(0.01)
+        return False
+
+    until(there, lines, seconds)
+
+
+def until_staged(flow: Flow) -> None:
+    """Wait until something of an epoch is staged, so that the run has begun and has something to lose."""
+    until(lambda: list(flow.out.glob("**/*.committed")) or list(flow.out.glob("**/*.parquet")), "nothing was staged")
 
 
 def publish(db: Database) -> None:
@@ -150,5 +170,5 @@ def failure(flow: Flow, *arguments: str, **environ: str) -> tuple[str, int]:
     """What a run says that must fail, and its exit code."""
     environ = {"PGOUTPUT_UNTIL": "current", "PGOUTPUT_SLOT_WAIT_SECONDS": "1"} | environ
     process = flow.start("-s", "0", *arguments, **environ)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     return said, process.returncode

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from harness.database import Database
 from harness.flow import Flow, confirmed, following, publish, wait_for
+from harness.waiting import until
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pgoutput_source import ChangeSet, PgOutputReader, peek
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_it_moves_a_slot_and_is_no_message(any_db: Database) -> None:
@@ -39,14 +32,14 @@ def test_it_moves_a_slot_and_is_no_message(any_db: Database) -> None:
 
         thread = threading.Thread(target=read)
         thread.start()
-        wait_until(lambda: reader._session is not None)
+        until(lambda: reader._session is not None)
         before = confirmed(any_db)
-        wait_until(lambda: confirmed(any_db) > before)  # and nobody else writes
+        until(lambda: confirmed(any_db) > before)  # and nobody else writes
         connection.execute("SELECT pg_logical_emit_message(true, 'a', 'mine'), pg_logical_emit_message(false, 'b', '')")
         connection.execute("INSERT INTO t VALUES (1)")
-        wait_until(lambda: len([b for changes in got for b in changes.batches]) == 1)
+        until(lambda: len([b for changes in got for b in changes.batches]) == 1)
         after = confirmed(any_db)
-        wait_until(lambda: confirmed(any_db) > after)
+        until(lambda: confirmed(any_db) > after)
         reader.stop()
         thread.join()
         reader.close()
@@ -81,7 +74,7 @@ def test_it_fails_with_a_warning_and_comes_back(db: Database, tmp_path: Path) ->
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%%emit_message%%'"
                     " AND datname = current_database() AND pid <> pg_backend_pid()"
                 )
-                wait_until(lambda: len([line for line in lines if "heartbeat is back" in line]) == 2)
+                until(lambda: len([line for line in lines if "heartbeat is back" in line]) == 2)
                 process.terminate()
                 assert process.wait(20) == 0, lines
         finally:

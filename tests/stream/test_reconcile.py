@@ -17,6 +17,7 @@ import pytest
 from harness.database import NEWEST, Database
 from harness.flow import Busy, Flow, confirmed, failure, following, publish, wait_for
 from harness.slots import absent, ahead, ids, insert, invalidate, lost, of_another_plugin, recreated
+from harness.waiting import until
 from harness.workload import Workload, differences, replayed, tables
 from psycopg.conninfo import make_conninfo
 
@@ -196,13 +197,6 @@ def test_a_state_of_another_server(own: Server, db: Database, tmp_path: Path) ->
     assert confirmed(db) == before
 
 
-def wait_until(what: str, seconds: float, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("major", [17, NEWEST])
 def test_a_promoted_standby_goes_on_where_the_primary_was_killed(major: int, tmp_path: Path) -> None:
@@ -230,19 +224,21 @@ def test_a_promoted_standby_goes_on_where_the_primary_was_killed(major: int, tmp
                         query = "SELECT FROM pg_replication_slots WHERE slot_name = 'cdc' AND synced AND NOT temporary"
                         return connection.execute(query).fetchone() is not None
 
-                wait_until("the slot is not on the standby", 90, synced)
-                time.sleep(1)
+                until(synced, "the slot is not on the standby", 120)
+                reached = confirmed(db)
+                until(lambda: confirmed(db) > reached, lines)
                 workload.stop()
                 workload.connection.close()
                 primary.halt("kill")
                 standby.promote()
-                wait_for(lines, "connected again", process, 60)
+                wait_for(lines, "connected again", process)
                 db.server = standby
                 workload.connection = psycopg.connect(db.dsn, autocommit=True)
+                reached = confirmed(db)
                 workload.run(workload.changes + 1_000)
-                time.sleep(1)
+                until(lambda: confirmed(db) > reached, lines)
                 process.terminate()
-                assert process.wait(30) == 0, "".join(lines)
+                assert process.wait(60) == 0, "".join(lines)
             flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
 
             found, _ = replayed(flow.out)
@@ -265,7 +261,7 @@ def test_a_promoted_standby_that_never_had_all_is_refused(tmp_path: Path) -> Non
                     row = other.execute("SELECT pg_last_wal_replay_lsn() >= %s", end).fetchone()
                     return row == (True,)
 
-            wait_until("the standby does not follow", 30, received)
+            until(received, "the standby does not follow")
             standby.halt("fast")
             connection.execute("INSERT INTO t SELECT generate_series(1, 100)")
             flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")

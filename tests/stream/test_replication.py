@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 from harness.database import Database
+from harness.waiting import PATIENCE, until
 from psycopg.conninfo import make_conninfo
 
 from pgoutput_source.embedded import Server
@@ -115,23 +116,16 @@ def own_source(own: Server, request: pytest.FixtureRequest) -> Iterator[Source]:
     source.close()
     own.start()
     with connect(own.dsn()) as conn:
-        wait(lambda: not slot_state(conn, source.slot).active)  # type: ignore[union-attr]
+        until(lambda: not slot_state(conn, source.slot).active)  # type: ignore[union-attr]
         conn.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
 
 
-def wait(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
-def read(stream: ReplicationStream, until: Lsn, seconds: float = 30.0, **limits: Any) -> list[bytes]:
+def read(stream: ReplicationStream, end: Lsn, seconds: float = PATIENCE, **limits: Any) -> list[bytes]:
     """Payloads without their header, until the server has sent everything up to a position."""
     payloads: list[bytes] = []
-    end = time.monotonic() + seconds
-    while stream.received < until:
-        assert time.monotonic() < end, f"{stream.received} instead of {until}"
+    deadline = time.monotonic() + seconds
+    while stream.received < end:
+        assert time.monotonic() < deadline, f"{stream.received} instead of {end}"
         payloads += [bytes(frame[XLOG_DATA_HEADER:]) for frame in stream.poll(**{"timeout": 0.2} | limits)]
     return payloads
 
@@ -162,28 +156,33 @@ def test_frames_are_what_the_slot_holds(any_source: Source) -> None:
         " 'publication_names', 'p,\"We,\"\"Ird\"', 'messages', 'true')",
         [source.slot],
     ).fetchall()
-    until = current_lsn(source.conn)
+    end = current_lsn(source.conn)
 
     for limits in ({}, {"max_frames": 7}, {"max_bytes": 1}, {"timeout": 0.0}):
         stream = source.stream()
-        assert read(stream, until, **limits) == [row[0] for row in held]
+        assert read(stream, end, **limits) == [row[0] for row in held]
         stream.close(graceful=True)
 
 
 def test_a_poll_keeps_its_limits_and_the_rest_stays_with_the_server(source: Source) -> None:
     source.insert(1, 200_000, width=100)
     stream = source.stream()
-    several = stream.poll(max_frames=1000, timeout=5)
-    time.sleep(0.5)  # for the server to fill what lies between it and us
-    bounded = stream.poll(max_bytes=20_000, timeout=5)
-    stalled = source.conn.execute(
-        "SELECT wait_event FROM pg_stat_activity WHERE backend_type = 'walsender' AND datname = current_database()"
-    ).fetchone()
+
+    def stalled() -> bool:
+        """Whether the server has filled what lies between it and us."""
+        query = (
+            "SELECT wait_event FROM pg_stat_activity WHERE backend_type = 'walsender' AND datname = current_database()"
+        )
+        return source.conn.execute(query).fetchone() == ("WalSenderWriteData",)
+
+    several = stream.poll(max_frames=1000, timeout=20)
+    until(stalled)
+    bounded = stream.poll(max_bytes=20_000, timeout=20)
+    until(stalled)
     rest = read(stream, current_lsn(source.conn))
 
     assert 0 < len(several) <= 1000
     assert 20_000 <= sum(map(len, bounded)) < 50_000
-    assert stalled == ("WalSenderWriteData",)
     frames = [bytes(frame[XLOG_DATA_HEADER:]) for frame in several + bounded] + rest
     assert ids(frames) == list(range(1, 200_001))
 
@@ -191,14 +190,17 @@ def test_a_poll_keeps_its_limits_and_the_rest_stays_with_the_server(source: Sour
 def test_a_poll_without_data_takes_its_timeout(source: Source) -> None:
     stream = source.stream()
     read(stream, current_lsn(source.conn))
-    took = []
-    for timeout in (0.0, 0.4):
+
+    def took(timeout: float) -> float:
         begun = time.monotonic()
         assert stream.poll(timeout=timeout) == []
-        took.append(time.monotonic() - begun)
+        return time.monotonic() - begun
 
-    assert took[0] < 0.1
-    assert 0.3 < took[1] < 0.8
+    # A busy machine may take longer, but not each time.
+    assert min(took(0.0) for _ in range(5)) < 0.1
+    times = [took(0.4) for _ in range(3)]
+    assert all(time > 0.3 for time in times)
+    assert min(times) < 0.8
 
 
 def test_bytes_of_a_database_without_an_encoding_come_as_they_are(db: Database) -> None:
@@ -214,7 +216,7 @@ def test_bytes_of_a_database_without_an_encoding_come_as_they_are(db: Database) 
         finally:
             for stream in source.streams:
                 stream.close()
-            wait(lambda: not source.state().active)
+            until(lambda: not source.state().active)
             source.close()
             conn.execute("SELECT pg_drop_replication_slot(%s)", [source.slot])
             conn.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
@@ -244,7 +246,7 @@ def test_a_commit_is_received_once_its_frame_is_handed_out(source: Source) -> No
     stream = source.stream()
     ends: list[tuple[Lsn, Lsn]] = []
     while len(ends) < 2:
-        for frame in stream.poll(max_frames=1, timeout=2):
+        for frame in stream.poll(max_frames=1, timeout=20):
             if frame[XLOG_DATA_HEADER] == ord("C"):
                 end = Lsn(int.from_bytes(frame[XLOG_DATA_HEADER + 10 : XLOG_DATA_HEADER + 18], "big"))
                 ends.append((end, stream._feedback._committed))
@@ -267,19 +269,19 @@ def test_a_graceful_end_moved_the_slot(source: Source, proto_version: int) -> No
 
 
 def test_an_acknowledgement_arrives_within_seconds_or_now(source: Source) -> None:
-    stream = source.stream()
+    stream = source.stream(status_interval=60.0)  # what is late is later than this test waits
     for now in (True, False):
         source.conn.execute("DELETE FROM public.t")
         source.insert(1, 10)
         read(stream, current_lsn(source.conn))
         stream.acknowledge(stream.received, now=now)
-        begun = time.monotonic()
-        while source.state().confirmed_flush_lsn != stream.acknowledged:
-            assert time.monotonic() - begun < 3
+
+        def arrived(now: bool = now) -> bool:
             if not now:
                 stream.poll(timeout=0.05)
-        if now:
-            assert time.monotonic() - begun < 0.5
+            return source.state().confirmed_flush_lsn == stream.acknowledged
+
+        until(arrived, seconds=10)
 
 
 def test_without_an_acknowledgement_the_slot_stays(source: Source) -> None:
@@ -301,12 +303,12 @@ def test_the_current_position_is_reached_while_nothing_is_published(any_source: 
     stream = source.stream()
     for length in (0, 10, 1000, 7000):
         source.conn.execute("INSERT INTO public.unpublished VALUES (repeat('x', %s))", [length])
-        assert tags(read(stream, current_lsn(source.conn), seconds=5)).strip("BC") == ""
+        assert tags(read(stream, current_lsn(source.conn), seconds=20)).strip("BC") == ""
     source.conn.execute("SELECT pg_switch_wal()")
-    read(stream, current_lsn(source.conn), seconds=5)
+    read(stream, current_lsn(source.conn), seconds=20)  # the next keepalive by itself would come after 30
     stream.acknowledge(stream.sent, now=True)
 
-    wait(lambda: source.state().confirmed_flush_lsn == stream.sent)
+    until(lambda: source.state().confirmed_flush_lsn == stream.sent)
 
 
 def test_a_position_behind_a_page_header_is_one_that_no_stream_reaches(source: Source) -> None:
@@ -328,7 +330,7 @@ def test_a_position_behind_a_page_header_is_one_that_no_stream_reaches(source: S
     else:
         pytest.fail("no record ended with its page")
     position = current_lsn(source.conn)
-    read(stream, position, seconds=5)
+    read(stream, position, seconds=20)
 
     assert position == now - 24
     assert stream.received < now
@@ -339,7 +341,7 @@ def test_a_position_beyond_the_servers_wal_is_refused(source: Source) -> None:
 
     with pytest.raises(StateError, match="were seen, but the server's WAL ends at"):
         stream.start(Lsn("FF/0"))
-    wait(lambda: not source.state().active)
+    until(lambda: not source.state().active)
     assert source.state().confirmed_flush_lsn < Lsn("FF/0")  # type: ignore[operator]
 
 
@@ -349,7 +351,7 @@ def test_a_slot_that_was_recreated_while_nobody_was_connected_is_refused(source:
     read(stream, current_lsn(source.conn))
     stream.acknowledge(stream.received, now=True)
     acknowledged = stream.acknowledged
-    wait(lambda: source.state().confirmed_flush_lsn == acknowledged)
+    until(lambda: source.state().confirmed_flush_lsn == acknowledged)
     source.conn.execute("SELECT pg_terminate_backend(%s, 5000)", [source.state().active_pid])
     source.conn.execute("SELECT pg_drop_replication_slot(%s)", [source.slot])
     source.insert(11, 20)
@@ -442,7 +444,7 @@ def test_a_terminated_walsender_is_replaced_and_nothing_is_lost(any_source: Sour
                         done = Lsn(int.from_bytes(payload[10:18], "big"))
                 if kills == 2 and not acknowledged and not open_rows and done and stream._walsender is not None:
                     stream.acknowledge(done, now=True)
-                    wait(lambda: source.state().confirmed_flush_lsn == stream.acknowledged)
+                    until(lambda: source.state().confirmed_flush_lsn == stream.acknowledged)
                     acknowledged = stream.acknowledged
     finally:
         stop.set()
@@ -464,7 +466,7 @@ def test_a_server_that_does_not_answer_is_left(source: Source) -> None:
         begun = time.monotonic()
         while stream._walsender is not None:
             stream.poll(timeout=0.1)
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < PATIENCE
         took = time.monotonic() - begun
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -509,7 +511,7 @@ def test_a_server_stops_at_once_with_a_reader_attached(
     with connect(own.dsn()) as conn:
         again = read(stream, current_lsn(conn))
 
-    assert took[0] < 2.5
+    assert took[0] < 20  # a server that waits for its reader does so for wal_sender_timeout, 60 s
     assert keepalives < 50
     assert stream.generation == 1
     assert again[: len(first)] == first
@@ -547,7 +549,7 @@ def test_a_server_that_stays_away_ends_the_stream(own: Server, own_source: Sourc
         poll_for_ever()
     took = time.monotonic() - begun
 
-    assert 0.9 < took < 5
+    assert 0.9 < took < 30  # 300 by itself
     assert caught.value.hint
     assert own.password not in str(caught.value)
     with pytest.raises(ConnectionFailed):
@@ -557,7 +559,8 @@ def test_a_server_that_stays_away_ends_the_stream(own: Server, own_source: Sourc
 @pytest.mark.parametrize("headway", [False, True])
 def test_a_connection_is_no_headway_and_a_new_position_is(source: Source, headway: bool) -> None:
     """Each walsender is killed once it streams: for ever if one brings something new, for the patience if none does."""
-    patience, stop = 1.0, threading.Event()
+    # A connection takes less than the patience also where the machine is busy.
+    patience, stop = 2.0 if headway else 1.0, threading.Event()
     stream = source.stream(reconnect_seconds=patience)
     read(stream, current_lsn(source.conn))
 
@@ -579,7 +582,7 @@ def test_a_connection_is_no_headway_and_a_new_position_is(source: Source, headwa
     killer.start()
     begun, rows, error = time.monotonic(), list[int](), None
     try:
-        while time.monotonic() - begun < 4 * patience:
+        while time.monotonic() - begun < (2 * patience if headway else PATIENCE):
             rows += ids([bytes(frame[XLOG_DATA_HEADER:]) for frame in stream.poll(timeout=0.02)])
     except ConnectionFailed as e:
         error = e
@@ -593,7 +596,7 @@ def test_a_connection_is_no_headway_and_a_new_position_is(source: Source, headwa
         assert len(set(rows)) > 4
     else:
         assert error is not None
-        assert patience <= took < 4 * patience
+        assert patience <= took < 30
         assert "no connection has brought anything new" in str(error)
 
 
@@ -671,7 +674,7 @@ def test_the_reporter_ends_with_its_stream(source: Source) -> None:
     assert walsender is not None
     del stream
     gc.collect()
-    wait(lambda: beating() == 0)
+    until(lambda: beating() == 0)
     walsender.close()
 
 
@@ -699,10 +702,15 @@ def test_a_missing_publication_ends_the_stream(any_db: Database) -> None:
 def test_a_slot_in_use_is_waited_for(source: Source, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     first = source.stream()
-    release = threading.Timer(0.7, first.close)
-    release.start()
+
+    def release() -> None:
+        until(lambda: "is in use by process" in caplog.text)
+        first.close()
+
+    releasing = threading.Thread(target=release)
+    releasing.start()
     second = source.stream()
-    release.join()
+    releasing.join()
 
     assert second.poll() == []
     assert caplog.text.count("is in use by process") == 1
@@ -714,7 +722,7 @@ def test_a_slot_that_stays_in_use_names_its_holder(source: Source) -> None:
     with pytest.raises(SlotInUse, match=r"in use by process \d+ \(the other one, local\)") as caught:
         source.stream(slot_wait_seconds=0.5)
 
-    assert 0.4 < time.monotonic() - begun < 5
+    assert 0.4 < time.monotonic() - begun < 30  # 60 by itself
     assert "stop the other one" in (caught.value.hint or "")
     assert str(source.state().active_pid) in str(caught.value)
 
@@ -770,7 +778,7 @@ def test_a_stream_that_can_not_start_says_why_at_once(
     password = psycopg.conninfo.conninfo_to_dict(options.get("dsn", any_source.dsn))["password"]
     assert says in str(caught.value)
     assert str(password) not in re.sub("password", "", str(caught.value))
-    assert time.monotonic() - begun < 12
+    assert time.monotonic() - begun < 30
     assert not any(thread.name == f"pgoutput-{any_source.slot}" for thread in threading.enumerate())
 
 
@@ -801,7 +809,7 @@ def test_a_walsender_streams_from_a_slot_once_and_then_ends(source: Source) -> N
     source.insert(1, 1)
     lsn = current_lsn(source.conn)
     walsender.send(StandbyStatus(lsn, lsn, lsn, pg_now()))
-    assert walsender.finish(time.monotonic() + 5)
+    assert walsender.finish(time.monotonic() + 20)
     walsender.close()
 
     assert source.state().confirmed_flush_lsn == lsn

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from harness.database import NEWEST, Database
 from harness.flow import Flow, failure, following, wait_for
 from harness.resync import run
 from harness.slots import ids, insert
+from harness.waiting import until
 
 from pgoutput_source import PgOutputReader
 from pgoutput_source.cli.resync import RecoveryFolder
@@ -23,13 +23,6 @@ from pgoutput_source.errors import PgOutputError, StateError
 from pgoutput_source.postgres.connection import connect
 from pgoutput_source.postgres.slots import create_slot
 from pgoutput_source.protocol.wire import Lsn
-
-
-def wait_until(what: str, condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def ask(dsn: str, query: str, *, rows: bool = True) -> Any:
@@ -42,7 +35,7 @@ def ask(dsn: str, query: str, *, rows: bool = True) -> Any:
 def follow(primary: Database, standby: Server) -> None:
     """Wait until the standby has all that the primary has written."""
     end = ask(primary.dsn, "SELECT pg_current_wal_lsn()")
-    wait_until("follow", lambda: bool(ask(standby.dsn(), f"SELECT pg_last_wal_replay_lsn() >= '{end}'")))
+    until(lambda: bool(ask(standby.dsn(), f"SELECT pg_last_wal_replay_lsn() >= '{end}'")), "follow")
 
 
 def make_slot(primary: Database, standby: Server) -> None:
@@ -89,7 +82,7 @@ def test_a_standby_is_read_while_it_is_promoted(major: int, tmp_path: Path) -> N
             def seen() -> Lsn:
                 return Lsn(ask(db.dsn, "SELECT confirmed_flush_lsn FROM pg_replication_slots"))
 
-            wait_until("the promoted standby's changes", lambda: seen() >= end)
+            until(lambda: seen() >= end, "the promoted standby's changes")
             process.send_signal(signal.SIGKILL)
             process.wait()
         assert not any("connected again" in line for line in lines)
@@ -211,7 +204,7 @@ def test_a_reader_does_not_go_on_with_another_system() -> None:
             ask(server.dsn(), "SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
         reading = Reading(several(one, other, dbname="postgres"))
         ask(one.dsn(), "INSERT INTO t VALUES (1)", rows=False)
-        wait_until("a change", lambda: reading.got == [1])
+        until(lambda: reading.got == [1], "a change")
         ask(other.dsn(), "INSERT INTO t VALUES (2)", rows=False)
         before = ask(other.dsn(), "SELECT confirmed_flush_lsn FROM pg_replication_slots")
         one.halt("kill")
@@ -237,12 +230,12 @@ def test_a_reader_does_not_go_on_with_a_standby_that_never_had_all(read_before: 
         follow(db, standby)
         standby.halt("fast")
         insert(db, 11, 20)
-        wait_until("the changes", lambda: len(reading.got) == 20)
+        until(lambda: len(reading.got) == 20, "the changes")
         primary.halt("kill")
         standby.start()
         if read_before:
             # It is on the same timeline still, and the reader can't tell what it will become.
-            wait_until("the reader's return", lambda: reading.reader._session.frames.generation > 0)  # type: ignore[union-attr]
+            until(lambda: reading.reader._session.frames.generation > 0, "the reader's return")  # type: ignore[union-attr]
         standby.promote()
         db.server = standby
         insert(db, 21, 30)  # at positions that the former primary has used
@@ -260,16 +253,16 @@ def test_a_server_that_is_not_up_yet_is_waited_for() -> None:
         starting = threading.Thread(target=standby.start)
         starting.start()
         try:
-            wait_until("its socket", lambda: (Path(standby.host) / f".s.PGSQL.{standby.port}").exists())
+            until(lambda: (Path(standby.host) / f".s.PGSQL.{standby.port}").exists(), "its socket")
             reading = Reading(standby.dsn(), create=True)
             time.sleep(2)
             assert (reading.error, reading.thread.is_alive()) == (None, True)
             standby.promote()
             starting.join()
             ask(standby.dsn(), "CREATE TABLE t (id int PRIMARY KEY)", rows=False)
-            wait_until("the slot", lambda: ask(standby.dsn(), "SELECT active FROM pg_replication_slots") is True)
+            until(lambda: ask(standby.dsn(), "SELECT active FROM pg_replication_slots") is True, "the slot")
             ask(standby.dsn(), "INSERT INTO t VALUES (1)", rows=False)
-            wait_until("a change", lambda: reading.got == [1])
+            until(lambda: reading.got == [1], "a change")
             reading.end()
         finally:
             standby.stop()
