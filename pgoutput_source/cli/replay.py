@@ -14,7 +14,8 @@ from pathlib import Path
 from pgoutput_source.changes.schema import Position, TableName
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.protocol.wire import Lsn
-from pgoutput_source.stream.parking import ParkedFile, parked_files, request
+from pgoutput_source.stream.parked_files import ParkedFile, parked_files
+from pgoutput_source.stream.replay_request import request
 
 
 def run(folder: Path, tables: Sequence[str], *, only_list: bool) -> int:
@@ -56,8 +57,6 @@ def run(folder: Path, tables: Sequence[str], *, only_list: bool) -> int:
 def _parked(slot: Path) -> dict[str, list[ParkedFile]]:
     """The files of each table, by the name that it had."""
     found: dict[str, list[ParkedFile]] = {}
-    for path in parked_files(slot):
-        file = ParkedFile.read(path)
-        if file is not None:
-            found.setdefault(file.name, []).append(file)
+    for file in parked_files(slot):
+        found.setdefault(file.name, []).append(file)
     return found

@@ -4,11 +4,9 @@ With on_table_error="park" a table whose changes can't be decoded is *parked*. T
 table go to files, as raw changes (`decode.raw`), and the other tables go on. A *replay* delivers them in their order,
 and the table is parked no more. So nothing of a table overtakes what is parked of it.
 
-    folder/slot/000000000042.arrows     raw changes of one version of a table, in one epoch: an Arrow IPC stream
-    folder/slot/replay.json             asks for a replay, at the next start
-
-Files are numbered in the order in which they were begun. The resume state says which tables are parked, the number of
-the next file, and how far a replay is; it is durable with its epoch, like all that the epoch delivered:
+A file has the raw changes of one version of a table, in one epoch (`parked_files`). The resume state says which tables
+are parked, the number of the next file, and how far a replay is; it is durable with its epoch, like all that the epoch
+delivered:
 
     `state()`                      syncs the files of the epoch, and gives them their names
     this state is durable          they count
@@ -22,17 +20,11 @@ Without a resume state the files themselves say what is parked. Then a change ma
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Final
-
-import numpy as np
-import pyarrow as pa
+from typing import Any
 
 from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeSet, ParkedBatch, Truncate, UndecodedBatch
@@ -40,17 +32,11 @@ from pgoutput_source.changes.schema import Position, TableSchema
 from pgoutput_source.decode.raw import decode_raw, truncates_of
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.errors import StateError
-from pgoutput_source.files import explained, sync
+from pgoutput_source.files import explained
+from pgoutput_source.stream.parked_files import Pair, ParkedFile, ParkedFolder, parked_files, positions, unreplayed
+from pgoutput_source.stream.replay_request import ReplayRequest
 
 logger = logging.getLogger(__name__)
-
-SUFFIX: Final = ".arrows"
-REQUEST: Final = "replay.json"
-_WRITING: Final = ".writing"
-_PIECE: Final = 8192  # changes of a replay that are decoded together
-
-Pair = tuple[int, int]
-"""A position as a state keeps it."""
 
 
 @dataclass(slots=True)
@@ -101,78 +87,12 @@ class ParkedTable:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ParkedFile:
-    """A file of parked changes, and what its own metadata say: `table` is the id of a `ParkedTable`."""
-
-    path: Path
-    number: int
-    table: str
-    name: str
-    relation: int
-    reason: str
-    origin: tuple[str, str]  # the database system and the slot
-    changes: int
-    first: Pair
-    last: Pair
-
-    @classmethod
-    def read(cls, path: Path) -> ParkedFile | None:
-        """What is in a file; None if there is no change in it.
-
-        Raises:
-            StateError: It can't be read.
-        """
-        count, first, last = 0, (0, 0), (0, 0)
-        with explained("can't read", path, StateError), path.open("rb") as file:
-            try:
-                with pa.ipc.open_stream(file) as stream:
-                    said = {key.decode(): value.decode() for key, value in (stream.schema.metadata or {}).items()}
-                    for batch in stream:
-                        here = _positions(batch)
-                        first = here[0] if not count else first
-                        count, last = count + len(here), here[-1]
-            except pa.ArrowInvalid as e:
-                raise StateError(f"{path} is not a file of parked changes: {e}", hint="restore it") from e
-        if not count:
-            return None
-        return cls(
-            path,
-            int(path.stem),
-            said["parked.table"],
-            said["pg.table"],
-            int(said["pg.relation_id"]),
-            said["parked.reason"],
-            (said.get("pg.system", ""), said.get("pg.slot", "")),
-            count,
-            first,
-            last,
-        )
-
-
-def parked_files(folder: Path) -> Iterator[Path]:
-    """The files of parked changes in the folder of a slot, in the order of their numbers."""
-    if folder.is_dir():
-        yield from sorted(path for path in folder.glob(f"*{SUFFIX}") if path.stem.isdigit())
-
-
-@dataclass(slots=True)
-class _Open:
-    """A file that is being written: the changes of one version of a table in this epoch."""
-
-    path: Path
-    file: IO[bytes]
-    writer: pa.RecordBatchStreamWriter
-    metadata: Mapping[bytes, bytes]
-
-
 @dataclass(slots=True)
 class _Replay:
-    """What was asked for, and what is left of it. `names` is None for all tables."""
+    """A replay that was asked for, and its tables."""
 
     token: str
-    names: list[str] | None
-    left: list[ParkedTable] = field(default_factory=list)
+    tables: list[ParkedTable]
 
 
 class Parking:
@@ -203,20 +123,14 @@ class Parking:
         state: Mapping[str, Any] | None,
         resumed: Position | None,
     ) -> None:
-        self.folder = folder / slot
+        self._folder = ParkedFolder(folder / slot)
+        self.folder = self._folder.path
         self._slot, self._relations, self._on_misfit = slot, relations, on_misfit
-        self._open: dict[str, _Open] = {}
         self._done: list[Path] = []  # replayed, and needed until the state that says so is durable
         self._staged: list[Path] = []  # … which the last state does
         self._last_token: str | None = None if state is None else state["replay"]
         self._staged_token: str | None = None
-        with explained("can't use", self.folder, StateError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for above in (folder, folder.absolute().parent):
-                sync(above)
-            for path in self.folder.glob(f"*{_WRITING}"):
-                path.unlink()
-        files = [found for path in parked_files(self.folder) if (found := ParkedFile.read(path)) is not None]
+        files = parked_files(self.folder)
         for file in files:
             if file.origin != (system, slot):
                 raise StateError(
@@ -224,10 +138,10 @@ class Parking:
                     hint="use another park_folder",
                 )
         if state is None:
-            self._next = max((file.number for file in files), default=-1) + 1
+            self._folder.next = max((file.number for file in files), default=-1) + 1
             self._tables = _tables_of(files)
         else:
-            self._next = state["next"]
+            self._folder.next = state["next"]
             self._tables = {id: ParkedTable.of(id, kept) for id, kept in state["tables"].items()}
             files = self._restored(files, resumed)
             for table in self._tables.values():
@@ -252,10 +166,10 @@ class Parking:
         """The files that the state counts on; the others are deleted."""
         kept = []
         for file in files:
-            if file.number < self._next and file.table in self._tables:
+            if file.number < self._folder.next and file.table in self._tables:
                 kept.append(file)
                 continue
-            if file.number >= self._next and resumed is not None and file.first <= resumed:
+            if file.number >= self._folder.next and resumed is not None and file.first <= resumed:
                 raise StateError(
                     f"{file.path} is ahead of the recovery folder, and its changes will not come again",
                     hint="an old recovery folder was restored, or two flows use this park_folder",
@@ -265,20 +179,15 @@ class Parking:
         return kept
 
     def _requested(self) -> _Replay | None:
-        path = self.folder / REQUEST
-        with explained("can't read", path, StateError):
-            if not path.exists():
-                return None
-            try:
-                request = json.loads(path.read_text())
-            except ValueError as e:
-                raise StateError(f"{path} is not a request: {e}", hint="delete it, and ask for the replay again") from e
-            if request["token"] == self._last_token:  # a crash came before it was deleted
-                path.unlink()
-                return None
-        names = request["tables"]
-        left = [t for t in self._tables.values() if names is None or set(names).intersection(t.names)]
-        return _Replay(request["token"], names, left)
+        request = ReplayRequest.read(self.folder)
+        if request is None:
+            return None
+        if request.token == self._last_token:  # a crash came before it was deleted
+            ReplayRequest.delete(self.folder, request.token)
+            return None
+        names = request.tables
+        tables = [t for t in self._tables.values() if names is None or set(names).intersection(t.names)]
+        return _Replay(request.token, tables)
 
     # -- parking ----------------------------------------------------------------------------------------------------
 
@@ -295,9 +204,7 @@ class Parking:
         """From these changes on the table is parked."""
         table = self._find(batch.schema)
         if table is None:
-            id, first = str(self._next), batch.first
-            # The number of the first file is nobody else's: it is taken at once.
-            self._next += 1
+            id, first = str(self._folder.number()), batch.first
             reason = str(batch.error).replace("\n", "; ")
             table = ParkedTable(id, [], [], (int(first.commit_lsn), first.seq), reason)
             self._tables[id] = table
@@ -326,7 +233,10 @@ class Parking:
         for batch in parked:
             table = self._find(batch.schema)
             assert table is not None, "it was added"
-            self._write(table, batch)
+            self._folder.write(table.id, batch.raw, table.reason)
+            if table.changes is not None:
+                table.changes += len(batch.raw)
+            metrics.PARKED.labels(self._slot, table.names[0]).inc(len(batch.raw))
         names = {batch.table for batch in parked}
         truncates = [_without(truncate, names) for truncate in changes.truncates]
         return replace(
@@ -334,33 +244,6 @@ class Parking:
             batches=tuple(batch for batch in changes.batches if not isinstance(batch, ParkedBatch)),
             truncates=tuple(truncate for truncate in truncates if truncate.tables),
         )
-
-    def _write(self, table: ParkedTable, batch: ParkedBatch) -> None:
-        raw = batch.raw
-        with explained("can't park changes in", self.folder, StateError):
-            writing = self._open.get(table.id)
-            if writing is not None and writing.metadata != raw.schema.metadata:
-                self._close(table.id)
-                writing = None
-            if writing is None:
-                path = self.folder / f"{self._next:012d}{_WRITING}"
-                self._next += 1
-                said = {**raw.schema.metadata, "parked.table": table.id, "parked.reason": table.reason}
-                file = path.open("wb")
-                stream = pa.ipc.new_stream(file, raw.schema.with_metadata(said))
-                writing = self._open[table.id] = _Open(path, file, stream, raw.schema.metadata)
-            writing.writer.write_batch(raw.replace_schema_metadata(None))
-        if table.changes is not None:
-            table.changes += len(raw)
-        metrics.PARKED.labels(self._slot, table.names[0]).inc(len(raw))
-
-    def _close(self, id: str) -> None:
-        writing = self._open.pop(id)
-        writing.writer.close()
-        writing.file.flush()
-        os.fsync(writing.file.fileno())
-        writing.file.close()
-        writing.path.rename(writing.path.with_suffix(SUFFIX))
 
     # -- replaying --------------------------------------------------------------------------------------------------
 
@@ -383,12 +266,10 @@ class Parking:
         return ChangeSet(())
 
     def _replayed(self, files: Sequence[ParkedFile], replay: _Replay) -> Iterator[ChangeSet]:
-        for table in replay.left:
-            # Each file has all changes of the table from its first to its last. Without a resume state they may
-            # overlap, and a later file begin before an earlier one: changes that were not acknowledged came again.
-            mine = sorted((file for file in files if file.table == table.id), key=lambda file: file.first)
+        for table in replay.tables:
+            mine = [file for file in files if file.table == table.id]
             count = 0
-            for raw in _pieces(mine, table):
+            for raw in unreplayed(mine, table.replayed):
                 batch = decode_raw(raw, self._relations, on_misfit=self._on_misfit)
                 if isinstance(batch, UndecodedBatch):
                     table.reason = str(batch.error).replace("\n", "; ")
@@ -401,7 +282,7 @@ class Parking:
                         table.reason,
                     )
                     break
-                table.replayed = _positions(raw)[-1]
+                table.replayed = positions(raw)[-1]
                 table.changes = None if table.changes is None else table.changes - len(raw)
                 count += len(raw)
                 metrics.PARKED.labels(self._slot, table.names[0]).dec(len(raw))
@@ -427,15 +308,11 @@ class Parking:
         Raises:
             StateError: A file can't be written.
         """
-        with explained("can't park changes in", self.folder, StateError):
-            if self._open:
-                for id in list(self._open):
-                    self._close(id)
-                sync(self.folder)
+        self._folder.finish()
         self._staged += self._done
         self._done, self._staged_token = [], self._last_token
         return {
-            "next": self._next,
+            "next": self._folder.next,
             "tables": {id: table.state() for id, table in self._tables.items()},
             "replay": self._last_token,
         }
@@ -446,33 +323,13 @@ class Parking:
             for path in self._staged:
                 path.unlink(missing_ok=True)
             self._staged = []
-            path, token = self.folder / REQUEST, self._staged_token
-            if token is not None and path.exists() and json.loads(path.read_text())["token"] == token:
-                path.unlink()
+        if self._staged_token is not None:
+            ReplayRequest.delete(self.folder, self._staged_token)
             self._staged_token = None
 
     def close(self) -> None:
         """Close the files; what was not synced comes again."""
-        for writing in self._open.values():
-            writing.file.close()
-        self._open = {}
-
-
-def request(folder: Path, tables: Sequence[str] | None) -> None:
-    """Ask for a replay of the parked changes in the folder of a slot; None stands for all tables.
-
-    Raises:
-        StateError: The folder can't be written.
-    """
-    path = folder / REQUEST
-    with explained("can't write", path, StateError):
-        writing = path.with_suffix(_WRITING)
-        with writing.open("w") as file:
-            json.dump({"token": secrets.token_hex(8), "tables": None if tables is None else list(tables)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        writing.rename(path)
-        sync(folder)
+        self._folder.close()
 
 
 def _missing(count: int, table: ParkedTable, folder: Path) -> StateError:
@@ -490,28 +347,6 @@ def _tables_of(files: Sequence[ParkedFile]) -> dict[str, ParkedTable]:
         table.names += [file.name] if file.name not in table.names else []
         table.relations += [file.relation] if file.relation not in table.relations else []
     return found
-
-
-def _pieces(files: Sequence[ParkedFile], table: ParkedTable) -> Iterator[pa.RecordBatch]:
-    """The raw changes of a table that were not replayed, each once."""
-    for file in files:
-        with (
-            explained("can't read", file.path, StateError),
-            file.path.open("rb") as opened,
-            pa.ipc.open_stream(opened) as stream,
-        ):
-            for batch in stream:
-                for start in range(0, len(batch), _PIECE):
-                    raw = batch.slice(start, _PIECE)
-                    if table.replayed is not None:
-                        fresh = [i for i, position in enumerate(_positions(raw)) if position > table.replayed]
-                        raw = raw.take(pa.array(np.array(fresh, np.int64))) if len(fresh) < len(raw) else raw
-                    if len(raw):
-                        yield raw.replace_schema_metadata(stream.schema.metadata)
-
-
-def _positions(raw: pa.RecordBatch) -> list[Pair]:
-    return list(zip(raw.column("commit_lsn").to_pylist(), raw.column("seq").to_pylist(), strict=True))
 
 
 def _without(truncate: Truncate, names: set[str]) -> Truncate:
