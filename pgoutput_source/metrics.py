@@ -23,6 +23,11 @@ SPILLED: Final = Counter(
     "pgoutput_spilled_bytes", "Bytes of transactions in progress that went to temporary files (streaming)", ["slot"]
 )
 PARKED: Final = Gauge("pgoutput_parked_changes", "Changes that are parked (on_table_error)", ["slot", "table"])
+PARKED_BEFORE: Final = Gauge(
+    "pgoutput_destination_parked_changes",
+    "Changes that a destination refused and that wait in its spool (on_table_error)",
+    ["slot", "table"],
+)
 RECEIVED: Final = Gauge("pgoutput_received_lsn", "Highest position received", ["slot"])
 ACKNOWLEDGED: Final = Gauge("pgoutput_acknowledged_lsn", "Position that PostgreSQL was told it may forget", ["slot"])
 LAG: Final = Gauge("pgoutput_lag_bytes", "WAL received and not yet acknowledged", ["slot"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Self, TypeAlias
 
 import pyarrow as pa
 
+from pgoutput_source.changes.schema import TableName
 from pgoutput_source.destinations.spool import Point, Portion
 from pgoutput_source.destinations.targets import Target
+from pgoutput_source.errors import SinkError
 
 Mode: TypeAlias = Literal["history", "mirror"]
 
@@ -71,6 +73,23 @@ class Job(NamedTuple):
         return tuple(metadata.get(name, b"").decode() for name in (b"pg.system", b"pg.database", b"pg.slot"))
 
 
+class Refused(SinkError):
+    """A destination can't take the changes of one table; it may well take those of the others.
+
+    Its type or name, a constraint, a trigger or a missing right there is the reason. Never a lost connection, a full
+    disk or a lock.
+    """
+
+    target: Target
+
+    @classmethod
+    def at(cls, target: Target, message: str, *, hint: str | None = None, table: TableName | None = None) -> Self:
+        """The error that says that `target` can't take changes."""
+        error = cls(message, hint=hint, table=None if table is None else str(table))
+        error.target = target
+        return error
+
+
 class Destination(ABC):
     """A store for the tables of a publication. One thread at a time calls it.
 
@@ -85,7 +104,8 @@ class Destination(ABC):
         """How far a table is; None if nothing was applied to it.
 
         Raises:
-            SinkError: The destination can't be read, or the table is not ours.
+            Refused: The table is there, and is not ours.
+            SinkError: The destination can't be read, or what the table has was not made by this sink.
         """
 
     @abstractmethod
@@ -96,6 +116,7 @@ class Destination(ABC):
         They are read one by one. They are durable when this returns.
 
         Raises:
+            Refused: One table's job failed, and concerns only that table. Nothing of this job is there.
             SinkError: Nothing of the job that failed is there, and it may be applied again.
         """
 

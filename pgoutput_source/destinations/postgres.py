@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
+import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
 from psycopg import sql
@@ -20,10 +21,11 @@ from pgoutput_source.changes.schema import MetadataNames, attnum_of, missing_of
 from pgoutput_source.compute.metadata import own_columns
 from pgoutput_source.compute.net_effect import Standing
 from pgoutput_source.compute.net_rows import net_rows
-from pgoutput_source.destinations.base import Destination, Job, Mode, Reached
+from pgoutput_source.destinations.base import Destination, Job, Mode, Reached, Refused
 from pgoutput_source.destinations.targets import Target
 from pgoutput_source.errors import ServerError, SinkError
 from pgoutput_source.postgres.connection import Connection, connect
+from pgoutput_source.postgres.refusals import explained, passing
 from pgoutput_source.types.written import copy_text, written
 
 _FIRST_OF_USERS: Final = 16384  # types with a smaller OID are the same in every database
@@ -41,6 +43,12 @@ _BY_ARROW: Final[tuple[tuple[Any, str], ...]] = (
     (pa.types.is_timestamp, "timestamptz"),
 )
 """Types for columns whose own type the destination does not have: a domain, an enum, an extension's."""
+
+_OF_THE_STORE: Final = ("08", "25", "28", "3D", "58")
+"""What no table can help: the connection, its rights, a database that is read-only, its disk.
+
+https://www.postgresql.org/docs/current/errcodes-appendix.html
+"""
 
 _CREATE: Final = """
 CREATE SCHEMA IF NOT EXISTS {schema};
@@ -114,7 +122,8 @@ class PostgresDestination(Destination):
                     (target.name, target.namespace),
                 ).fetchone()
                 if exists is not None:
-                    raise SinkError(
+                    raise Refused.at(
+                        target,
                         f"{target} is there already, and was not made by this package",
                         hint="drop or rename it, or choose another target",
                     )
@@ -133,13 +142,19 @@ class PostgresDestination(Destination):
             self._connection = connect(self.dsn)
             self._prepare(self._connection)
         connection = self._connection
+        applied: list[Target] = []
         try:
-            with connection.transaction():
+            with explained(), connection.transaction():
                 for job in jobs:
+                    applied.append(job.target)
                     self._apply(connection, job)
         except ServerError as e:
-            if getattr(e, "transient", False):
+            if passing(e):
                 raise
+            cause = e.__cause__.diag if isinstance(e.__cause__, psycopg.Error) else None
+            named = Target(cause.schema_name or "", cause.table_name or "") if cause is not None else None
+            if named in applied:  # a deferred constraint, at the commit
+                raise _refused(named, e) from e
             raise SinkError(f"{self}: {e.message}", hint=e.hint) from e
 
     # -- one job ----------------------------------------------------------------------------------------------------
@@ -147,7 +162,6 @@ class PostgresDestination(Destination):
     def _apply(self, connection: Connection, job: Job) -> None:
         metadata = job.changes.schema.metadata or {}
         relation = int(metadata.get(b"pg.relation_id", b"0"))
-        columns = self._columns(connection, job.changes.schema)
         known = self._lock(connection, job.target)
         if known is not None:
             done, changes = job.split(known.number)
@@ -155,14 +169,20 @@ class PostgresDestination(Destination):
             if known.number >= job.number:
                 return
             job = job._replace(changes=changes, parts=())
-        if known is None:
-            self._create(connection, job, columns)
-        else:
-            columns = self._evolve(connection, job, known, relation, columns)
-        if self.mode == "history":
-            self._append(connection, job)
-        else:
-            self._merge(connection, job)
+        try:
+            columns = self._columns(connection, job.changes.schema)
+            if known is None:
+                self._create(connection, job, columns)
+            else:
+                columns = self._evolve(connection, job, known, relation, columns)
+            if self.mode == "history":
+                self._append(connection, job)
+            else:
+                self._merge(connection, job)
+        except ServerError as e:
+            if passing(e) or (e.sqlstate or "08").startswith(_OF_THE_STORE):
+                raise
+            raise _refused(job.target, e) from e
         lsn, seq = job.last
         connection.execute(
             self._sql(
@@ -431,6 +451,13 @@ class PostgresDestination(Destination):
 
     def _sql(self, statement: str) -> sql.Composed:
         return sql.SQL(statement).format(schema=sql.Identifier(self.schema))
+
+
+def _refused(target: Target, error: ServerError) -> Refused:
+    cause = error.__cause__
+    said = cause.diag.message_hint if isinstance(cause, psycopg.Error) else None
+    hint = said or f"alter {target} there so that it takes the changes, or exclude the table"
+    return Refused.at(target, f"PostgreSQL: {target}: {error.message}", hint=hint)
 
 
 def _by_arrow(kind: pa.DataType) -> str:

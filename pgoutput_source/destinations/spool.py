@@ -13,7 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
@@ -185,11 +185,16 @@ class Spool:
         with self._opened(token) as file:
             return self._head(file)[1]
 
-    def read(self, token: str) -> Iterator[tuple[Portion, pa.Table]]:
-        """The parts of an epoch with their rows."""
+    def read(
+        self, token: str, wanted: Callable[[Portion], bool] = lambda _: True
+    ) -> Iterator[tuple[Portion, pa.Table]]:
+        """The parts of an epoch that are wanted, with their rows."""
         with self._opened(token) as file:
             for part in self._head(file)[0]:
                 with explained("can't read", self.folder):
+                    if not wanted(part):
+                        file.seek(part.size, os.SEEK_CUR)
+                        continue
                     body = file.read(part.size)
                 try:
                     yield part, pa.ipc.open_stream(pa.py_buffer(body)).read_all()

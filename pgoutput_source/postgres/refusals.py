@@ -280,4 +280,5 @@ def passing(error: Exception) -> bool:
     """Whether trying again later may help: the server is away, busy or starting up."""
     if isinstance(error, ConnectionFailed):
         return error.transient
-    return isinstance(error, ServerError) and (error.sqlstate or "").startswith(("53", "57"))
+    # Lack of resources, a deadlock or a lock that others hold, an operator's intervention.
+    return isinstance(error, ServerError) and (error.sqlstate or "").startswith(("53", "57", "40", "55P03"))

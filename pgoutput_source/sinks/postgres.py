@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from pgoutput_source.destinations.base import Mode
+from pgoutput_source.destinations.delivery import OnTableError
 from pgoutput_source.destinations.postgres import PostgresDestination
 from pgoutput_source.destinations.targets import Targets
 from pgoutput_source.sinks.tables import Keys, TableSink
@@ -37,6 +38,8 @@ class PostgresSink(TableSink):
         spool: A folder for what waits, beside the recovery folder.
         max_age: How long a committed epoch may wait for others to be applied with it.
         schema: Where the sink keeps its own table, `published`.
+        on_table_error: What happens when the database refuses a table. "stop" stops the flow. "park" keeps what comes
+            of the table in the spool, in order, goes on with the others, and tries the table again at each start.
 
     Raises:
         ConfigurationError: An option has no meaning.
@@ -58,6 +61,7 @@ class PostgresSink(TableSink):
         key: Keys | None = None,
         max_age: timedelta = timedelta(0),
         schema: str = "pgoutput",
+        on_table_error: OnTableError = "stop",
     ) -> None:
         super().__init__(
             PostgresDestination(dsn, mode=mode, schema=schema),
@@ -65,6 +69,7 @@ class PostgresSink(TableSink):
             spool=spool,
             max_age=max_age,
             key=key,
+            on_table_error=on_table_error,
         )
 
     def __repr__(self) -> str:

@@ -14,31 +14,30 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, get_args
 
 import pyarrow as pa
 
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet
 from pgoutput_source.changes.schema import MetadataNames, TableName
 from pgoutput_source.dataflow.run import gate
-from pgoutput_source.destinations.base import Destination, Job, Reached
+from pgoutput_source.destinations.base import Destination, Reached, Refused
+from pgoutput_source.destinations.delivery import MOST_BYTES, Delivery, OnTableError, no_key
+from pgoutput_source.destinations.parked import ParkedParts
 from pgoutput_source.destinations.spool import COMMITTED, STAGED, Point, Portion, Spool
 from pgoutput_source.destinations.targets import Target, Targets
-from pgoutput_source.errors import ConfigurationError, PgOutputError, ServerError, SinkError
+from pgoutput_source.errors import ConfigurationError, PgOutputError, SinkError
 from pgoutput_source.parquet.folder import FolderInUse
-from pgoutput_source.postgres.refusals import passing
 from pgoutput_source.sinks.base import State, TwoPhaseSink
 
 logger = logging.getLogger(__name__)
 
 Item: TypeAlias = ChangeSet | ChangeBatch
 
-_MOST_BYTES: Final = 128 << 20  # of the spool, that are applied at once
 _FULL: Final = 1 << 30  # bytes in the spool from which on sources wait for the destination
-_PAUSE: Final = 5.0  # seconds, the longest between two attempts
 
 Keys: TypeAlias = Mapping[str, str | Sequence[str]]
 
@@ -57,6 +56,8 @@ class TableSink(TwoPhaseSink[Item]):
         max_age: How long what is committed may wait, to be applied together with what comes.
         key: In mode "mirror", by table, the columns that identify a row, where that is not the replica identity.
         retry: How long to try again while the destination is away.
+        on_table_error: What happens when the destination refuses a table: "stop" stops the flow; "park" keeps what
+            comes of the table in the spool, goes on with the others, and tries the table again at each start.
 
     Raises:
         ConfigurationError: An option has no meaning.
@@ -71,10 +72,16 @@ class TableSink(TwoPhaseSink[Item]):
         max_age: timedelta = timedelta(0),
         key: Keys | None = None,
         retry: timedelta = timedelta(minutes=5),
+        on_table_error: OnTableError = "stop",
     ) -> None:
+        if on_table_error not in get_args(OnTableError):
+            raise ConfigurationError(
+                f"on_table_error={on_table_error!r} has no meaning", hint="choose 'stop' or 'park'"
+            )
         self.destination, self.targets = destination, targets
         self.folder = spool
         self.max_age, self.retry = max_age.total_seconds(), retry.total_seconds()
+        self.on_table_error: OnTableError = on_table_error
         self.keys = {
             TableName.parse(table): (names,) if isinstance(names, str) else tuple(names)
             for table, names in (key or {}).items()
@@ -82,6 +89,7 @@ class TableSink(TwoPhaseSink[Item]):
         if self.keys and destination.mode != "mirror":
             raise ConfigurationError("key= is for mode 'mirror'", hint="leave it out: history keeps every change")
         self._spool: Spool | None = None
+        self._parked: ParkedParts | None = None
         self._flusher: _Flusher | None = None
         self._receipts: dict[str, dict[str, int]] = {}
         self._points: dict[Target, Point] = {}
@@ -146,13 +154,17 @@ class TableSink(TwoPhaseSink[Item]):
         return self._receipts.get(token)
 
     def proven(self, token: str, receipt: dict[str, int] | None) -> bool | None:
-        """Whether the epoch waits in the spool, or the destination has its parts."""
+        """Whether the epoch waits in the spool, or each of its parts is parked or at the destination."""
         if token in self.waiting():
             return True
         if receipt is None:
             return None
+        parked = self._parked_numbers()  # first: what leaves it meanwhile is at the destination
         for name, number in receipt.items():
-            reached = self.destination.reached(Target(*json.loads(name)))
+            target = Target(*json.loads(name))
+            if number in parked.get(target, ()):
+                continue
+            reached = self.destination.reached(target)
             if reached is None or reached.number < number:
                 return False
         return True
@@ -166,10 +178,11 @@ class TableSink(TwoPhaseSink[Item]):
         """Stop; what is committed and not applied is applied by the next start."""
         if self._flusher is not None:
             self._flusher.stop()
-        if self._spool is not None:
-            self._spool.close()
+        for folder in (self._parked, self._spool):
+            if folder is not None:
+                folder.close()
         self.destination.close()
-        self._spool = self._flusher = None
+        self._spool = self._parked = self._flusher = None
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
@@ -179,9 +192,18 @@ class TableSink(TwoPhaseSink[Item]):
             self._points, self._numbers, self._fresh = {}, {}, {}
             there = (*self._spool.tokens(COMMITTED), *self._spool.tokens(STAGED))
             self._receipts = {token: self._receipt(self._spool.parts(token)) for token in there}
-            self._flusher = _Flusher(self)
+            self._parked = ParkedParts(self._spool)
+            self._flusher = _Flusher(self, self._parked)
             self._flusher.start()
         return self._spool, self._flusher
+
+    def _parked_numbers(self) -> dict[Target, set[int]]:
+        assert self._parked is not None
+        found: dict[Target, set[int]] = {}
+        for table in self._parked.tables():
+            if (target := self.targets.of(table)) is not None:
+                found.setdefault(target, set()).update(part.number for part in self._parked.parts(table))
+        return found
 
     def _receipt(self, parts: Iterable[Portion]) -> dict[str, int]:
         found = [(self.targets.of(part.table), part.number) for part in parts]
@@ -208,22 +230,31 @@ class TableSink(TwoPhaseSink[Item]):
         if self.destination.mode != "mirror":
             return ()
         key = self.keys.get(schema.full_name) or (() if schema.replica_identity == "f" else schema.key)
-        names = {column.name for column in schema.columns}
-        if not key or not names.issuperset(key):
-            missing = f"has no column {next(n for n in key if n not in names)!r}" if key else "sends no key"
-            raise SinkError(
-                f"{self}: table {schema.table} {missing}, and a mirror needs one",
-                table=schema.table,
-                hint=f"ALTER TABLE {schema.table} REPLICA IDENTITY DEFAULT (with a primary key) or USING INDEX …; or "
-                f"name the columns that identify a row: key={{{schema.table!r}: 'id'}}; or exclude={[schema.table]}",
-            )
-        return key
+        names = [column.name for column in schema.columns]
+        if key and set(names).issuperset(key):
+            return key
+        if self.on_table_error == "park":
+            return ()  # the destination will refuse it
+        target = self.targets.of(schema.full_name)
+        assert target is not None
+        raise no_key(self.destination, schema.full_name, target, key, names)
 
     def _learn(self, target: Target, batch: pa.RecordBatch) -> None:
         """How far the target is, with all that waits in the spool."""
-        # First the spool: what leaves it meanwhile is at the destination.
-        waiting = [part for part in self._opened()[0].waiting() if self.targets.of(part.table) == target]
-        reached = self.destination.reached(target)
+        # In the order in which parts move, so that none is missed.
+        spool, flusher = self._opened()
+        assert self._parked is not None
+        waiting = [part for part in spool.waiting() if self.targets.of(part.table) == target]
+        for table in self._parked.tables():
+            if self.targets.of(table) == target:
+                waiting += self._parked.parts(table)
+        try:
+            reached = self.destination.reached(target)
+        except Refused:
+            if self.on_table_error == "stop":
+                raise
+            reached = None
+            flusher.delivery.doubt.add(target)  # so it is asked again, and parks the table
         self._check_origin(target, reached, batch)
         number, point = (0, (0, -1)) if reached is None else (reached.number, reached.point)
         for part in waiting:
@@ -271,37 +302,6 @@ class TableSink(TwoPhaseSink[Item]):
             out.append(batch)
         return out
 
-    def jobs(self, tokens: Sequence[str]) -> Iterator[Job]:
-        """What these epochs are for the destination. No more than some are in memory."""
-        assert self._spool is not None
-        some: list[str] = []
-        size = 0
-        for token in tokens:
-            some.append(token)
-            size += sum(part.size for part in self._spool.parts(token))
-            if size > _MOST_BYTES:
-                yield from self._jobs(some)
-                some, size = [], 0
-        yield from self._jobs(some)
-
-    def _jobs(self, tokens: Sequence[str]) -> list[Job]:
-        assert self._spool is not None
-        found: dict[Target, list[list[tuple[Portion, pa.Table]]]] = {}
-        for token in tokens:
-            for part, changes in self._spool.read(token):
-                target = self.targets.of(part.table)
-                if target is None:
-                    raise SinkError(
-                        f"the spool {self._spool.folder} holds changes of {part.table}, which is not taken any more",
-                        hint="take the table once more, until what is spooled of it is applied",
-                    )
-                groups = found.setdefault(target, [])
-                if groups and groups[-1][-1][1].schema.equals(changes.schema, check_metadata=True):
-                    groups[-1].append((part, changes))
-                else:
-                    groups.append([(part, changes)])
-        return [Job.of(target, parts) for target, versions in found.items() for parts in versions]
-
 
 def _by_version(items: list[Item], targets: Targets) -> list[tuple[ChangeBatch, list[pa.RecordBatch]]]:
     """The batches of each version of a table that is taken, one after the other."""
@@ -333,11 +333,23 @@ def _points(batch: pa.RecordBatch) -> tuple[Point, Point]:
 class _Flusher(threading.Thread):
     """Applies what is committed, in order. What goes wrong is raised by the next `check`."""
 
-    def __init__(self, sink: TableSink) -> None:
+    def __init__(self, sink: TableSink, parked: ParkedParts) -> None:
         super().__init__(name="pgoutput-destination", daemon=True)
+        assert sink._spool is not None
         self.sink = sink
+        self.delivery = Delivery(
+            sink.destination,
+            sink.targets,
+            sink._spool,
+            parked,
+            keys=sink.keys,
+            retry=sink.retry,
+            on_table_error=sink.on_table_error,
+            stopping=lambda: self.stopping,
+        )
         self.changed = threading.Condition()
         self.stopping = self.draining = False
+        self.begun = False  # what is parked was tried
         self.applying = False  # there is something that it may apply
         self.error: PgOutputError | None = None
         self.since = time.monotonic()
@@ -384,8 +396,9 @@ class _Flusher(threading.Thread):
                 tokens = self._due()
                 self.applying = bool(tokens)
                 self.measure()
-                if tokens:
-                    self._apply(tokens)
+                if tokens or (not self.begun and not self._committed()):
+                    self.begun = True
+                    self.delivery.apply(tokens)
                     continue
                 with self.changed:
                     if self.draining and not self._due():
@@ -413,7 +426,7 @@ class _Flusher(threading.Thread):
         if not tokens:
             return []
         age = time.time() - spool.age(tokens[0])
-        if not (self.draining or age >= self.sink.max_age or spool.size() > _MOST_BYTES):
+        if not (self.draining or age >= self.sink.max_age or spool.size() > MOST_BYTES):
             return []
         size, whole = 0, 0
         for count, token in enumerate(tokens, 1):
@@ -421,25 +434,6 @@ class _Flusher(threading.Thread):
             # A mirror shows no part of a transaction.
             if self.sink.destination.mode == "history" or not spool.continues(token):
                 whole = count
-                if size > _MOST_BYTES:
+                if size > MOST_BYTES:
                     break
         return tokens[:whole]
-
-    def _apply(self, tokens: list[str]) -> None:
-        spool = self.sink._spool
-        assert spool is not None
-        begun, pause = time.monotonic(), 0.1
-        while True:
-            try:
-                self.sink.destination.apply(self.sink.jobs(tokens))
-                break
-            except ServerError as e:
-                if not passing(e) or time.monotonic() - begun > self.sink.retry or self.stopping:
-                    raise
-                logger.warning("%s: %s; trying again", self.sink.destination, e.message)
-                self.sink.destination.close()
-            time.sleep(pause)
-            pause = min(2 * pause, _PAUSE)
-        for token in tokens:
-            spool.drop(token)
-        logger.debug("%s: %d epochs applied", self.sink.destination, len(tokens))

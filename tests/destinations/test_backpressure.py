@@ -65,7 +65,7 @@ def test_sources_wait_for_a_slow_destination(
         connection.execute("CREATE TABLE t (id int PRIMARY KEY, note text)")
         connection.execute("INSERT INTO t SELECT i, md5(i::text) || md5((-i)::text) FROM generate_series(1, 30000) i")
     # One job an epoch, so that the destination is slow for each.
-    monkeypatch.setattr(tables, "_MOST_BYTES", 1)
+    monkeypatch.setattr(tables, "MOST_BYTES", 1)
     monkeypatch.setattr(tables, "_FULL", FULL)
     if not held:
         monkeypatch.setattr(Gate, "hold", lambda gate, sink: None)

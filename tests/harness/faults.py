@@ -28,6 +28,7 @@ from pgoutput_source import destinations
 from pgoutput_source.dataflow import run, source
 from pgoutput_source.dataflow.run import gate
 from pgoutput_source.decode.in_progress import StreamedTransactions
+from pgoutput_source.destinations.parked import ParkedParts
 from pgoutput_source.destinations.spool import Spool
 from pgoutput_source.parquet.folder import Folder, FolderLock
 from pgoutput_source.parquet.writer import PartWriter
@@ -88,6 +89,14 @@ FOLDER_PLACES: dict[str, Place] = {
     "an applied epoch is dropped": (Spool, "drop", False),
 }
 """Of folders for all tables."""
+
+REFUSED_PLACES: dict[str, Place] = {
+    "before a refused part is parked": (ParkedParts, "put", True),
+    "a refused part is parked": (ParkedParts, "put", False),
+    "parked parts are applied": (ParkedParts, "drop", True),
+    "applied parts are deleted": (ParkedParts, "drop", False),
+}
+"""Of tables that a destination refuses."""
 
 LARGE = ("in a large transaction", "snapshot in a large transaction")
 STREAMED = ("mid-spill", "in a streamed transaction's commit")
@@ -175,7 +184,8 @@ def _come_late() -> None:
 
 
 def _die_at(name: str, count: int) -> None:
-    owner, method, before = (PLACES | SINK_PLACES | PARK_PLACES | FOLDER_PLACES)[name]
+    places = PLACES | SINK_PLACES | PARK_PLACES | FOLDER_PLACES | REFUSED_PLACES
+    owner, method, before = places[name]
     original: Callable[..., Any] = getattr(owner, method)
     left = count
 

@@ -20,6 +20,7 @@ options: dict[str, Any] = {
     "spool": os.environ["SPOOL"],
     "max_age": timedelta(seconds=float(os.environ.get("MAX_AGE", "0"))),
     "key": json.loads(os.environ.get("KEY", "null")),
+    "on_table_error": os.environ.get("ON_TABLE_ERROR", "stop"),
     "exclude": tuple(filter(None, os.environ.get("EXCLUDE", "").split(","))),
 }
 

@@ -1,0 +1,74 @@
+"""Tables of a PostgreSQL database and their mirror in another, as the servers write their values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from harness.database import Database
+
+
+def rows(
+    connection: psycopg.Connection[Any], schema: str, name: str, columns: list[str], as_text: list[str] | None = None
+) -> list[tuple[Any, ...]]:
+    """A table's rows as the server writes them."""
+    kinds = [sql.SQL("::text" if as_text is None or c in as_text else "") for c in columns]
+    texts = sql.SQL(", ").join(
+        sql.SQL("{}{}").format(sql.Identifier(c), k) for c, k in zip(columns, kinds, strict=True)
+    )
+    query = sql.SQL("SELECT {} FROM {}").format(texts, sql.Identifier(schema, name))
+    return connection.execute(query).fetchall()
+
+
+def unlike(
+    mirror: psycopg.Connection[Any], schema: str, name: str, columns: list[str], expected: list[tuple[Any, ...]]
+) -> list[str]:
+    """What differs, but for cells that the mirror says that it does not know: volatile defaults, for example."""
+    left = Counter(expected)
+    more = []
+    for *row, unknown in rows(mirror, schema, name, [*columns, "_unchanged"], as_text=columns):
+        hidden = [column in (unknown or ()) for column in columns]
+        there = tuple(row)
+        if left[there] <= 0 and any(hidden):
+            known = [None if h else cell for h, cell in zip(hidden, there, strict=True)]
+            there = next(
+                (
+                    r
+                    for r, n in left.items()
+                    if n > 0 and known == [None if h else c for h, c in zip(hidden, r, strict=True)]
+                ),
+                there,
+            )
+        if left[there] > 0:
+            left[there] -= 1
+        else:
+            more.append(there)
+    return [
+        f"{schema}.{name}: {kind} {some[:2]}"
+        for kind, some in (("only in the mirror", more), ("only in the source", list(left.elements())))
+        if some
+    ]
+
+
+def differ(db: Database, target: Database, tables: list[tuple[str, str]]) -> list[str]:
+    """What a mirror has that its source has not, and the reverse."""
+    wrong = []
+    with db.connect() as source, target.connect() as mirror:
+        for connection in (source, mirror):
+            connection.execute("SET TimeZone TO 'UTC'; SET DateStyle TO 'ISO'; SET extra_float_digits TO 1")
+        for schema, name in tables:
+            query = (
+                "SELECT attname FROM pg_attribute WHERE attrelid = format('%%I.%%I', %s::text, %s::text)::regclass"
+                " AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum"
+            )
+            columns = [c for (c,) in source.execute(query, (schema, name)).fetchall()]
+            expected = rows(source, schema, name, columns)
+            there = mirror.execute("SELECT to_regclass(format('%%I.%%I', %s::text, %s::text))", (schema, name))
+            if there.fetchone() != (None,):
+                wrong += unlike(mirror, schema, name, columns, expected)
+            elif expected:
+                wrong.append(f"{schema}.{name} is not there")
+    return wrong
