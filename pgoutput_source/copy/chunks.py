@@ -11,8 +11,11 @@ https://www.postgresql.org/docs/current/sql-copy.html
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import select
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from psycopg import pq, sql
 
 from pgoutput_source.copy.keys import Key
 from pgoutput_source.copy.rows import Copied
-from pgoutput_source.copy.tables import Published, SourceTable, describe
+from pgoutput_source.copy.tables import Described, Published, SourceTable, describe
 from pgoutput_source.copy.visibility import Snapshot
 from pgoutput_source.decode.copied import TEXT_OF
 from pgoutput_source.decode.relations import Relations
@@ -37,6 +40,11 @@ from pgoutput_source.protocol.wire import Lsn
 
 logger = logging.getLogger(__name__)
 
+MOST_BYTES: Final = 64 << 20
+"""Of one chunk, which is delivered as a unit: with more it is read in smaller ones, unless it is a single row."""
+
+_LONGEST = 30.0  # seconds; a longer transaction would keep the server from vacuuming
+_QUERY_CANCELED: Final = "57014"
 _BUSY: Final = ("55P03", "42P01")  # lock_not_available, undefined_table
 _INSUFFICIENT_PRIVILEGE: Final = "42501"
 _LOCK_TIMEOUT: Final = "20ms"
@@ -44,6 +52,10 @@ _NOTHING: Final = (0, memoryview(b""))
 _GETS: Final = 512
 _PIECE: Final = 8 << 20  # bytes
 _FLUSH_WAIT: Final = 30.0  # seconds
+
+
+class TooLarge(Exception):
+    """A chunk has more bytes than may be held, or takes too long."""
 
 
 class Busy(Exception):
@@ -62,6 +74,25 @@ class Chunk:
     taken: datetime
 
 
+@dataclass(slots=True)
+class Fetched:
+    """All rows of a chunk of a table with a key, whose transaction has ended.
+
+    Attributes:
+        chunk: The transaction.
+        table: The table's version.
+        upper: The end of the chunk's keys, exclusive; None is the end of all keys.
+        pieces: The rows.
+        seconds: How long it took.
+    """
+
+    chunk: Chunk
+    table: SourceTable
+    upper: Key | None
+    pieces: list[Copied]
+    seconds: float
+
+
 class ChunkReader:
     """Reads chunks on its own connection, one at a time.
 
@@ -75,6 +106,7 @@ class ChunkReader:
         self._dsn, self._relations, self._application_name = dsn, relations, application_name
         self._connection: Connection | None = None
         self._page = 8192
+        self._described: Described = {}
 
     @property
     def connection(self) -> Connection:
@@ -96,6 +128,18 @@ class ChunkReader:
                     hint="use snapshot='initial' on the primary, or leave it out",
                 )
         return self._connection
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is there."""
+        return self._connection is not None and not self._connection.closed
+
+    def interrupt(self) -> None:
+        """Make another thread's call fail with `ConnectionFailed`. The connection can only be closed after that."""
+        if self.connected:
+            assert self._connection is not None
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as peer:
+                peer.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; a transaction is rolled back."""
@@ -123,24 +167,57 @@ class ChunkReader:
             conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         try:
             if not name.isdigit():
-                conn.execute(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'".encode())
-                conn.execute(f"LOCK TABLE {name} IN ACCESS SHARE MODE".encode())
-                conn.execute("SET LOCAL lock_timeout = 0")
+                conn.execute(
+                    f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'; LOCK TABLE {name} IN ACCESS SHARE MODE; "
+                    "SET LOCAL lock_timeout = 0".encode()
+                )
             snapshot, taken = self._taken()
-            return Chunk(describe(conn, wanted, self._relations), snapshot, taken)
+            return Chunk(describe(conn, wanted, self._relations, self._described), snapshot, taken)
         except BaseException as e:
             self.abandon()
             if isinstance(e, ServerError) and e.sqlstate in _BUSY:
                 # A wait here could queue behind a TRUNCATE that waits for other sessions, so try again later.
                 raise Busy from e
             if isinstance(e, ServerError) and e.sqlstate == _INSUFFICIENT_PRIVILEGE:
-                describe(conn, wanted, self._relations)  # says what is missing
+                describe(conn, wanted, self._relations, self._described)  # says what is missing
             raise
 
-    def limit(self, seconds: float) -> None:
-        """Have the server cancel every statement of this transaction that takes longer."""
+    def fetch(self, chunk: Chunk, table: SourceTable, lower: Key | None, rows: int) -> Fetched:
+        """Read a chunk of this many rows, and end its transaction.
+
+        Raises:
+            TooLarge: It takes too long, or has too many bytes. The transaction is still open.
+        """
+        begun = time.monotonic()
+        with self._in_time(rows):
+            upper = self.upper_bound(table, lower, rows)
+            pieces = self._pieces(table, between(table, lower, upper), rows)
+        self.commit(chunk.snapshot)
+        return Fetched(chunk, table, upper, pieces, time.monotonic() - begun)
+
+    def _pieces(self, table: SourceTable, where: sql.Composable, rows: int) -> list[Copied]:
+        pieces: list[Copied] = []
+        size = 0
+        for piece in self.read(table, where):
+            pieces.append(piece)
+            size += sum(map(len, piece.parts))
+            if size > MOST_BYTES and rows > 1:
+                raise TooLarge
+        return pieces
+
+    @contextlib.contextmanager
+    def _in_time(self, rows: int) -> Iterator[None]:
         with explained():
-            self.connection.execute(f"SET LOCAL statement_timeout = '{seconds * 1000:.0f}ms'".encode())
+            # Use the index in any case: without statistics the planner might read the whole table.
+            self.connection.execute(
+                f"SET LOCAL statement_timeout = '{_LONGEST * 1000:.0f}ms'; SET LOCAL enable_seqscan = off".encode()
+            )
+        try:
+            yield
+        except ServerError as e:
+            if e.sqlstate != _QUERY_CANCELED or rows == 1:
+                raise
+            raise TooLarge from e
 
     def _taken(self) -> tuple[Snapshot, datetime]:
         with explained():
@@ -169,8 +246,6 @@ class ChunkReader:
             sql.Literal(rows),
         )
         with explained():
-            # Use the index in any case: without statistics the planner might read the whole table.
-            self.connection.execute("SET LOCAL enable_seqscan = off")
             row = self.connection.execute(query).fetchone()
         return None if row is None else tuple(row)
 

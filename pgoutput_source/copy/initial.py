@@ -1,9 +1,10 @@
 """`InitialCopy`: delivers the rows that exist already, interleaved with the changes of the stream.
 
 The slot is created first and streams all the time, so no WAL piles up. A session alternates: some changes of the stream
-(`judge`), then a chunk (`step`). The stream pauses while a chunk is read, for a fraction of a second. So a change never
-has to be held back until a chunk is complete. A table without a key is read as a whole, and the stream waits until that
-is done.
+(`judge`), then a chunk (`step`). While a chunk is decoded and the stream has its turn, the next chunk is read on a
+thread (`ahead`). It counts as unread, and is read again if it turns out to lack a change that was dropped. So a change
+never has to be held back until a chunk is complete. A table without a key is read as a whole, and the stream waits
+until that is done.
 
 The ledger records the progress and is part of the resume state. A crash costs only the chunk that was being read.
 """
@@ -13,25 +14,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from psycopg import sql
 
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message
 from pgoutput_source.changes.schema import TableName
-from pgoutput_source.copy.chunks import Busy, Chunk, ChunkReader, between, exactly
+from pgoutput_source.copy.ahead import Ahead, Meanwhile
+from pgoutput_source.copy.chunks import Busy, Chunk, ChunkReader, Fetched, TooLarge, exactly
 from pgoutput_source.copy.judge import judge
 from pgoutput_source.copy.keys import Keys
 from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, Signature, TableCopy
 from pgoutput_source.copy.progress import Progress
 from pgoutput_source.copy.requests import REQUEST, prefixes
-from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
-from pgoutput_source.copy.sizes import MOST_BYTES, ChunkSizes
+from pgoutput_source.copy.rows import Copied, batch_of, columns_of, truncate_of
+from pgoutput_source.copy.sizes import ChunkSizes
 from pgoutput_source.copy.tables import Published, SourceTable, named, published, unreadable
 from pgoutput_source.decode.relations import LookUp, Relations
-from pgoutput_source.errors import ConfigurationError, ConnectionFailed, DecodeError, NotConfigured, ServerError
+from pgoutput_source.errors import ConfigurationError, ConnectionFailed, NotConfigured
 from pgoutput_source.postgres.definitions import Definitions
 from pgoutput_source.postgres.refusals import explained
 from pgoutput_source.postgres.system import System
@@ -45,13 +46,23 @@ T = TypeVar("T")
 CHUNK_ROWS = 100_000
 """The most rows of a chunk."""
 
-_LONGEST = 30.0  # seconds; a longer transaction would keep the server from vacuuming
-_QUERY_CANCELED: Final = "57014"
 _PATIENCE: Final = 0.01  # seconds to wait, while the stream pauses, for a snapshot that shows what was streamed
 _PAUSE: Final = 0.02  # seconds until the next attempt
+_TURN: Final = 0.05  # seconds to wait for a chunk that is read ahead before the stream has its turn
+_ALONE: Final = 16  # chunks that are not read ahead after one was read in vain
 _RECONNECT: Final = 0.5  # seconds
 _LIST_EVERY: Final = 10.0  # seconds; to find tables that were added to a publication and don't change
 _MOST_UNPROVEN: Final = 1000
+
+
+class _Ahead(NamedTuple):
+    """A chunk that is read ahead: of which copy, as it was published and described."""
+
+    copy: TableCopy
+    meanwhile: Meanwhile
+    wanted: Published
+    table: SourceTable
+    thread: Ahead[Fetched | None]
 
 
 class InitialCopy:
@@ -88,7 +99,7 @@ class InitialCopy:
         self._relations = Relations(
             origin, look_up, types=types_of(server_version), metadata_prefix=settings.metadata_prefix
         )
-        self._reader = ChunkReader(dsn, self._relations, application_name=f"pgoutput_source copy {settings.slot}")
+        self._chunks = ChunkReader(dsn, self._relations, application_name=f"pgoutput_source copy {settings.slot}")
         self._keys: dict[int, Keys] = {}
         self._sizes = ChunkSizes(min(CHUNK_ROWS, settings.snapshot_rows_per_second or CHUNK_ROWS))
         self._names: dict[int, str] = {}  # of published tables
@@ -97,6 +108,8 @@ class InitialCopy:
         self._leaving: dict[int, int] = {}  # done and no longer published: kept until the stream passes this position
         self._published: dict[int, Published] = {}
         self._whole: Iterator[ChangeBatch] | None = None
+        self._ahead: _Ahead | None = None
+        self._alone = 0
         self._not_before = 0.0
         self._lost_at = 0.0
         self._listed_at = 0.0
@@ -113,7 +126,20 @@ class InitialCopy:
     def close(self) -> None:
         """Close the connection. A chunk that is being read counts as unread."""
         self._whole = None
+        self._chunks.interrupt()
         self._reader.close()
+        self._ahead = None
+
+    def reconnected(self) -> None:
+        """The stream has a new connection, perhaps to another server: drop what was read ahead from the old one."""
+        self._drop_ahead()
+
+    @property
+    def _reader(self) -> ChunkReader:
+        """The reader, when it reads nothing ahead."""
+        if self._ahead is not None:
+            self._ahead.thread.wait()
+        return self._chunks
 
     def state(self) -> dict[str, Any] | None:
         """The part of the resume state; None if nothing was ever copied."""
@@ -185,6 +211,8 @@ class InitialCopy:
     def _judge(self, batch: ChangeBatch, copy: TableCopy) -> list[ChangeBatch]:
         if batch.table != copy.name and batch.table != self._former.get(copy.relation_id):
             self.ledger.rename(copy, batch.table)
+        if self._ahead is not None and batch.schema.fingerprint != self._ahead.table.schema.fingerprint:
+            copy.meanwhile = None  # no row of an older version may come after this
         try:
             found = judge(batch, copy, self._keys_of(copy) if copy.key else None)
         except KeyError:
@@ -375,6 +403,12 @@ class InitialCopy:
             # It is published again, but what happened meanwhile was not streamed.
             self.again(relation)
             return None
+        if self._ahead is not None and self._ahead.copy is copy:
+            if not self._ahead.thread.wait(_TURN):
+                return ChangeSet(())  # the stream's turn
+            fetched = self._read_ahead(copy)
+            if fetched is not None:
+                return self._add(copy, fetched, safe)
         chunk = self._opened(copy)
         if chunk is None:
             return None
@@ -443,62 +477,96 @@ class InitialCopy:
             self._reader.flushed(chunk.snapshot)
             self._whole = self._as_a_whole(copy, chunk, table, safe)
             return self._piece()
-        holes = [key for key, snapshot in copy.holes.items() if snapshot is None]
         try:
-            if holes and (copy.ranges and copy.ranges[-1].end is None):
-                batches = self._batches(copy, chunk, table, exactly(table, holes), safe)
-                self._reader.commit(chunk.snapshot)
-                copy.holes |= dict.fromkeys(holes, chunk.snapshot)
-            else:
-                begun = time.monotonic()
-                rows = self._sizes.rows(table)
-                with self._in_time(rows):
-                    upper = self._reader.upper_bound(table, copy.next_key, rows)
-                    batches = self._batches(copy, chunk, table, between(table, copy.next_key, upper), safe)
-                self._reader.commit(chunk.snapshot)
-                copy.add(upper, chunk.snapshot)
-                self._sizes.learn(table, batches, time.monotonic() - begun)
-        except _TooLarge:
+            if copy.ranges and copy.ranges[-1].end is None:
+                return self._read_holes(copy, chunk, table, safe)
+            return self._add(copy, self._reader.fetch(chunk, table, copy.next_key, self._sizes.rows(table)), safe)
+        except TooLarge:
             self._sizes.shrink(table)
             self._reader.abandon()
             return None
+
+    def _read_holes(self, copy: TableCopy, chunk: Chunk, table: SourceTable, safe: int) -> ChangeSet:
+        holes = [key for key, snapshot in copy.holes.items() if snapshot is None]
+        pieces = list(self._reader.read(table, exactly(table, holes)))
+        self._reader.commit(chunk.snapshot)
+        copy.holes |= dict.fromkeys(holes, chunk.snapshot)
+        return self._given(copy, self._batches(chunk, table, pieces, safe))
+
+    def _add(self, copy: TableCopy, fetched: Fetched, safe: int) -> ChangeSet:
+        """The rows of the table's next chunk, which was read. The chunk after it begins to be read."""
+        copy.add(fetched.upper, fetched.chunk.snapshot)
+        self._begin_ahead(copy, fetched.table)
+        begun = time.monotonic()
+        batches = self._batches(fetched.chunk, fetched.table, fetched.pieces, safe)
+        self._sizes.learn(fetched.table, batches, fetched.seconds + time.monotonic() - begun)
         return self._given(copy, batches)
 
-    @contextmanager
-    def _in_time(self, rows: int) -> Iterator[None]:
-        """A chunk of so many rows that takes too long is cancelled, and read in smaller ones."""
-        self._reader.limit(_LONGEST)
-        try:
-            yield
-        except ServerError as e:
-            if e.sqlstate != _QUERY_CANCELED or rows == 1:
-                raise
-            raise _TooLarge from e
-
-    def _batches(
-        self, copy: TableCopy, chunk: Chunk, table: SourceTable, where: sql.Composable, safe: int
-    ) -> list[ChangeBatch]:
-        """All rows of a chunk, which is delivered as a unit."""
-        pieces = []
-        size = 0
-        for copied in self._reader.read(table, where):
-            arrays, raw = columns_of(copied, table, self._relations, on_misfit=self._settings.on_misfit)
-            size += 0 if isinstance(arrays, DecodeError) else sum(array.nbytes for array in arrays)
-            if size > MOST_BYTES and self._sizes.rows(table) > 1:
-                raise _TooLarge
+    def _batches(self, chunk: Chunk, table: SourceTable, pieces: list[Copied], safe: int) -> list[ChangeBatch]:
+        """All rows of a chunk, which is delivered as a unit. The pieces are used up."""
+        batches = []
+        while pieces:
+            arrays, raw = columns_of(pieces.pop(0), table, self._relations, on_misfit=self._settings.on_misfit)
             if len(raw):
-                pieces.append((arrays, raw))
-        return [
-            batch_of(
-                table.schema,
-                arrays,
-                raw,
-                position=self.ledger.position(safe, len(raw)),
-                lsn=chunk.snapshot.high,
-                taken=chunk.taken,
-            )
-            for arrays, raw in pieces
-        ]
+                at = self.ledger.position(safe, len(raw))
+                batches.append(
+                    batch_of(table.schema, arrays, raw, position=at, lsn=chunk.snapshot.high, taken=chunk.taken)
+                )
+        return batches
+
+    # -- the chunk that is read ahead -------------------------------------------------------------------------------
+
+    def _begin_ahead(self, copy: TableCopy, table: SourceTable) -> None:
+        """Read the table's next chunk on a thread."""
+        self._drop_ahead()
+        self._alone = max(0, self._alone - 1)
+        if copy.next_key is None or self._alone or self._settings.snapshot_rows_per_second is not None:
+            return
+        copy.meanwhile = Meanwhile(copy.unproven)
+        reader, wanted = self._chunks, self._published[copy.relation_id]
+        lower, rows = copy.next_key, self._sizes.rows(table)
+
+        def read() -> Fetched | None:
+            if not reader.connected:
+                return None
+            try:
+                chunk = reader.open(wanted)
+            except Busy:
+                return None
+            try:
+                # Whatever else there is, the turn of the copy deals with.
+                return reader.fetch(chunk, table, lower, rows) if chunk.table is table else None
+            finally:
+                reader.abandon()
+
+        self._ahead = _Ahead(copy, copy.meanwhile, wanted, table, Ahead(read))
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.copy.meanwhile = None
+            self._ahead.thread.wait()
+            self._ahead = None
+
+    def _read_ahead(self, copy: TableCopy) -> Fetched | None:
+        """The table's next chunk, if it was read ahead and can be used."""
+        ahead, self._ahead = self._ahead, None
+        meanwhile, copy.meanwhile = copy.meanwhile, None
+        assert ahead is not None
+        try:
+            fetched = ahead.thread.result()
+        except TooLarge:
+            self._sizes.shrink(ahead.table)
+            return None
+        if fetched is None or meanwhile is not ahead.meanwhile or self._published.get(copy.relation_id) != ahead.wanted:
+            return None
+        snapshot = fetched.chunk.snapshot
+        if not meanwhile.shown(snapshot, fetched.upper, self._keys_of(copy)):
+            self._alone = _ALONE
+            return None
+        if copy.unproven:
+            xids = np.array(sorted(copy.unproven), np.uint32)
+            copy.unproven = set(xids[~snapshot.shows(xids)].tolist())
+        return fetched
 
     def _as_a_whole(self, copy: TableCopy, chunk: Chunk, table: SourceTable, safe: int) -> Iterator[ChangeBatch]:
         """A table without a key, piece by piece. An interrupted read can't be continued: it begins with a truncate."""
@@ -577,10 +645,6 @@ def copy_of(
             REQUEST,
         )
     return copy
-
-
-class _TooLarge(Exception):
-    """A chunk has more bytes than may be held, or takes too long."""
 
 
 def _is_truncate(batch: ChangeBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:

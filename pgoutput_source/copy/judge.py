@@ -72,6 +72,7 @@ def judge(batch: ChangeBatch, copy: TableCopy, keys: Keys | None) -> list[Change
 def _unjudged(batch: UndecodedBatch, copy: TableCopy) -> list[ChangeBatch]:
     """Changes without keys: a consumer of the table gets their error, unless nothing was read and all are dropped."""
     copy.unproven.update(np.unique(batch.metadata("xid").to_numpy()).tolist())
+    copy.meanwhile = None
     found: list[ChangeBatch] = [batch] if copy.begun or copy.holes else []
     if (_codes(batch) == _T).any():
         copy.restart()
@@ -174,6 +175,8 @@ def _verdicts(rows: _Rows, copy: TableCopy, keys: Keys | None) -> tuple[NDArray[
             found[at] = _UNREAD
         else:
             found[at] = np.where(snapshot.shows(every.xid[at], every.commit_lsn[at]), _SHOWN, _DELIVER)
+    if copy.meanwhile is not None and len(unread := np.flatnonzero(found == _UNREAD)):
+        copy.meanwhile.dropped([asked[i] for i in unread.tolist()], every.xid[unread], every.commit_lsn[unread])
     new = found[: len(new_keys)]
     old = new.copy()
     old[moved] = found[len(new_keys) :]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+from pgoutput_source.copy.ahead import Meanwhile
 from pgoutput_source.copy.keys import CollatedColumn, Key
 from pgoutput_source.copy.visibility import Snapshot
 from pgoutput_source.errors import StateError, check_version
@@ -63,6 +64,8 @@ class TableCopy:
         gone: Whether the table was found to be dropped or no longer published.
         rows: How many rows were read.
         restarts: How often the copy began again.
+        meanwhile: What was dropped while the chunk at `next_key` is read ahead; None if it is not, or can't be used.
+            It is not part of the state.
     """
 
     relation_id: int
@@ -79,6 +82,7 @@ class TableCopy:
     gone: bool = False
     rows: int = 0
     restarts: int = 0
+    meanwhile: Meanwhile | None = None
 
     @property
     def begun(self) -> bool:
@@ -144,7 +148,7 @@ class TableCopy:
 
     def restart(self, *, partial: bool = False) -> None:
         """Count the whole table as unread. With `partial`, a truncate must be delivered first."""
-        self.ranges, self.holes, self.partial = [], {}, partial
+        self.ranges, self.holes, self.partial, self.meanwhile = [], {}, partial, None
         self.key, self.rows = (), 0
         self.restarts += 1
 

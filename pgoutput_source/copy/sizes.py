@@ -8,9 +8,6 @@ from typing import Final
 from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.copy.tables import SourceTable
 
-MOST_BYTES: Final = 128 << 20
-"""Of one chunk, which is delivered as a unit: with more it is read in smaller ones, unless it is a single row."""
-
 _BYTES: Final = 32 << 20
 _SECONDS: Final = 0.4
 _FIRST_ROWS: Final = 10_000  # of a table of unknown size

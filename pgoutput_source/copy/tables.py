@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from pgoutput_source.changes.schema import TableName, TableSchema
 from pgoutput_source.copy.keys import CollatedColumn, comparable
@@ -40,7 +41,7 @@ SELECT oid::bigint, (array_agg(p -> 'attnames'))[1],
 _TABLE = """
 SELECT n.nspname::text, c.relname::text, c.relkind = 'p', c.relreplident::text, greatest(c.reltuples, 0)::bigint,
        pg_relation_size(c.oid), row_security_active(c.oid), has_table_privilege(c.oid, 'SELECT'),
-       pg_snapshot_xmax(pg_current_snapshot())::text::bigint & 4294967295
+       pg_snapshot_xmax(pg_current_snapshot())::text::bigint & 4294967295, c.relfilenode::bigint
   FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
  WHERE c.oid = %s
 """
@@ -52,7 +53,8 @@ SELECT a.attnum, a.attname::text, a.atttypid::bigint, a.atttypmod, a.attgenerate
        coalesce((SELECT format('%%I.%%I', n.nspname, l.collname) FROM pg_collation AS l
                    JOIN pg_namespace AS n ON n.oid = l.collnamespace WHERE l.oid = a.attcollation), ''),
        (SELECT k.place FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place)
-         WHERE k.attnum = a.attnum AND k.place <= i.indnkeyatts)
+         WHERE k.attnum = a.attnum AND k.place <= i.indnkeyatts),
+       a.xmin::text
   FROM pg_class AS c
   JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
   JOIN pg_type AS t ON t.oid = a.atttypid
@@ -146,13 +148,20 @@ def named(conn: Connection, relations: Iterable[int]) -> list[tuple[int, TableNa
     return [(relation, TableName(schema, name), count) for relation, schema, name, count in rows]
 
 
-def describe(conn: Connection, wanted: Published, relations: Relations) -> SourceTable | None:
+Described: TypeAlias = dict[int, tuple[Any, SourceTable]]
+"""The versions that `describe` found, by relation, and what the catalogue said of them."""
+
+
+def describe(
+    conn: Connection, wanted: Published, relations: Relations, described: Described | None = None
+) -> SourceTable | None:
     """A table as it is now; None if it is gone.
 
     Args:
         conn: An ordinary connection. Within a transaction, the table is as the transaction sees it.
         wanted: What is published of it.
         relations: Looks up the types of columns. Don't pass the stream's, which must only learn from the stream.
+        described: What earlier calls found. It saves the look-up as long as the catalogue says the same.
 
     Raises:
         NotConfigured: The role may not read it, or not all of its rows.
@@ -162,9 +171,14 @@ def describe(conn: Connection, wanted: Published, relations: Relations) -> Sourc
         columns = conn.execute(_COLUMNS, [wanted.relation_id]).fetchall()
     if row is None or not columns:
         return None
-    namespace, name, is_root, identity, count, size, secured, readable, next_xid = row
+    namespace, name, is_root, identity, count, size, secured, readable, next_xid, file = row
     sql_name = f"{quote_name(namespace)}.{quote_name(name)}"
     _check_readable(conn, f"{namespace}.{name}", sql_name, readable=readable, secured=secured)
+    said = (wanted, namespace, name, is_root, identity, file, columns)
+    described = {} if described is None else described
+    before, version = described.get(wanted.relation_id, (None, None))
+    if version is not None and said == before:
+        return version
     by_number = conn.info.server_version < 180_000
     live = [
         c
@@ -184,7 +198,7 @@ def describe(conn: Connection, wanted: Published, relations: Relations) -> Sourc
         for c in sorted((c for c in columns if c[1] in place), key=lambda c: place[c[1]])
         if c[1] in arrow and comparable(arrow[c[1]])
     ]
-    return SourceTable(
+    version = SourceTable(
         schema=schema,
         sql_name=sql_name if is_root else f"ONLY {sql_name}",
         columns=tuple(
@@ -195,6 +209,8 @@ def describe(conn: Connection, wanted: Published, relations: Relations) -> Sourc
         rows=count,
         row_bytes=size // count if count else 0,
     )
+    described[wanted.relation_id] = said, version
+    return version
 
 
 def _as_text(relations: Relations, oid: int, *, sends: bool) -> bool:

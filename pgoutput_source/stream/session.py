@@ -201,6 +201,8 @@ class SlotSession:
             )
             self._history.connected(frames.confirmed)
             self._assembler.reconnected()
+            if self._copy is not None:
+                self._copy.reconnected()
             metrics.RECONNECTS.labels(settings.slot).inc()
         self._history.look(received, frames.sent)
         return received
