@@ -20,6 +20,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
+from pgoutput_source.config import CONFIG, source_options
 from pgoutput_source.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,14 @@ _DSN: Final = f"{ENV_PREFIX}DSN"
 
 OTHER_VARIABLES: Final = {
     "PGOUTPUT_OUT": "the folder that the flows write into",
+    CONFIG: "a TOML file with options, for what the environment does not say",
+    "PGOUTPUT_TO": "where a replication writes",
+    "PGOUTPUT_MODE": "mirror or history",
+    "PGOUTPUT_INTO": "the name of a table where a replication writes",
+    "PGOUTPUT_TABLES": "patterns of the tables to replicate, separated by commas",
+    "PGOUTPUT_EXCLUDE": "patterns of the tables to leave out, separated by commas",
+    "PGOUTPUT_MAX_AGE": "seconds that committed changes may wait to be applied together",
+    "PGOUTPUT_SPOOL": "the folder for what waits for the destination of a replication",
 }
 """Variables with our prefix that are read elsewhere: name and meaning."""
 
@@ -314,7 +323,7 @@ class SourceSettings(BaseModel):
         try:
             return _consistent(handler(data))
         except ValidationError as e:
-            raise _configuration_error(e) from None
+            raise configuration_error(e, cls.model_fields) from None
 
     @classmethod
     def of(cls, **options: Any) -> SourceSettings:
@@ -322,7 +331,13 @@ class SourceSettings(BaseModel):
         return cls.model_validate(options)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> SourceSettings:
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> SourceSettings:
         """The settings from the environment. `overrides` override it.
 
         Every field is read from the variable `PGOUTPUT_` plus its name in capitals: `PGOUTPUT_DSN`, `PGOUTPUT_SLOT`,
@@ -331,10 +346,12 @@ class SourceSettings(BaseModel):
         connect. Otherwise it is None, the embedded server, and slot and publication are both called "pgoutput" and are
         created if missing, unless configured otherwise. An empty `PGOUTPUT_DSN` is an error, because it may be a secret
         that was not filled in. Any other empty variable counts as not set. Variables that Kubernetes or Docker sets for
-        a service called `pgoutput` are ignored with a warning in the log.
+        a service called `pgoutput` are ignored with a warning in the log. What the environment does not say, the table
+        ``[source]`` of the TOML file that `PGOUTPUT_CONFIG` names may say.
 
         Args:
             environ: The environment; None for that of the process.
+            defaults: Fields of the settings, for what neither the environment nor the file says.
             overrides: Fields of the settings.
 
         >>> SourceSettings.from_env({"PGSERVICE": "shop", "PGOUTPUT_SLOT": "orders", "PGOUTPUT_PUBLICATION": "a,b"})
@@ -350,8 +367,11 @@ class SourceSettings(BaseModel):
         environ = os.environ if environ is None else environ
         names = {ENV_PREFIX + name.upper(): name for name in cls.model_fields}
         _check_variables(environ, [*names, *OTHER_VARIABLES])
-        options: dict[str, Any] = {name: environ[variable] for variable, name in names.items() if environ.get(variable)}
-        if "publication" in options and "publication" not in overrides:
+        in_file = source_options(environ)
+        said = {name for variable, name in names.items() if environ.get(variable)} | set(overrides)
+        options: dict[str, Any] = {**(defaults or {}), **in_file}
+        options |= {name: environ[variable] for variable, name in names.items() if environ.get(variable)}
+        if environ.get(f"{ENV_PREFIX}PUBLICATION") and "publication" not in overrides:
             try:
                 options["publication"] = parse_publications(options["publication"])
             except ConfigurationError as e:
@@ -368,14 +388,22 @@ class SourceSettings(BaseModel):
         if options.get("dsn") is None:
             options = {"slot": EMBEDDED_NAME, "publication": EMBEDDED_NAME, "create": True} | options
         variables = {name: variable for variable, name in names.items() if name not in overrides}
+        inside = f"{environ.get(CONFIG)}: [source] "
+        variables |= {name: f"{inside}{name}" for name in in_file if name not in said}
         try:
             return cls.model_validate(options)
         except ConfigurationError as e:
-            message, hint = e.message, e.hint
-            for name, variable in variables.items():
-                message = re.sub(rf"(^|; ){name}:", rf"\1{variable}:", message)
-                hint = hint and re.sub(rf"\b{name}=", f"{variable}=", hint)
-            raise ConfigurationError(message, hint=hint) from None
+            raise named(e, variables) from None
+
+
+def named(error: ConfigurationError, names: Mapping[str, str]) -> ConfigurationError:
+    """The error of a model, with the names under which its fields were given."""
+    message, hint = error.message, error.hint
+    for field, name in names.items():
+        text = name.replace("\\", r"\\")
+        message = re.sub(rf"(^|; ){re.escape(field)}:", rf"\g<1>{text}:", message)
+        hint = hint and re.sub(rf"\b{re.escape(field)}=", f"{text}=", hint)
+    return ConfigurationError(message, hint=hint)
 
 
 def _check_variables(environ: Mapping[str, str], known: Iterable[str]) -> None:
@@ -392,7 +420,7 @@ def _check_variables(environ: Mapping[str, str], known: Iterable[str]) -> None:
             ignored.append(variable)
             continue
         raise ConfigurationError(
-            f"{variable}: there is no such environment variable", hint=_nearest(variable, known, "variables")
+            f"{variable}: there is no such environment variable", hint=nearest(variable, known, "variables")
         )
     if ignored:
         logger.warning(
@@ -401,7 +429,7 @@ def _check_variables(environ: Mapping[str, str], known: Iterable[str]) -> None:
         )
 
 
-def _configuration_error(error: ValidationError) -> ConfigurationError:
+def configuration_error(error: ValidationError, fields: Iterable[str]) -> ConfigurationError:
     """One error for everything that pydantic found. Our own validators put their hints after a bar."""
     texts: list[str] = []
     hints: list[str] = []
@@ -410,7 +438,7 @@ def _configuration_error(error: ValidationError) -> ConfigurationError:
         kind = problem["type"]
         if kind == "extra_forbidden":
             texts.append(f"{name}: there is no such option")
-            hints.append(_nearest(name, SourceSettings.model_fields, "options"))
+            hints.append(nearest(name, fields, "options"))
             continue
         if kind == "missing":
             texts.append(f"{name}: is missing")
@@ -426,7 +454,8 @@ def _configuration_error(error: ValidationError) -> ConfigurationError:
     return ConfigurationError("; ".join(texts[i] for i in order), hint="; ".join(near or hints) or None)
 
 
-def _nearest(name: str, names: Iterable[str], what: str) -> str:
+def nearest(name: str, names: Iterable[str], what: str) -> str:
+    """A hint that names the option that may be meant, or all."""
     # The common prefix would make any two variables look similar.
     valid = {each.removeprefix(ENV_PREFIX): each for each in names}
     near = difflib.get_close_matches(name.removeprefix(ENV_PREFIX), valid, 1, 0.7)

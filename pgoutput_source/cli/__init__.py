@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pgoutput_source import __version__
-from pgoutput_source.cli import check, demo, replay, resync, snapshot
+from pgoutput_source.cli import check, demo, replay, replicate, resync, snapshot
+from pgoutput_source.config import CONFIG
+from pgoutput_source.destinations.replication import Replication
 from pgoutput_source.errors import PgOutputError
 from pgoutput_source.settings import SourceSettings, parse_publications
 
@@ -52,6 +55,53 @@ def _parser() -> argparse.ArgumentParser:
         "Changes nothing.",
     )
     look.set_defaults(run=lambda a: check.run(_settings(a)))
+
+    into = commands.add_parser(
+        "replicate",
+        help="keep all tables of a publication in another store",
+        description="Copies the rows that are there and then follows the changes, exactly once, until SIGTERM or "
+        "Ctrl-C. Checks first what is missing, and says which table goes where. It goes on where an earlier run with "
+        "the same recovery folder stopped. Reads PGOUTPUT_… like a flow; options override the environment, which "
+        "overrides the file.",
+        epilog="Example: pgoutput-source replicate --dsn postgresql://localhost/shop --create "
+        "--to postgresql://localhost/reporting --mode mirror --exclude '*.log_*'",
+    )
+    into.add_argument("--to", metavar="ADDRESS", help="the destination, such as postgresql://localhost/reporting")
+    into.add_argument(
+        "--mode",
+        choices=["mirror", "history"],
+        help="the tables as they are at the source, or every change (default: mirror)",
+    )
+    into.add_argument(
+        "--into", metavar="TEMPLATE", help="the name of a table at the destination (default: {schema}.{table})"
+    )
+    into.add_argument("--tables", metavar="PATTERNS", help="the tables to take, separated by commas (default: all)")
+    into.add_argument("--exclude", metavar="PATTERNS", help="the tables to leave out, separated by commas")
+    into.add_argument(
+        "--key",
+        metavar="TABLE=COLUMNS",
+        action="append",
+        default=[],
+        type=_columns,
+        help="the columns that identify a row, where it is not the primary key; several times",
+    )
+    into.add_argument(
+        "--max-age", metavar="SECONDS", help="how long changes may wait, to be applied together (default: 0)"
+    )
+    into.add_argument("--config", metavar="FILE", help="a TOML file with more options, as PGOUTPUT_CONFIG names it")
+    into.add_argument(
+        "--recovery",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("recovery"),
+        help="the folder for the state; what waits is kept beside it (default: recovery)",
+    )
+    into.add_argument("--spool", metavar="FOLDER", help="the folder for what waits")
+    into.add_argument("--create", action="store_true", help="create the publication, for all tables, and the slot")
+    into.add_argument("--snapshot", choices=["initial", "never"], help="whether to copy the rows that are there first")
+    into.add_argument("--until", help="'current' or an LSN: stop there")
+    into.add_argument("--dry-run", action="store_true", help="check, say what would happen, and change nothing")
+    into.set_defaults(run=_replicate)
 
     again = commands.add_parser(
         "resync",
@@ -105,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parked.add_argument("--list", action="store_true", help="show what is parked, and ask for nothing")
     parked.set_defaults(run=lambda a: replay.run(a.folder, a.table, only_list=a.list))
 
-    for command in (look, again, copy):
+    for command in (look, into, again, copy):
         command.add_argument("--dsn", help="libpq connection string or URL")
         command.add_argument("--slot", help="the replication slot's name")
         command.add_argument(
@@ -119,6 +169,30 @@ def _seconds(text: str) -> float:
     if not 1 <= seconds <= 3600:
         raise argparse.ArgumentTypeError("between 1 and 3600")
     return seconds
+
+
+def _columns(text: str) -> tuple[str, str]:
+    table, equals, columns = text.rpartition("=")
+    if not (table and equals and columns):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like public.orders=id")
+    return table, columns
+
+
+def _replicate(arguments: argparse.Namespace) -> int:
+    environ = {**os.environ, **({} if arguments.config is None else {CONFIG: arguments.config})}
+    given = {k: v for k in ("to", "mode", "into", "tables", "exclude", "max_age", "spool") if (v := vars(arguments)[k])}
+    if arguments.key:
+        given["key"] = dict(arguments.key)
+    replication = Replication.from_env(environ, **given)
+    overrides: dict[str, Any] = {
+        k: v for k in ("dsn", "slot", "create", "until", "snapshot") if (v := vars(arguments)[k])
+    }
+    if arguments.publication is not None:
+        overrides["publication"] = parse_publications(arguments.publication)
+    name = replicate.NAME
+    defaults = {"slot": name, "publication": name, "snapshot": "initial"}
+    settings = SourceSettings.from_env(environ, defaults=defaults, **overrides)
+    return replicate.run(settings, replication, recovery=arguments.recovery, dry=arguments.dry_run)
 
 
 def _settings(arguments: argparse.Namespace) -> SourceSettings:

@@ -32,6 +32,16 @@ from pgoutput_source.errors import ConfigurationError, PgOutputError
 logger = logging.getLogger(__name__)
 
 
+def recovery_folder() -> Path | None:
+    """The recovery folder that ``python -m bytewax.run`` got; None without one, or in another program."""
+    if not by_bytewax():
+        return None
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-r", "--recovery-directory", default=os.environ.get("BYTEWAX_RECOVERY_DIRECTORY"))
+    folder = parser.parse_known_args(sys.argv[1:])[0].recovery_directory
+    return None if folder is None else Path(folder)
+
+
 class Run:
     """The dataflow that this process runs, if any."""
 
@@ -47,11 +57,8 @@ class Run:
         if self._store_opened or not by_bytewax():
             return
         self._store_opened = True
-        parser = argparse.ArgumentParser(add_help=False)
-        parser.add_argument("-r", "--recovery-directory", default=os.environ.get("BYTEWAX_RECOVERY_DIRECTORY"))
-        folder = parser.parse_known_args(sys.argv[1:])[0].recovery_directory
-        if folder is not None:
-            drop_void(Path(folder))
+        if (folder := recovery_folder()) is not None:
+            drop_void(folder)
 
     def abandon(self) -> None:
         """Forget the dataflow. Nothing more is published here; the next start does."""

@@ -19,7 +19,7 @@ import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -93,19 +93,20 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         open_store()
 
     @classmethod
-    def from_env(cls, **overrides: Any) -> PgOutputSource:
+    def from_env(cls, *, defaults: Mapping[str, Any] | None = None, **overrides: Any) -> PgOutputSource:
         """A source that reads its configuration from the environment when the dataflow starts, never at import.
 
         The variables are `PGOUTPUT_DSN` (or libpq's own `PGHOST`, `PGSERVICE` …), `PGOUTPUT_SLOT`,
         `PGOUTPUT_PUBLICATION`, `PGOUTPUT_CREATE`, `PGOUTPUT_UNTIL` and the rest of `SourceSettings`. `overrides`
-        override the environment. Without any connection the source runs on an embedded PostgreSQL with a small shop.
+        override the environment, and `defaults` are for what it does not say. Without any connection the source runs on
+        an embedded PostgreSQL with a small shop.
         """
         source = cls.__new__(cls)
         resolved: list[SourceSettings] = []
 
         def settings() -> SourceSettings:
             if not resolved:
-                resolved.append(SourceSettings.from_env(**overrides))
+                resolved.append(SourceSettings.from_env(defaults=defaults, **overrides))
             return resolved[0]
 
         source._settings = settings

@@ -9,14 +9,14 @@ from __future__ import annotations
 import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
 
 # isort: split
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from bytewax.dataflow import Stream
 
-Note = tuple[list[Any], str, tuple[str, str]]
-"""The steps of a flow, a stream that one of its steps takes, and the table that the step takes from it."""
+Note = tuple[list[Any], str, Callable[[], Iterable[tuple[str, str]]]]
+"""The steps of a flow, a stream that one of its steps takes, and what gives the tables that the step takes from it."""
 
 _notes: Final[WeakKeyDictionary[Any, list[Note]]] = WeakKeyDictionary()
 
@@ -26,10 +26,10 @@ def made(source: object) -> None:
     _notes[source] = []
 
 
-def take(up: Stream[Any], table: tuple[str, str]) -> None:
-    """Note that a step takes `table` (schema and name) from the sources upstream of `up`."""
+def take(up: Stream[Any], tables: Callable[[], Iterable[tuple[str, str]]]) -> None:
+    """Note that a step takes `tables` (schema and name) from the sources upstream of `up`. Called when these start."""
     for notes in _notes.values():
-        notes.append((up.flow().substeps, up.stream_id, table))
+        notes.append((up.flow().substeps, up.stream_id, tables))
 
 
 def prefixes(up: Stream[Any]) -> set[str]:
@@ -40,14 +40,15 @@ def prefixes(up: Stream[Any]) -> set[str]:
 
 def taken_from(source: object) -> set[tuple[str, str]]:
     """The tables that steps take from a source, as schema and name. The flow must be complete."""
-    tables = set[tuple[str, str]]()
+    found = set[tuple[str, str]]()
     makers: dict[int, dict[str, Any]] = {}
-    for steps, stream, table in _notes[source]:
+    for steps, stream, tables in _notes[source]:
         if id(steps) not in makers:
             makers[id(steps)] = _makers(steps)
-        if table not in tables and any(found is source for found in _sources(makers[id(steps)], stream)):
-            tables.add(table)
-    return tables
+        taken = set(tables())
+        if not taken <= found and any(each is source for each in _sources(makers[id(steps)], stream)):
+            found |= taken
+    return found
 
 
 def _sources(makers: dict[str, Any], stream: str) -> Iterator[object]:

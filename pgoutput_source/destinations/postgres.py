@@ -463,6 +463,8 @@ def _refused(target: Target, error: ServerError) -> Refused:
 def _by_arrow(kind: pa.DataType) -> str:
     if pa.types.is_timestamp(kind) and kind.tz is None:
         return "timestamp"
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return f"{_by_arrow(kind.value_type)}[]"
     return next((name for matches, name in _BY_ARROW if matches(kind)), "text")
 
 

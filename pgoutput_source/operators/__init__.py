@@ -13,6 +13,7 @@ from pgoutput_source.operators.filters import deletes, filter, inserts, updates
 from pgoutput_source.operators.latest import latest
 from pgoutput_source.operators.outputs import output
 from pgoutput_source.operators.projections import mask, rename, select
+from pgoutput_source.operators.replicate import replicate
 from pgoutput_source.operators.rows import events, key_by, map_batches
 from pgoutput_source.operators.selection import messages, table
 from pgoutput_source.operators.transitions import entered, left
@@ -35,6 +36,7 @@ __all__ = [
     "messages",
     "output",
     "rename",
+    "replicate",
     "select",
     "table",
     "updates",

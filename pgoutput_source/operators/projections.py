@@ -62,7 +62,7 @@ def select(step_id: str, up: Stream[ChangeBatch], *columns: str) -> Stream[Chang
     Raises:
         ConfigurationError: Once batches come: there is no such column.
     """
-    return op.map("columns", up, _reshaper({name: Kept(name) for name in columns}, others=False))
+    return op.map("columns", up, reshaper({name: Kept(name) for name in columns}, others=False))
 
 
 @operator
@@ -88,7 +88,7 @@ def rename(step_id: str, up: Stream[ChangeBatch], names: Mapping[str, str]) -> S
     Raises:
         ConfigurationError: Once batches come: there is no such column, or the new name is taken.
     """
-    return op.map("columns", up, _reshaper({old: Kept(new) for old, new in names.items()}, others=True))
+    return op.map("columns", up, reshaper({old: Kept(new) for old, new in names.items()}, others=True))
 
 
 @operator
@@ -124,15 +124,16 @@ def mask(step_id: str, up: Stream[ChangeBatch], *columns: str, using: Mask | Non
     Raises:
         ConfigurationError: Once batches come: there is no such column, or `using` returns an array of another length.
     """
-    how = _nulls if using is None else using
-    return op.map("columns", up, _reshaper({name: Kept(name, how, raw=False) for name in columns}, others=True))
+    how = nulls if using is None else using
+    return op.map("columns", up, reshaper({name: Kept(name, how, raw=False) for name in columns}, others=True))
 
 
-def _nulls(values: pa.Array) -> pa.Array:
+def nulls(values: pa.Array) -> pa.Array:
+    """As many NULLs, of the same type."""
     return pa.nulls(len(values), values.type)
 
 
-def _reshaper(named: Mapping[str, Kept], *, others: bool) -> Callable[[ChangeBatch], ChangeBatch]:
+def reshaper(named: Mapping[str, Kept], *, others: bool) -> Callable[[ChangeBatch], ChangeBatch]:
     """A function that gives each batch the columns `named` and, with `others`, all other columns unchanged."""
     schemas: dict[TableSchema, TableSchema] = {}
 

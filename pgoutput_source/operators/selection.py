@@ -36,7 +36,7 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
         [('public.orders', [1])]
     """
     wanted = TableName.parse(name)
-    take(up, wanted)
+    take(up, lambda: [wanted])
 
     def of_table(sets: list[ChangeSet]) -> list[ChangeBatch]:
         return [batch for s in sets for batch in s.of(wanted)]

@@ -1,0 +1,181 @@
+"""`pgoutput-source replicate` and `flows/replicate.py`: a publication in another database, without code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from harness.database import Database
+from harness.flow import ROOT, Flow, following, wait_for
+
+from pgoutput_source.embedded import Server
+
+
+@pytest.fixture
+def target(pg: Server) -> Any:
+    made = Database(pg)
+    yield made
+    made.drop()
+
+
+@pytest.fixture
+def shop(db: Database) -> Database:
+    with db.connect() as c:
+        c.execute("CREATE TYPE mood AS ENUM ('glad', 'sad'); CREATE TABLE orders (id int PRIMARY KEY, note text)")
+        c.execute('CREATE TABLE "Odd ""names"".x" (a int, "B c" mood[], PRIMARY KEY (a, "B c"))')
+        c.execute("CREATE TABLE log_days (day date, email text)")
+        c.execute("INSERT INTO orders VALUES (1, 'one'), (2, NULL); INSERT INTO log_days VALUES ('2026-01-01', 'a@b')")
+        c.execute("""INSERT INTO "Odd ""names"".x" VALUES (1, '{glad,NULL}')""")
+    return db
+
+
+def command(*arguments: str, **environ: str) -> subprocess.Popen[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "BYTEWAX"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pgoutput_source", "replicate", *arguments],
+        cwd=ROOT,
+        env=clean | environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def rows(db: Database, query: str) -> list[tuple[Any, ...]]:
+    with db.connect() as c:
+        return c.execute(query.encode()).fetchall()
+
+
+def slots(db: Database) -> list[tuple[Any, ...]]:
+    return rows(db, "SELECT slot_name FROM pg_replication_slots WHERE database = current_database()")
+
+
+ORDERS = "SELECT * FROM orders ORDER BY 1"
+ODD = 'SELECT a, "B c"::text FROM "Odd ""names"".x" ORDER BY 1'
+
+
+def test_all_tables_by_one_command(shop: Database, target: Database, tmp_path: Path) -> None:
+    recovery = tmp_path / "recovery"
+    to = ("--dsn", shop.dsn, "--to", target.dsn, "--recovery", str(recovery))
+
+    code, said = ended(command(*to))
+    assert code == 1
+    assert "there is no replication slot 'replicate'" in said
+    assert "--create" in said
+    code, said = ended(command(*to, "--create", "--dry-run"))
+    assert code == 0
+    assert "to be created" in said
+    assert slots(shop) == []
+
+    code, said = ended(command(*to, "--create"))
+    assert code == 1
+    assert "a mirror needs a key, and PostgreSQL sends none for public.log_days" in said
+    assert "--exclude 'public.log_days'" in said
+
+    process = command(*to, "--exclude", "*.log_*")
+    with following(process) as lines:
+        wait_for(lines, "streaming from", process)
+        assert "mirror of 2 tables" in "".join(lines)
+        assert "public.orders → public.orders" in "".join(lines)
+        with shop.connect() as c:
+            c.execute("UPDATE orders SET note = 'two' WHERE id = 2; INSERT INTO orders VALUES (3, 'three')")
+        deadline = time.monotonic() + 20
+        with target.connect() as c:
+            while c.execute("SELECT to_regclass('orders')").fetchone() == (None,):
+                assert time.monotonic() < deadline, lines
+                time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, lines
+    with shop.connect() as c:
+        c.execute("DELETE FROM orders WHERE id = 1")
+    code, said = ended(command(*to, "--exclude", "*.log_*", "--until", "current"))
+    assert code == 0, said
+    assert [row[:2] for row in rows(target, ORDERS)] == rows(shop, ORDERS) == [(2, "two"), (3, "three")]
+    assert rows(target, ODD) == rows(shop, ODD) == [(1, "{glad,NULL}")]
+    assert (tmp_path / "recovery-spool").is_dir()
+
+
+def test_the_flow_does_the_same(shop: Database, target: Database, tmp_path: Path) -> None:
+    with shop.connect() as c:
+        c.execute("CREATE PUBLICATION cdc FOR TABLE orders, log_days")
+        c.execute("SELECT pg_create_logical_replication_slot('cdc', 'pgoutput')")
+    file = tmp_path / "replicate.toml"
+    file.write_text("""
+        to = "nowhere:"  # the environment wins
+        exclude = ["public.x"]
+        [key]
+        "public.log_days" = ["day"]
+        [leave_out]
+        "public.log_days" = "email"
+        [mask]
+        "public.orders" = ["note"]
+    """)
+    names = {"PGOUTPUT_TO": target.dsn, "PGOUTPUT_CONFIG": str(file), "PGOUTPUT_UNTIL": "current"}
+    flow = Flow(shop, tmp_path, module="flows.replicate", **names)
+    flow.run("-s", "0", *flow.recovery())
+    assert [row[:2] for row in rows(target, ORDERS)] == [(1, None), (2, None)]
+    assert [row[0].isoformat() for row in rows(target, "SELECT * FROM log_days")] == ["2026-01-01"]
+    with target.connect() as c, pytest.raises(psycopg.errors.UndefinedColumn):
+        c.execute("SELECT email FROM log_days")
+
+
+def test_control_a_misspelled_table_never_shows_its_secrets(shop: Database, target: Database, tmp_path: Path) -> None:
+    file = tmp_path / "replicate.toml"
+    file.write_text('[mask]\n"public.order" = ["note"]\n')
+    code, said = ended(
+        command("--dsn", shop.dsn, "--to", target.dsn, "--config", str(file), "--create", "--exclude", "*.log_*")
+    )
+    assert code == 1
+    assert "mask: public.order is not published" in said
+
+    with shop.connect() as c:
+        c.execute("CREATE PUBLICATION orders FOR TABLE orders")
+        c.execute("SELECT pg_create_logical_replication_slot('orders', 'pgoutput')")
+    names = {"PGOUTPUT_TO": target.dsn, "PGOUTPUT_CONFIG": str(file), "PGOUTPUT_UNTIL": "current"}
+    flow = Flow(shop, tmp_path, module="flows.replicate", **names)
+    process = flow.start("-s", "0", *flow.recovery(), PGOUTPUT_SLOT="orders", PGOUTPUT_PUBLICATION="orders")
+    code, said = ended(process)
+    assert code != 0
+    assert "table public.order" in said
+    assert rows(target, "SELECT to_regclass('orders')") == [(None,)]
+
+
+WRONG = {
+    'modes = "mirror"': "modes: there is no such option",
+    'mode = "copy"': "mode: input should be 'history' or 'mirror'",
+    'max_age = "soon"': "max_age: input should be a valid number",
+    '[mask]\norders = ["note"]': "mask: table 'orders' has no schema",
+    '[key]\n"public.orders" = []': "key: 'public.orders' has no column",
+    '[options]\nschemas = "x"': "schemas: PostgresSink has no such option",
+    '[source]\nslots = "x"': "[source] slots: there is no such option",
+    "to: x": "is no TOML",
+    "source = 1": "source: input should be a valid dictionary",
+    'to = "excel:shop.xlsx"': "there is no destination 'excel'",
+    'to = "shop.duckdb"': "the address does not say what kind of destination it is",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_key_is_one_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pgoutput_source.cli import main
+
+    file = tmp_path / "replicate.toml"
+    file.write_text(text if text.startswith("to = ") else f'to = "postgresql://localhost/x"\n{text}')
+    dsn = () if text.startswith("[source]") else ("--dsn", "postgresql://nowhere.invalid/x")
+    assert main(["replicate", "--config", str(file), *dsn]) == 1
+    said = capsys.readouterr().err
+    assert WRONG[text] in said
+    assert said.count("\n") <= 2
+    assert "hint: " in said or "input should be" in said
