@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import textwrap
-from datetime import timedelta
+from collections.abc import Iterator
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from harness.database import Database
 
 from pgoutput_source import operators, run, types
 from pgoutput_source.changes.schema import METADATA_COLUMNS
-from pgoutput_source.embedded import shop
+from pgoutput_source.embedded import Server, shop
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,6 +28,7 @@ TABLE = re.compile(r"^\|(---\|)+$", re.MULTILINE)
 SECTIONS = [
     "Limits",
     "A dataflow",
+    "All tables, without code",
     "Your own database in five steps",
     "In a notebook",
     "Without a dataflow",
@@ -158,6 +160,47 @@ def test_the_other_blocks_run(orders: Database, capsys: pytest.CaptureFixture[st
         exec(code, {})
 
 
+@pytest.fixture
+def target(pg: Server) -> Iterator[Database]:
+    database = Database(pg)
+    yield database
+    database.drop()
+
+
+def test_a_replication_as_the_documents_show_it(db: Database, target: Database, tmp_path: Path) -> None:
+    (command,) = blocks(sections(README)["All tables, without code"], "sh")
+    assert command in DOCS["docs/destinations.md"]
+    (file,) = blocks(DOCS["docs/destinations.md"], "toml")
+    with db.connect() as c:
+        c.execute("CREATE TABLE customers (id int PRIMARY KEY, email text); INSERT INTO customers VALUES (1, 'a@b')")
+        c.execute("CREATE TABLE orders (id int PRIMARY KEY, notes text); INSERT INTO orders VALUES (7, 'ring twice')")
+        c.execute("CREATE TABLE visits (day date, customer_id int); ALTER TABLE visits REPLICA IDENTITY FULL")
+        c.execute("INSERT INTO visits VALUES ('2026-01-01', 1); CREATE TABLE log_days (day date)")
+    (tmp_path / "replicate.toml").write_text(
+        file.replace(DSN, db.dsn).replace("postgresql://localhost/reporting", target.dsn)
+    )
+    words = (
+        command.replace(DSN, f"'{db.dsn}'").replace(" --to postgresql://localhost/reporting", "").split(maxsplit=1)[1]
+    )
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "BYTEWAX"))} | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        f"{sys.executable} -m pgoutput_source {words.strip()} --config replicate.toml --until current",
+        shell=True,
+        cwd=tmp_path,
+        env=environ,
+        check=True,
+        timeout=60,
+    )
+    with target.connect() as c:
+        found = [c.execute(f"SELECT * FROM shop.public_{name}".encode()).fetchall() for name in TABLES]
+        schemas = c.execute("SELECT to_regclass('replication.published') IS NOT NULL").fetchall()
+    assert [[row[:-2] for row in rows] for rows in found] == [[(1, None)], [(7,)], [(date(2026, 1, 1), 1)]]
+    assert schemas == [(True,)]
+
+
+TABLES = ("customers", "orders", "visits")
+
+
 def test_the_type_table_is_the_one_in_the_code() -> None:
     begin, end = "<!-- types: begin -->\n", "<!-- types: end -->"
     text = DOCS["docs/types.md"]
@@ -188,5 +231,7 @@ def test_commands_exist() -> None:
     made = set(re.findall(r"(?:^|`)make (\w+)", every, re.MULTILINE))
     rules = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert made <= rules
-    for line in set(re.findall(r"python -m (pgoutput_source \w+)", every)):
+    lines = re.findall(r"python -m (pgoutput_source \w+)", every)
+    lines += [f"pgoutput_source {name}" for name in re.findall(r"pgoutput-source (\w+)", every)]
+    for line in set(lines):
         subprocess.run([sys.executable, "-m", *line.split(), "--help"], check=True, capture_output=True, cwd=ROOT)

@@ -13,7 +13,6 @@ from typing import Final
 from pgoutput_source.changes.schema import TableName
 from pgoutput_source.copy.requests import published_names
 from pgoutput_source.destinations.replication import Replication
-from pgoutput_source.destinations.targets import Target
 from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import ConfigurationError, SlotNotFound
 from pgoutput_source.postgres import checks
@@ -110,10 +109,9 @@ def run(
     return 0
 
 
-def _targets(tables: list[TableName], replication: Replication) -> dict[TableName, Target]:
+def _targets(tables: list[TableName], replication: Replication) -> dict[TableName, str]:
     """Where each table goes that is taken."""
-    targets = replication.targets
-    found = {table: target for table in tables if (target := targets.of(table)) is not None}
+    found = {table: target for table in tables if (target := replication.target_of(table)) is not None}
     if tables and not found:
         raise ConfigurationError(
             "tables and exclude leave no table",

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
@@ -20,6 +20,34 @@ from pgoutput_source.settings import configuration_error, describe, named
 
 _VARIABLES: Final = ("to", "mode", "into", "tables", "exclude", "max_age", "spool")
 """The fields that the environment may give, as `PGOUTPUT_` and their name in capitals."""
+
+
+class Scheme(NamedTuple):
+    """A kind of destination that an address can name.
+
+    Attributes:
+        module: The module of its sink, in `sinks`.
+        sink: The sink's class. Its first argument is the address.
+        example: An address.
+        modes: What it can do; the first is the default.
+        whole: Whether the scheme is part of the address that the sink takes.
+        template: Whether the address says where each table goes, and so has ``{table}`` in it.
+    """
+
+    module: str
+    sink: str
+    example: str
+    modes: tuple[Mode, ...] = ("mirror", "history")
+    whole: bool = False
+    template: bool = False
+
+
+SCHEMES: Final[dict[str, Scheme]] = {
+    "postgresql": Scheme("postgres", "PostgresSink", "postgresql://localhost/reporting", whole=True),
+    "postgres": Scheme("postgres", "PostgresSink", "postgres://localhost/reporting", whole=True),
+    "parquet": Scheme("parquet", "ParquetSink", "parquet:out/{schema}/{table}", modes=("history",), template=True),
+}
+"""The destinations, by what their address begins with."""
 
 
 def _texts(values: object) -> object:
@@ -45,6 +73,27 @@ def _checked_tables(columns: dict[str, tuple[str, ...]]) -> dict[str, tuple[str,
     return columns
 
 
+def _scheme(address: object) -> str:
+    if match := re.match(r"([a-z][a-z0-9]*):", str(address)):
+        return match[1]
+    return "postgresql" if re.match(r"\s*[a-z_]+\s*=", str(address)) else ""
+
+
+def _checked_address(address: str) -> str:
+    scheme = SCHEMES.get(_scheme(address))
+    if scheme is None:
+        # The rest of it may be a secret.
+        what = (
+            f"there is no destination {_scheme(address)!r}" if _scheme(address) else "no kind of destination is named"
+        )
+        raise ValueError(f"{what}|write an address such as {', '.join(each.example for each in SCHEMES.values())}")
+    if not scheme.whole and not address.partition(":")[2]:
+        raise ValueError(f"{address!r} names no place|for example {scheme.example}")
+    if scheme.template and "{table}" not in address:
+        raise ValueError(f"{address!r} puts all tables into one place|write {{table}} into it: {scheme.example}")
+    return address
+
+
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Columns = Annotated[dict[str, tuple[str, ...]], BeforeValidator(_by_table), AfterValidator(_checked_tables)]
 
@@ -54,21 +103,22 @@ class Replication(BaseModel):
 
     Attributes:
         to: The address of the destination: ``postgresql://localhost/reporting``, for example.
-        mode: "mirror" keeps each table as it is at the source, "history" keeps every change.
+        mode: "mirror" keeps each table as it is at the source, "history" keeps every change. By default "mirror", where
+            the destination can do it.
         into: The name of a table at the destination, with ``{schema}`` and ``{table}`` in it; None for the same name.
         tables: Patterns of the tables to take, as ``public.*``.
         exclude: Patterns of the tables to leave out.
         key: In mode "mirror", by table, the columns that identify a row, where that is not the replica identity.
         mask: By table, the columns whose values become NULL.
         leave_out: By table, the columns that the destination does not get.
-        max_age: Seconds that committed changes may wait, to be applied together.
+        max_age: Seconds that committed changes may wait, to be applied together; None for the destination's default.
         spool: A local folder for what waits; None for one beside the recovery folder.
         options: Other arguments of the destination's sink.
         source: Options of the source, which `SourceSettings.from_env` reads.
 
     Example:
         >>> Replication.from_env({"PGOUTPUT_TO": "postgresql://ann:secret@db1/shop", "PGOUTPUT_EXCLUDE": "*.log_*"})
-        Replication(to='postgresql: shop on db1 as ann', exclude=('*.log_*',))
+        Replication(to='PostgreSQL, shop on db1 as ann', exclude=('*.log_*',))
         >>> Replication(to="postgresql://db1/shop", modes="mirror")
         Traceback (most recent call last):
         pgoutput_source.errors.ConfigurationError: modes: there is no such option
@@ -80,7 +130,7 @@ class Replication(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
 
-    to: Annotated[str, Field(min_length=1)]
+    to: Annotated[str, AfterValidator(_checked_address)]
     mode: Mode = "mirror"
     into: str | None = None
     tables: Texts = ("*",)
@@ -88,7 +138,7 @@ class Replication(BaseModel):
     key: Columns = Field(default_factory=dict)
     mask: Columns = Field(default_factory=dict)
     leave_out: Columns = Field(default_factory=dict)
-    max_age: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    max_age: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     spool: Path | None = None
     options: dict[str, Any] = Field(default_factory=dict, repr=False)
     source: dict[str, Any] = Field(default_factory=dict, repr=False)
@@ -104,21 +154,31 @@ class Replication(BaseModel):
         return repr(self)
 
     @property
-    def scheme(self) -> str:
-        """What the address begins with, before its colon; empty if it has none. libpq's ``host=…`` is PostgreSQL's."""
-        if match := re.match(r"([a-z][a-z0-9]*):", self.to):
-            return match[1]
-        return "postgresql" if re.match(r"\s*[a-z_]+\s*=", self.to) else ""
+    def kind(self) -> Scheme:
+        """The kind of destination."""
+        return SCHEMES[_scheme(self.to)]
+
+    @property
+    def address(self) -> str:
+        """The address as the sink takes it."""
+        return self.to if self.kind.whole else self.to.partition(":")[2]
 
     @property
     def place(self) -> str:
         """The address for log lines and errors, without a password."""
-        return f"{self.scheme}: {describe(self.to)}" if self.scheme in ("postgresql", "postgres") else self.to
+        return f"PostgreSQL, {describe(self.to)}" if self.kind.whole else self.to
 
     @property
     def targets(self) -> Targets:
         """Which tables are taken, and the names that they get."""
         return Targets(self.into or "{schema}.{table}", tables=self.tables, exclude=self.exclude)
+
+    def target_of(self, table: TableName) -> str | None:
+        """Where a table goes, for people; None if it is not taken."""
+        target = self.targets.of(table)
+        if target is None or not self.kind.template:
+            return None if target is None else str(target)
+        return self.address.format(schema=table.namespace, table=table.name)
 
     @property
     def hidden(self) -> dict[TableName, tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -129,10 +189,18 @@ class Replication(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Replication]) -> Replication:
+        scheme = SCHEMES.get(_scheme(data.get("to"))) if isinstance(data, dict) else None
+        if scheme is not None:
+            data = {"mode": scheme.modes[0]} | data
         try:
-            return handler(data)
+            made = handler(data)
         except ValidationError as e:
             raise configuration_error(e, cls.model_fields) from None
+        if made.mode not in made.kind.modes:
+            raise ConfigurationError(
+                f"mode: {made.kind.sink} has no mode {made.mode!r}", hint=f"use {' or '.join(made.kind.modes)}"
+            )
+        return made
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Replication:

@@ -1,4 +1,4 @@
-"""Where a destination is named by a text: ``postgresql://localhost/reporting``. A scheme is a row of a table."""
+"""The sink that an address names, such as ``postgresql://localhost/reporting``; `SCHEMES` has the schemes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any
 
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
@@ -19,33 +19,10 @@ from pgoutput_source.dataflow.run import recovery_folder
 from pgoutput_source.destinations.replication import Replication
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.sinks.base import State
-from pgoutput_source.sinks.tables import Item, TableSink
+from pgoutput_source.sinks.tables import Item
 
 
-class Scheme(NamedTuple):
-    """A kind of destination.
-
-    Attributes:
-        module: The module of its sink, in `sinks`.
-        sink: The sink's class. Its first argument is the address.
-        example: An address.
-        whole: Whether the scheme is part of the address that the sink takes.
-    """
-
-    module: str
-    sink: str
-    example: str
-    whole: bool = False
-
-
-SCHEMES: Final[dict[str, Scheme]] = {
-    "postgresql": Scheme("postgres", "PostgresSink", "postgresql://localhost/reporting", whole=True),
-    "postgres": Scheme("postgres", "PostgresSink", "postgres://localhost/reporting", whole=True),
-}
-"""The destinations that an address can name."""
-
-
-def sink_of(replication: Replication, *, spool: Path | None = None) -> TableSink:
+def sink_of(replication: Replication, *, spool: Path | None = None) -> FixedPartitionedSink[Any, Any]:
     """The sink of a replication. Nothing is opened yet.
 
     Args:
@@ -53,38 +30,27 @@ def sink_of(replication: Replication, *, spool: Path | None = None) -> TableSink
         spool: The folder for what waits, if the replication names none.
 
     Raises:
-        ConfigurationError: The address can't be read, what the destination needs is not installed, or it does not have
-            an option.
+        ConfigurationError: What the destination needs is not installed, or it does not have an option.
 
     Example:
         >>> sink_of(Replication(to="postgresql://localhost/reporting"), spool=Path("spool"))
         PostgresSink('{schema}.{table}', mode='mirror')
-        >>> sink_of(Replication(to="excel:shop.xlsx"), spool=Path("spool"))
-        Traceback (most recent call last):
-        pgoutput_source.errors.ConfigurationError: to: there is no destination 'excel'
-        hint: write an address such as ...
+        >>> sink_of(Replication(to="parquet:out/{schema}/{table}"), spool=Path("spool"))
+        ParquetSink('out/{schema}/{table}')
     """
-    scheme = SCHEMES.get(replication.scheme)
-    if scheme is None:
-        raise ConfigurationError(
-            f"to: there is no destination {replication.scheme!r}"
-            if replication.scheme
-            else "to: the address does not say what kind of destination it is",
-            hint=f"write an address such as {', '.join(each.example for each in SCHEMES.values())}",
-        )
-    sink: Callable[..., TableSink] = getattr(
+    scheme, address = replication.kind, replication.address
+    sink: Callable[..., FixedPartitionedSink[Any, Any]] = getattr(
         importlib.import_module(f"pgoutput_source.sinks.{scheme.module}"), scheme.sink
     )
-    address = replication.to if scheme.whole else replication.to.partition(":")[2]
-    if not address:
-        raise ConfigurationError(f"to: {replication.to!r} names no place", hint=f"for example {scheme.example}")
     given: dict[str, Any] = {
-        "mode": replication.mode,
         "spool": replication.spool or spool or Path("spool"),
         "tables": replication.tables,
         "exclude": replication.exclude,
-        "max_age": timedelta(seconds=replication.max_age),
     }
+    if len(scheme.modes) > 1:
+        given["mode"] = replication.mode
+    if replication.max_age is not None:
+        given["max_age"] = timedelta(seconds=replication.max_age)
     if replication.into is not None:
         given["into"] = replication.into
     if replication.key:
@@ -115,9 +81,9 @@ class ReplicationSink(FixedPartitionedSink[Item, State]):
     def __init__(self, replication: Callable[[], Replication]) -> None:
         self._replication = replication
         self._lock = threading.Lock()
-        self._made: TableSink | None = None
+        self._made: FixedPartitionedSink[Any, Any] | None = None
 
-    def _sink(self) -> TableSink:
+    def _sink(self) -> FixedPartitionedSink[Any, Any]:
         with self._lock:
             if self._made is None:
                 self._made = sink_of(self._replication(), spool=spool_beside(recovery_folder()))

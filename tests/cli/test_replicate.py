@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from harness.database import Database
 from harness.flow import ROOT, Flow, following, wait_for
 
+from pgoutput_source.cli import main
 from pgoutput_source.embedded import Server
 
 
@@ -66,21 +68,26 @@ ORDERS = "SELECT * FROM orders ORDER BY 1"
 ODD = 'SELECT a, "B c"::text FROM "Odd ""names"".x" ORDER BY 1'
 
 
-def test_all_tables_by_one_command(shop: Database, target: Database, tmp_path: Path) -> None:
+def test_all_tables_by_one_command(
+    shop: Database,
+    target: Database,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     recovery = tmp_path / "recovery"
     to = ("--dsn", shop.dsn, "--to", target.dsn, "--recovery", str(recovery))
 
-    code, said = ended(command(*to))
-    assert code == 1
+    assert main(["replicate", *to]) == 1
+    said = capsys.readouterr().err
     assert "there is no replication slot 'replicate'" in said
     assert "--create" in said
-    code, said = ended(command(*to, "--create", "--dry-run"))
-    assert code == 0
-    assert "to be created" in said
+    with caplog.at_level(logging.INFO):
+        assert main(["replicate", *to, "--create", "--dry-run"]) == 0
+    assert "to be created" in caplog.text
     assert slots(shop) == []
-
-    code, said = ended(command(*to, "--create"))
-    assert code == 1
+    assert main(["replicate", *to, "--create"]) == 1
+    said = capsys.readouterr().err
     assert "a mirror needs a key, and PostgreSQL sends none for public.log_days" in said
     assert "--exclude 'public.log_days'" in said
 
@@ -131,14 +138,14 @@ def test_the_flow_does_the_same(shop: Database, target: Database, tmp_path: Path
         c.execute("SELECT email FROM log_days")
 
 
-def test_control_a_misspelled_table_never_shows_its_secrets(shop: Database, target: Database, tmp_path: Path) -> None:
+def test_a_misspelled_table_never_shows_its_secrets(
+    shop: Database, target: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "replicate.toml"
     file.write_text('[mask]\n"public.order" = ["note"]\n')
-    code, said = ended(
-        command("--dsn", shop.dsn, "--to", target.dsn, "--config", str(file), "--create", "--exclude", "*.log_*")
-    )
-    assert code == 1
-    assert "mask: public.order is not published" in said
+    arguments = ["--dsn", shop.dsn, "--to", target.dsn, "--config", str(file), "--create", "--exclude", "*.log_*"]
+    assert main(["replicate", *arguments]) == 1
+    assert "mask: public.order is not published" in capsys.readouterr().err
 
     with shop.connect() as c:
         c.execute("CREATE PUBLICATION orders FOR TABLE orders")
@@ -162,15 +169,16 @@ WRONG = {
     '[source]\nslots = "x"': "[source] slots: there is no such option",
     "to: x": "is no TOML",
     "source = 1": "source: input should be a valid dictionary",
+    'to = "parquet:out"': "'parquet:out' puts all tables into one place",
+    'to = "parquet:{table}"\nmode = "mirror"': "ParquetSink has no mode 'mirror'",
+    'to = "parquet:{table}"\ninto = "x"': "into: ParquetSink has no such option",
     'to = "excel:shop.xlsx"': "there is no destination 'excel'",
-    'to = "shop.duckdb"': "the address does not say what kind of destination it is",
+    'to = "shop.duckdb"': "no kind of destination is named",
 }
 
 
 @pytest.mark.parametrize("text", WRONG)
 def test_a_wrong_key_is_one_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pgoutput_source.cli import main
-
     file = tmp_path / "replicate.toml"
     file.write_text(text if text.startswith("to = ") else f'to = "postgresql://localhost/x"\n{text}')
     dsn = () if text.startswith("[source]") else ("--dsn", "postgresql://nowhere.invalid/x")
