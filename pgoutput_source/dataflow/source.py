@@ -129,7 +129,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
     @property
     def tables(self) -> set[tuple[str, str]]:
         """The tables that steps take with `cdc.table`, as schema and name."""
-        return taken_from(self)
+        return taken_from(self)[0]
 
     def list_parts(self) -> list[str]:
         """The slot's name, which is also the key of the resume state."""
@@ -144,7 +144,7 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
         settings = self._settings()
         try:
             with shutdown.building(settings.slot):
-                return _SlotPartition(settings, resume_state, self.tables)
+                return _SlotPartition(settings, resume_state, *taken_from(self))
         except Drained:
             return _Interrupted(resume_state)
 
@@ -152,12 +152,18 @@ class PgOutputSource(FixedPartitionedSource[ChangeSet, State]):
 class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
     """A `SlotSession` driven by Bytewax: when it delivers, when it acknowledges, and when it leaves."""
 
-    def __init__(self, settings: SourceSettings, state: State | None, tables: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        settings: SourceSettings,
+        state: State | None,
+        tables: Iterable[tuple[str, str]] = (),
+        patterns: Iterable[str] = (),
+    ) -> None:
         show_log()
         self.settings = settings
         self.slot = settings.slot
         self.dsn = connection_string(settings.dsn, shop=True)
-        self.session = SlotSession(self.dsn, settings, state, tables=tables)
+        self.session = SlotSession(self.dsn, settings, state, tables=tables, patterns=patterns)
         self.staged: Lsn | None = None
         self.final = False  # whether the last snapshot covers everything that this partition will deliver
         self.done = False  # whether that snapshot is durable

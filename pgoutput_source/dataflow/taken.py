@@ -15,7 +15,13 @@ from weakref import WeakKeyDictionary
 
 from bytewax.dataflow import Stream
 
-Note = tuple[list[Any], str, Callable[[], Iterable[tuple[str, str]]]]
+from pgoutput_source.changes.schema import TableName
+from pgoutput_source.destinations.targets import is_pattern
+
+Taken = tuple[str, str] | str
+"""A table, as schema and name, or a pattern of tables."""
+
+Note = tuple[list[Any], str, Callable[[], Iterable[Taken]]]
 """The steps of a flow, a stream that one of its steps takes, and what gives the tables that the step takes from it."""
 
 _notes: Final[WeakKeyDictionary[Any, list[Note]]] = WeakKeyDictionary()
@@ -26,10 +32,17 @@ def made(source: object) -> None:
     _notes[source] = []
 
 
-def take(up: Stream[Any], tables: Callable[[], Iterable[tuple[str, str]]]) -> None:
+def take(up: Stream[Any], tables: Callable[[], Iterable[Taken]]) -> None:
     """Note that a step takes `tables` (schema and name) from the sources upstream of `up`. Called when these start."""
     for notes in _notes.values():
         notes.append((up.flow().substeps, up.stream_id, tables))
+
+
+def take_matching(up: Stream[Any], patterns: Iterable[str]) -> None:
+    """Note that a step takes the tables that match. A pattern that is a plain name is that table."""
+    taken: list[Taken] = [each if is_pattern(each) else TableName.parse(each) for each in patterns if each != "*"]
+    if taken:
+        take(up, lambda: taken)
 
 
 def prefixes(up: Stream[Any]) -> set[str]:
@@ -38,9 +51,9 @@ def prefixes(up: Stream[Any]) -> set[str]:
     return {prefix for source in sources if (prefix := getattr(source, "metadata_prefix", "_")) is not None}
 
 
-def taken_from(source: object) -> set[tuple[str, str]]:
-    """The tables that steps take from a source, as schema and name. The flow must be complete."""
-    found = set[tuple[str, str]]()
+def taken_from(source: object) -> tuple[set[tuple[str, str]], set[str]]:
+    """The tables, as schema and name, and the patterns that steps take from a source. The flow must be complete."""
+    found = set[Taken]()
     makers: dict[int, dict[str, Any]] = {}
     for steps, stream, tables in _notes[source]:
         if id(steps) not in makers:
@@ -48,7 +61,8 @@ def taken_from(source: object) -> set[tuple[str, str]]:
         taken = set(tables())
         if not taken <= found and any(each is source for each in _sources(makers[id(steps)], stream)):
             found |= taken
-    return found
+    patterns = {each for each in found if isinstance(each, str)}
+    return {each for each in found if not isinstance(each, str)}, patterns
 
 
 def _sources(makers: dict[str, Any], stream: str) -> Iterator[object]:

@@ -111,6 +111,9 @@ class ParquetDestination(Destination):
     def _locked(self, target: Target) -> Iterator[Reached | None]:
         """Own a folder for the moment. What is known of it holds if nobody has written to it since."""
         folder = self.root / target.name
+        with explained("can't read", folder):
+            if target not in self._known and not folder.exists():
+                self._known[target] = _Known(None, 0)
         while True:
             lock = FolderLock(folder)
             try:
@@ -160,7 +163,8 @@ class ParquetDestination(Destination):
             sync(writing)
             os.rename(writing, file)
             sync(file.parent)
-            add_to_index(folder, part)
+            # The next start adds again what a power cut takes away.
+            add_to_index(folder, part, durably=False)
         return reached
 
 

@@ -23,13 +23,43 @@ class Target(NamedTuple):
         return str(TableName(self.namespace, self.name)) if self.namespace else self.name
 
 
+class Patterns:
+    """Tables, by patterns over their schema and name: `*`, `?` and ``[seq]`` as in a shell.
+
+    A name is compared as it is written: with quotes around a part in which a dot would be ambiguous.
+
+    Example:
+        >>> patterns = Patterns("public.*", exclude=["*.audit*"])
+        >>> [patterns.take(TableName("public", name)) for name in ("orders", "audit_2024")]
+        [True, False]
+    """
+
+    def __init__(self, tables: str | Iterable[str] = ("*",), exclude: str | Iterable[str] = ()) -> None:
+        self.tables = (tables,) if isinstance(tables, str) else tuple(tables)
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self._known: dict[TableName, bool] = {}
+
+    def take(self, table: TableName) -> bool:
+        """Whether a table is one of them."""
+        if table not in self._known:
+            name = str(table)
+            matched = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.tables)
+            self._known[table] = matched and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+        return self._known[table]
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text names no single table."""
+    return any(character in text for character in "*?[")
+
+
 class Targets:
     """The tables that a sink takes and where they go.
 
     Args:
         template: The place of a table: text with ``{schema}`` and ``{table}`` in it, schema and name at the destination
             with a dot between.
-        tables: Patterns of the tables to take, as ``public.*``: `*`, `?` and `[seq]` as in a shell. All by default.
+        tables: Patterns of the tables to take, all by default; see `Patterns`.
         exclude: Patterns of tables to leave out.
         folded: Whether the destination takes names that differ only in upper and lower case for the same.
 
@@ -46,12 +76,12 @@ class Targets:
         self,
         template: str = "{schema}.{table}",
         *,
-        tables: Iterable[str] = ("*",),
-        exclude: Iterable[str] = (),
+        tables: str | Iterable[str] = ("*",),
+        exclude: str | Iterable[str] = (),
         folded: bool = False,
     ) -> None:
         self.template, self.folded = template, folded
-        self.tables, self.exclude = tuple(tables), tuple(exclude)
+        self.patterns = Patterns(tables, exclude)
         try:
             fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
         except ValueError as e:
@@ -70,13 +100,8 @@ class Targets:
             SinkError: Another table goes there, too.
         """
         if table not in self._found:
-            self._found[table] = self._place(table) if self._takes(table) else None
+            self._found[table] = self._place(table) if self.patterns.take(table) else None
         return self._found[table]
-
-    def _takes(self, table: TableName) -> bool:
-        name = str(table)  # with quotes where a dot would be ambiguous
-        matched = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.tables)
-        return matched and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def _place(self, table: TableName) -> Target:
         target = self._target(table)

@@ -15,7 +15,7 @@ from pgoutput_source.operators.outputs import output
 from pgoutput_source.operators.projections import mask, rename, select
 from pgoutput_source.operators.replicate import replicate
 from pgoutput_source.operators.rows import events, key_by, map_batches
-from pgoutput_source.operators.selection import messages, table
+from pgoutput_source.operators.selection import messages, table, tables
 from pgoutput_source.operators.transitions import entered, left
 from pgoutput_source.operators.windows import CommitClock, WindowStream, window
 
@@ -39,6 +39,7 @@ __all__ = [
     "replicate",
     "select",
     "table",
+    "tables",
     "updates",
     "window",
 ]

@@ -10,6 +10,7 @@ from bytewax.dataflow import Stream, operator
 from bytewax.outputs import FixedPartitionedSink
 
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet
+from pgoutput_source.dataflow.taken import take_matching
 
 Item: TypeAlias = ChangeBatch | ChangeSet | pa.RecordBatch
 
@@ -39,5 +40,6 @@ def output(step_id: str, up: Stream[Item], sink: FixedPartitionedSink[Any, Any])
         ...     print(file.read()[:20])
         {"id": 1, "_op": "I"
     """
+    take_matching(up, getattr(sink, "patterns", ()))
     keyed = op.key_on("key", up, lambda batch: batch.table if isinstance(batch, ChangeBatch) else "")
     op.output("write", keyed, sink)

@@ -1,13 +1,17 @@
-"""`cdc.table` and `cdc.messages`: what a dataflow takes from the source's change sets."""
+"""`cdc.table`, `cdc.tables` and `cdc.messages`: what a dataflow takes from the source's change sets."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
 
 from bytewax import operators as op
 from bytewax.dataflow import Stream, operator
 
-from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message
+from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message, UndecodedBatch
 from pgoutput_source.changes.schema import TableName
-from pgoutput_source.dataflow.taken import take
+from pgoutput_source.dataflow.taken import take, take_matching
+from pgoutput_source.destinations.targets import Patterns
 
 
 @operator
@@ -42,6 +46,58 @@ def table(step_id: str, up: Stream[ChangeSet], name: str) -> Stream[ChangeBatch]
         return [batch for s in sets for batch in s.of(wanted)]
 
     return op.flat_map_batch("of_table", up, of_table)
+
+
+@operator
+def tables(
+    step_id: str,
+    up: Stream[ChangeSet],
+    tables: str | Iterable[str] = ("*",),
+    *,
+    exclude: str | Iterable[str] = (),
+) -> Stream[ChangeBatch]:
+    """The changes of all tables that match, those that are created later included.
+
+    Each batch has changes of one table and knows which: `ChangeBatch.table` and `schema`. Batches of a table come in
+    position order. Those of different tables come table by table within a poll, so the order of changes across tables
+    is in `_commit_lsn` and `_seq`.
+
+    Args:
+        step_id: Unique name of the step.
+        up: The output of `PgOutputSource`.
+        tables: Patterns over schema and name, as ``public.*``: `*`, `?` and ``[seq]`` as in a shell. All by default. A
+            name without these is checked at the start, as in `table`; a pattern that no published table matches is a
+            warning.
+        exclude: Patterns of the tables to leave out.
+
+    Raises:
+        ConfigurationError: A name has no schema, or dots that can be read in several ways.
+        DecodeError, ConfigurationError, SchemaChanged: Once changes come: those of such a table can't be decoded.
+
+    Example:
+        >>> from bytewax.dataflow import Dataflow
+        >>> from bytewax.testing import TestingSink, TestingSource, run_main
+        >>> from pgoutput_source.testing import batch
+        >>> names = ["public.orders", "public.audit_1", "sales.items"]
+        >>> poll = ChangeSet(tuple(batch(name, [("I", {"id": 1})]) for name in names))
+        >>> flow, out = Dataflow("shop"), []
+        >>> changes = op.input("in", flow, TestingSource([poll]))
+        >>> op.output("out", tables("public", changes, "public.*", exclude="*.audit_*"), TestingSink(out))
+        >>> run_main(flow)
+        >>> [batch.table for batch in out]
+        ['public.orders']
+    """
+    patterns = Patterns(tables, exclude)
+    take_matching(up, patterns.tables)
+
+    def of_tables(sets: list[ChangeSet]) -> list[ChangeBatch]:
+        found = [batch for s in sets for batch in s.batches if patterns.take(batch.schema.full_name)]
+        for batch in found:
+            if isinstance(batch, UndecodedBatch):
+                raise copy.copy(batch.error)
+        return found
+
+    return op.flat_map_batch("of_tables", up, of_tables)
 
 
 @operator

@@ -8,12 +8,13 @@ https://www.postgresql.org/docs/current/sql-createpublication.html
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pgoutput_source.changes.schema import MetadataNames
+from pgoutput_source.changes.schema import MetadataNames, TableName
 from pgoutput_source.errors import PublicationError
 from pgoutput_source.postgres.connection import Connection
 from pgoutput_source.postgres.publications import text_columns
@@ -111,25 +112,37 @@ class Published:
         return f"publication{'s'[: len(self.publications) > 1]} {', '.join(repr(p.name) for p in self.publications)}"
 
 
-def check_tables(conn: Connection, settings: SourceSettings, wanted: Iterable[Name], once: Iterable[Name] = ()) -> None:
+def check_tables(
+    conn: Connection,
+    settings: SourceSettings,
+    wanted: Iterable[Name],
+    once: Iterable[Name] = (),
+    patterns: Iterable[str] = (),
+) -> None:
     """Check that the tables that steps take will come.
 
     A missing table is only a warning in two cases: a publication will include it as soon as it is created (FOR ALL
-    TABLES, FOR TABLES IN SCHEMA), or this flow received it before, and the slot may still hold changes of it.
+    TABLES, FOR TABLES IN SCHEMA), or this flow received it before, and the slot may still hold changes of it. A
+    pattern without a table is a warning: it may be meant for tables to come.
 
     Args:
         conn: An ordinary connection.
         settings: Names the publications.
         wanted: The tables.
         once: The tables that were published at an earlier start of the flow.
+        patterns: Patterns of tables that steps take.
 
     Raises:
         PublicationError: Some tables will never come. The hint has the nearest name, or what to do.
     """
-    wanted, once = sorted(set(wanted)), set(once)
-    if not wanted:
+    wanted, once, patterns = sorted(set(wanted)), set(once), sorted(set(patterns))
+    if not wanted and not patterns:
         return
     published = Published(conn, settings.publication)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(str(TableName(*table)), pattern) for table in published.tables):
+            there = f"it has {_some_of(list(map(_text, published.tables)))}" if published.tables else "it has none"
+            logger.warning("no table of %s matches %r, which a step takes; %s", published.named, pattern, there)
     missing: list[Remark] = []
     never = False
     for table in wanted:

@@ -134,6 +134,11 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
     def __repr__(self) -> str:
         return f"ParquetSink({str(self.folder)!r})"
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of the tables that a sink of all tables takes."""
+        return () if self._tables is None else self._tables.patterns
+
     def list_parts(self) -> list[str]:
         """One partition. Its name never changes: it is the key of the resume state."""
         if self._tables is not None:

@@ -114,6 +114,11 @@ class TableSink(TwoPhaseSink[Item]):
             if self._built:
                 raise  # otherwise another process of the cluster has the part
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of the tables that it takes, as they were given."""
+        return self.targets.patterns.tables
+
     # -- what a sink in two phases does -----------------------------------------------------------------------------
 
     def stage(self, token: str, items: list[Item]) -> None:

@@ -57,6 +57,7 @@ class SlotSession:
         state: What `snapshot` of an earlier session returned. None if there is none; then only the slot knows the
             position.
         tables: The tables that the caller takes, as schema and name, if known. If one can't come, the start fails.
+        patterns: Patterns of the tables that it takes. If one matches none, the start warns.
         frames: Makes the source of frames from the connection string, the settings and the `Start`.
 
     Attributes:
@@ -79,11 +80,12 @@ class SlotSession:
         state: State | None = None,
         *,
         tables: Iterable[tuple[str, str]] = (),
+        patterns: Iterable[str] = (),
         frames: Callable[[str, SourceSettings, Start], FrameSource] | None = None,
     ) -> None:
         self._tables = sorted(set(tables))
         self._only = settings.snapshot == "only"
-        start = begin(dsn, settings, state, self._tables)
+        start = begin(dsn, settings, state, self._tables, patterns)
         copied = None if state is None else state.get("copy")
         if self._only:
             state = None

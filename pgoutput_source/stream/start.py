@@ -74,7 +74,11 @@ class Start:
 
 
 def begin(
-    dsn: str, settings: SourceSettings, state: State | None = None, tables: Iterable[tuple[str, str]] = ()
+    dsn: str,
+    settings: SourceSettings,
+    state: State | None = None,
+    tables: Iterable[tuple[str, str]] = (),
+    patterns: Iterable[str] = (),
 ) -> Start:
     """Connect, create what is missing if asked to, check everything a stream needs, and resume from `state`.
 
@@ -83,6 +87,7 @@ def begin(
         settings: Which slot and which publications.
         state: The resume state; None for none.
         tables: Tables that must be published, as schema and name.
+        patterns: Patterns that should match some published table.
 
     Raises:
         ServerError: The server, the slot or a publication can't be used, see `checks.check` and `check_tables`.
@@ -97,12 +102,13 @@ def begin(
             hint="use another recovery folder, and other folders for the output",
         )
     if only:
-        return _begin_only(dsn, settings, state, tables)
+        return _begin_only(dsn, settings, state, tables, patterns)
     with connect_when_started(dsn, settings) as conn:
         if settings.create and state is None:
             creation.create(conn, settings)
         slot = check_with_state(conn, dsn, settings, state)
-        check_tables(conn, settings, tables, once=[(schema, name) for schema, name in (state or {}).get("taken", ())])
+        once = [(schema, name) for schema, name in (state or {}).get("taken", ())]
+        check_tables(conn, settings, tables, once=once, patterns=patterns)
         system = identify(conn)
         until = stop_at(conn, settings)
     position, acknowledged = reconcile(state, settings, slot, system)
@@ -112,7 +118,9 @@ def begin(
     return Start(system, position, acknowledged, until)
 
 
-def _begin_only(dsn: str, settings: SourceSettings, state: State | None, tables: Iterable[tuple[str, str]]) -> Start:
+def _begin_only(
+    dsn: str, settings: SourceSettings, state: State | None, tables: Iterable[tuple[str, str]], patterns: Iterable[str]
+) -> Start:
     """The start of a session whose slot is made by its own connection: nothing is resumed but the ledger."""
     with connect_when_started(dsn, settings) as conn:
         if settings.create and state is None:
@@ -126,7 +134,7 @@ def _begin_only(dsn: str, settings: SourceSettings, state: State | None, tables:
                 f"snapshot='only' creates a temporary slot {settings.slot!r}, but there is a slot of this name",
                 hint="name a slot that does not exist",
             )
-        check_tables(conn, settings, tables)
+        check_tables(conn, settings, tables, patterns=patterns)
         system = identify(conn)
     if state is not None:
         positions(state, system)

@@ -14,6 +14,7 @@ from harness.flow import confirmed, publish
 
 import pgoutput_source.operators as cdc
 from pgoutput_source import ChangeBatch, ChangeSet, ParquetSink, PgOutputSource, read, run
+from pgoutput_source.dataflow.taken import taken_from
 from pgoutput_source.errors import PublicationError
 
 
@@ -38,9 +39,37 @@ def test_the_tables_of_a_source_are_those_of_all_steps_below_it() -> None:
     cdc.table("of another", other, "public.elsewhere")
     keyed = op.key_on("keyed", second, lambda _: "k")
     cdc.table("late", op.key_rm("unkeyed", keyed), "public.late")
+    cdc.tables("some", first, ["sales.*", "public.named"], exclude="sales.old*")
+    cdc.tables("all", second)
+    cdc.output("out", second, ParquetSink("out/{table}", tables=["shop.?"]))
 
-    assert one.tables == {("public", "direct"), ("a", "b.c"), ("public", "nested"), ("public", "shared")}
+    assert one.tables == {
+        ("public", "direct"),
+        ("a", "b.c"),
+        ("public", "nested"),
+        ("public", "shared"),
+        ("public", "named"),
+    }
     assert two.tables == {("public", "shared"), ("public", "late")}
+    assert [taken_from(source)[1] for source in (one, two)] == [{"sales.*"}, {"shop.?"}]
+
+
+def test_all_tables_that_match_come_those_of_later_too(db: Database, caplog: pytest.LogCaptureFixture) -> None:
+    out: list[ChangeBatch] = []
+    flow = Dataflow("some")
+    changes = op.input("pg", flow, PgOutputSource(db.dsn, slot="cdc", publication="cdc", until="current"))
+    op.output("out", cdc.tables("some", changes, ["public.*", "sales.*"], exclude="*.audit_*"), TestingSink(out))
+    with db.connect() as c:
+        c.execute("CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE audit_1 (id int PRIMARY KEY)")
+        c.execute("CREATE TABLE audit_2 (id int PRIMARY KEY, _op int)")  # it can't be decoded, and nothing takes it
+        c.execute("CREATE SCHEMA sales; CREATE SCHEMA hr; CREATE TABLE hr.c (id int PRIMARY KEY)")
+        publish(db)
+        c.execute("CREATE TABLE sales.b (id int PRIMARY KEY)")
+        for table in ("a", "audit_1", "audit_2", "sales.b", "hr.c", "a"):
+            c.execute(f"INSERT INTO {table} (id) SELECT coalesce(max(id), 0) + 1 FROM {table}".encode())
+        run(flow)
+    assert [(batch.table, batch.data["id"].to_pylist()) for batch in out] == [("public.a", [1, 2]), ("sales.b", [1])]
+    assert "matches" not in caplog.text
 
 
 def history(db: Database, out: Path, table: str) -> Dataflow:

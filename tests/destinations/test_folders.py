@@ -155,6 +155,18 @@ def test_what_can_not_be_a_target(tmp_path: Path) -> None:
         ParquetSink(tmp_path / "{shema}/{table}")
 
 
+def test_more_tables_than_descriptors(db: Database, tmp_path: Path) -> None:
+    with db.connect() as c:
+        publish(db)
+        each = "DO $$ BEGIN FOR i IN 1..300 LOOP EXECUTE format('{}', i); END LOOP; END $$"
+        c.execute(each.format("CREATE TABLE t%s (id serial PRIMARY KEY)").encode())
+        flow = into(db, tmp_path, PGOUTPUT_UNTIL="current", OPEN_FILES="256", MAX_AGE="60")
+        for rows in (1, 2):
+            c.execute(each.format("INSERT INTO t%s DEFAULT VALUES").encode())
+            flow.run("-s", "0", *flow.recovery())
+            assert [read(flow.out / f"public/t{i}").count_rows() for i in range(1, 301)] == 300 * [rows]
+
+
 def test_names_that_differ_by_case_where_the_file_system_folds_them() -> None:
     folded = FolderTargets("{schema}/{table}", folded=True)
     folded.of(TableName("public", "Straße"))

@@ -141,10 +141,12 @@ def slow_fsyncs(folder: Path, seconds: float) -> dict[str, str]:
 def install() -> None:
     """Patch what `KILL_AT` and `BREAK` name; nothing without them.
 
-    `FILE_SIZE` is the most bytes that a file may have, as if the disk were full; `UMASK` the process's umask, in octal;
-    `LATE` lets nothing come from the server in the first epoch; `TELL_ALL` logs everything that there is to log, and
-    the metrics at the exit.
+    `OPEN_FILES` is the most descriptors that the process may have. `FILE_SIZE` is the most bytes that a file may have,
+    as if the disk were full; `UMASK` the process's umask, in octal; `LATE` lets nothing come from the server in the
+    first epoch; `TELL_ALL` logs everything that there is to log, and the metrics at the exit.
     """
+    if most := os.environ.get("OPEN_FILES"):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(most), int(most)))
     if size := os.environ.get("FILE_SIZE"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
     if umask := os.environ.get("UMASK"):

@@ -49,6 +49,18 @@ def test_a_table_that_will_never_come_is_refused_with_the_reason(any_db: Databas
         assert "drop" not in str(caught.value)
 
 
+def test_a_pattern_that_no_table_matches_is_said(db: Database, caplog: pytest.LogCaptureFixture) -> None:
+    db.connect().execute(SCHEMA)
+    with connect(db.dsn) as conn:
+        check_tables(conn, of(db, "every"), [], patterns=["public.*", "*.Item?", "*.payment_[0-9]*"])
+        assert caplog.text == ""
+        check_tables(conn, of(db, "few"), [], patterns=["sales.*", "public.*"])
+        assert caplog.messages == [
+            "no table of publication 'few' matches 'sales.*', which a step takes; it has public.orders, "
+            "public.payment_2022"
+        ]
+
+
 def test_a_table_that_comes_or_may_come_is_not_refused(any_db: Database, caplog: pytest.LogCaptureFixture) -> None:
     any_db.connect().execute(SCHEMA)
     with connect(any_db.dsn) as conn:
