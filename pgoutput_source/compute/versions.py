@@ -141,6 +141,8 @@ def _same_values(old: pa.Field, new: pa.Field) -> bool:
     limit, new_limit = _modifier(old), _modifier(new)
     if was in _TEXTS and now in _TEXTS:
         return new_limit is None or (limit is not None and limit <= new_limit)
+    if was == now and was in _TIMES:
+        return new_limit is None or new_limit >= _DIGITS or (limit is not None and limit <= new_limit)
     if was == now == "numeric":
         if limit is None or new_limit is None:
             return new_limit is None
@@ -150,6 +152,11 @@ def _same_values(old: pa.Field, new: pa.Field) -> bool:
 
 
 _TEXTS: Final = ("character varying", "text")
+_TIMES: Final = (
+    *("time without time zone", "time with time zone"),
+    *("timestamp without time zone", "timestamp with time zone"),
+)
+_DIGITS: Final = 6  # of a second, in every time
 
 
 def _modifier(field: pa.Field) -> int | None:

@@ -33,12 +33,13 @@ def current(folder: str | Path, *, key: str | Sequence[str], table: str | None =
     dropped or renamed, are left out; changes from the time when this table had another name are included. Columns are
     those of the newest file. A renamed column keeps its values. ALTER TABLE changes rows without sending them, and
     what can be known of that is applied. An added column has its default in older rows. After a change of type (except
-    to a wider varchar or numeric) the values of rows that were not sent again are unknown, because USING may have
-    computed anything; they are named in `_unchanged`. ``UPDATE t SET c = c`` sends them again.
+    to a wider varchar, numeric, time or timestamp) the values of rows that were not sent again are unknown, because
+    USING may have computed anything; they are named in `_unchanged`. ``UPDATE t SET c = c`` sends them again.
 
-    A key keeps its values if it was and is a number, or becomes text. If it becomes anything else, the key of rows that
-    were not sent again is unknown, and their earlier versions can't be matched with rows that were: give the new
-    version a folder of its own.
+    A key keeps its values if PostgreSQL's own cast to the new type depends on nothing else: if it was and is a number,
+    if it becomes text (but for dates, times, floats and bytea, whose text depends on settings), and if a date becomes a
+    timestamp. Otherwise the key of rows that were not sent again is unknown, and their earlier versions can't be
+    matched with rows that were: give the new version a folder of its own.
 
     It also works on the output of `cdc.latest` and `cdc.aggregate`. It holds the keys of all changes and the result in
     memory.

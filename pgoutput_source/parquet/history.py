@@ -25,6 +25,7 @@ from pgoutput_source.compute.versions import Past, column_in, relation_of
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.parquet.folder import Asked, may_be, table_of
 from pgoutput_source.parquet.read import common_type, is_number, schemas_of
+from pgoutput_source.types.casts import Cast, cast_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,16 +116,22 @@ class TableHistory:
         return np.repeat([run.whole for run in self.runs], [run.rows for run in self.runs])
 
     def keeps_identity(self, name: str) -> bool:
-        """Whether values of a key identify the same rows, whatever type it has had: numbers, or what became text."""
+        """Whether values of a key identify the same rows, whatever type it has had."""
         fields = [run.schema.field(past.name) for run in self.runs if (past := run.past[name]).name is not None]
         if all(is_number(field.type) or _pg_type(field) == b"numeric" for field in fields):
             return True
-        is_text, t = _pg_type(self.schema.field(name)) in (b"text", b"character varying"), pa.types
-        kinds = [field.type for field in fields if _pg_type(field) != b"numeric"]
-        return is_text and len(kinds) == len(fields) and all(t.is_string(kind) or t.is_integer(kind) for kind in kinds)
+        return all(
+            run.past[name].known or run.past[name].name is None or _cast(run, self.schema, name) is not None
+            for run in self.runs
+        )
 
     def _key_type(self, name: str) -> pa.DataType:
-        kinds = [run.schema.field(past.name).type for run in self.runs if (past := run.past[name]).name is not None]
+        now = self.schema.field(name).type
+        kinds = [
+            run.schema.field(past.name).type if _cast(run, self.schema, name) is None else now
+            for run in self.runs
+            if (past := run.past[name]).name is not None
+        ]
         kind = common_type(kinds) if kinds else pa.null()
         if kind is None:
             raise ConfigurationError(
@@ -210,8 +217,11 @@ def _read(
 ) -> pa.Table:
     expressions: dict[str, pc.Expression] = {}
     metadata, was = MetadataNames.of(newest), run.metadata
+    casts = {name: cast for name in kinds if (cast := _cast(run, newest, name)) is not None}
     for name in names:
         expressions[name] = _expression(run, newest, name, kinds.get(name))
+        if name in casts:
+            expressions[name] = pc.field(run.past[name].name)
     if olds:
         there = was.before in run.schema.names
         expressions[OLD] = pc.field(was.before).is_valid() if there else pc.scalar(False)
@@ -220,18 +230,32 @@ def _read(
         kind = kinds.get(name, newest.field(name).type)
         here = past.name is not None and was.before in run.schema.names and _has(run.schema, past.name)
         if here and (past.known or name in kinds):
-            expressions[OLD + name] = pc.field(was.before, past.name).cast(kind)
+            cell = pc.field(was.before, past.name)
+            expressions[OLD + name] = cell if name in casts else cell.cast(kind)
         else:
             value = past.value if past.name is None and name not in kinds else None
             expressions[OLD + name] = pc.scalar(pa.scalar(None, kind) if value is None else value)
     scanner = run.data.scanner(columns=expressions)
     table = scanner.to_table() if places is None else scanner.take(places)
+    for name, cast in casts.items():
+        for column in {name, OLD + name} & set(table.column_names):
+            index = table.schema.get_field_index(column)
+            chunks = [cast(chunk).cast(kinds[name]) for chunk in table.column(column).chunks if chunk.type != pa.null()]
+            table = table.set_column(index, column, pa.chunked_array(chunks, kinds[name]))
     if was != metadata or any(old != new for old, new in run.current.items()):
         for name in {metadata.unchanged, metadata.raw} & set(names):
             index = table.schema.get_field_index(name)
             column = renamed(table.column(name), run.current, old=was.old, now=metadata.old)
             table = table.set_column(index, name, column)
     return table
+
+
+def _cast(run: VersionFiles, newest: pa.Schema, name: str) -> Cast | None:
+    """What makes a key of the newest type of one whose type has changed since, if it is known."""
+    past = run.past[name]
+    if past.known or past.name is None:
+        return None
+    return cast_of(run.schema.field(past.name), newest.field(name))
 
 
 def _has(schema: pa.Schema, name: str) -> bool:
