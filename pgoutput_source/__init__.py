@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pgoutput_source.changes.events import ChangeEvent
     from pgoutput_source.dataflow.run import run
     from pgoutput_source.dataflow.source import PgOutputSource
+    from pgoutput_source.destinations.waiting import wait_for
     from pgoutput_source.errors import PgOutputError
     from pgoutput_source.parquet.current import current
     from pgoutput_source.parquet.read import read
@@ -51,6 +52,7 @@ _HOME: Final = {
     "peek": "reader",
     "read": "parquet.read",
     "run": "dataflow.run",
+    "wait_for": "destinations.waiting",
 }
 
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "peek",
     "read",
     "run",
+    "wait_for",
 ]
 
 

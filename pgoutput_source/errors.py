@@ -171,6 +171,10 @@ class SinkError(PgOutputError):
     """A destination can't be written, or contains something that must not be mixed with this run's output."""
 
 
+class NotReached(PgOutputError, TimeoutError):
+    """A destination did not get as far as it was waited for, in time."""
+
+
 def check_version(state: object, version: int, whose: str) -> None:
     """Check the version of a resume state, which is under ``"v"``.
 

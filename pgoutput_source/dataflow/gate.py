@@ -34,12 +34,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 MAX_RUNS: Final = 100
 """How many runs a source's state remembers. `_CUT` among them means that there were more."""
 
 _CUT: Final = ""
+
+
+Complete: TypeAlias = Callable[[tuple[str, ...], int], None]
+"""Told that everything of an origin that committed before a position is published."""
 
 
 class Publisher(Protocol):
@@ -62,14 +66,18 @@ class Gate:
 
     # -- sinks --------------------------------------------------------------------------------------------------
 
-    def expect(self, sink: object, settle: Callable[[], None]) -> None:
+    def expect(self, sink: object, settle: Callable[[], None], complete: Complete | None = None) -> None:
         """Call `settle` once, when the gate first opens: `sink` is part of the dataflow that starts.
+
+        `complete` is called after each opening of a source that knows what is complete; see `opened`.
 
         Without a resume state Bytewax builds a sink's part only when its first item comes. In `settle` a sink can deal
         with what an earlier run left, or fail, before any data comes.
         """
         with self.lock:
             self._expected[sink] = settle
+            if complete is not None:
+                self._followers[sink] = complete
 
     def register(self, publisher: Publisher) -> None:
         """A sink part begins. It is told of each opening from now on."""
@@ -188,8 +196,13 @@ class Gate:
             kept = sorted(runs)[-MAX_RUNS:]
             return {**({} if len(kept) == len(runs) else {_CUT: 0}), **{run: runs[run] for run in kept}}
 
-    def opened(self, source: str = "") -> None:
+    def opened(self, source: str = "", complete: tuple[tuple[str, ...], int] | None = None) -> None:
         """The last snapshot of `source` is durable. Call this once per snapshot, before acknowledging.
+
+        Args:
+            source: Its name.
+            complete: The origin of its changes (system, database, slot) and the position before which all that
+                committed has been delivered; None while that is not so, as during a copy.
 
         Raises:
             SinkError: Files could not be published: don't acknowledge. Other errors of publishers pass through too.
@@ -208,6 +221,9 @@ class Gate:
                     publisher.committed()
                     publisher.drain()
                     del self._ended[publisher]
+            if complete is not None:
+                for follow in list(self._followers.values()):
+                    follow(*complete)
 
     def drain(self) -> None:
         """Publish everything committed, due or not. A source that stops calls this after its last `opened`."""
@@ -251,6 +267,7 @@ class Gate:
             self._needs: dict[Publisher, int] = {}  # the number of the opening that proves its last snapshot
             self._ended: dict[Publisher, int] = {}  # the same, for parts that were closed at their end
             self._expected: dict[object, Callable[[], None]] = {}  # what to do at the first opening
+            self._followers: dict[object, Complete] = {}
             self._holding: set[object] = set()
 
 

@@ -165,6 +165,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         self.dsn = connection_string(settings.dsn, shop=True)
         self.session = SlotSession(self.dsn, settings, state, tables=tables, patterns=patterns)
         self.staged: Lsn | None = None
+        self.complete: tuple[tuple[str, ...], int] | None = None  # what is known once the last snapshot is durable
         self.final = False  # whether the last snapshot covers everything that this partition will deliver
         self.done = False  # whether that snapshot is durable
         self.left = False
@@ -204,6 +205,9 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         self.bytes_in_epoch = 0
         state = self.session.snapshot()
         self.staged = Lsn(state["lsn"])
+        whole = not (self.session.copying or self.session.replaying)
+        system = self.session.system
+        self.complete = ((system.system_id, system.database, self.slot), self.staged) if whole else None
         return {**state, "epochs": gate.epochs(self.slot)}
 
     def close(self) -> None:
@@ -221,7 +225,7 @@ class _SlotPartition(StatefulSourcePartition[ChangeSet, State]):
         if self.staged is None:
             return
         lsn, self.staged = self.staged, None
-        gate.opened(self.slot)
+        gate.opened(self.slot, self.complete)
         metrics.GATE_TIME.labels(self.slot).set(time.time())
         self.done = self.done or self.final
         self.session.durable()

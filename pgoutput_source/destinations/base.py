@@ -120,5 +120,8 @@ class Destination(ABC):
             SinkError: Nothing of the job that failed is there, and it may be applied again.
         """
 
+    def complete(self, origin: tuple[str, ...], lsn: int) -> None:  # noqa: B027 - the spool has it as well
+        """Note, for readers, that everything of an origin that committed before `lsn` was applied."""
+
     def close(self) -> None:  # noqa: B027 - a store without connections has nothing to do
         """Let go of connections. The next call opens them again."""

@@ -1,6 +1,7 @@
 """Tables of a publication in another PostgreSQL: every type, all tables of a commit in one transaction.
 
     pgoutput.published    a row for each table: how far it is, whose it is, and the columns that it was made from
+    pgoutput.complete     a row for each slot: everything that committed before its LSN is here
 
 Values travel as text, which the server's own input functions read, through COPY.
 https://www.postgresql.org/docs/current/sql-copy.html
@@ -56,6 +57,8 @@ CREATE TABLE IF NOT EXISTS {schema}.published (
     namespace text, name text, number bigint NOT NULL, commit_lsn pg_lsn NOT NULL, seq bigint NOT NULL,
     system text NOT NULL, database text NOT NULL, slot text NOT NULL, mode text NOT NULL, relation bigint NOT NULL,
     key text[] NOT NULL, columns jsonb NOT NULL, PRIMARY KEY (namespace, name));
+CREATE TABLE IF NOT EXISTS {schema}.complete (
+    system text, database text, slot text, lsn pg_lsn NOT NULL, PRIMARY KEY (system, database, slot));
 """
 _TYPES: Final = MetadataNames(
     op="text",
@@ -135,13 +138,32 @@ class PostgresDestination(Destination):
             )
         return Reached(number, (int(lsn), seq), (system, database, slot))
 
+    def complete(self, origin: tuple[str, ...], lsn: int) -> None:
+        """In a transaction of its own, after those that it speaks of."""
+        self._connected().execute(
+            self._sql(
+                "INSERT INTO {schema}.complete VALUES (%s, %s, %s, '0/0'::pg_lsn + %s::numeric)"
+                " ON CONFLICT (system, database, slot) DO UPDATE SET lsn = excluded.lsn"
+            ),
+            (*origin, lsn),
+        )
+
+    def completed(self) -> dict[str, int]:
+        """By origin, as JSON of system, database and slot, what `complete` was told last; for any reader."""
+        if self._connection is None or self._connection.closed:
+            self._connection = connect(self.dsn)
+        there = self._connection.execute("SELECT to_regclass(%s)", (f'"{self.schema}".complete',)).fetchone()
+        if there is None or there[0] is None:
+            return {}
+        rows = self._connection.execute(
+            self._sql("SELECT system, database, slot, lsn - '0/0'::pg_lsn FROM {schema}.complete")
+        ).fetchall()
+        return {json.dumps(origin): int(lsn) for *origin, lsn in rows}
+
     def apply(self, jobs: Iterable[Job]) -> None:
         """All jobs in one transaction."""
         self._standing = {}
-        if self._connection is None or self._connection.closed:
-            self._connection = connect(self.dsn)
-            self._prepare(self._connection)
-        connection = self._connection
+        connection = self._connected()
         applied: list[Target] = []
         try:
             with explained(), connection.transaction():
@@ -156,6 +178,12 @@ class PostgresDestination(Destination):
             if named in applied:  # a deferred constraint, at the commit
                 raise _refused(named, e) from e
             raise SinkError(f"{self}: {e.message}", hint=e.hint) from e
+
+    def _connected(self) -> Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = connect(self.dsn)
+            self._prepare(self._connection)
+        return self._connection
 
     # -- one job ----------------------------------------------------------------------------------------------------
 
@@ -202,7 +230,7 @@ class PostgresDestination(Destination):
             self._standing[job.target] = net_rows(data, job.key, whole=True, standing=standing)[1]
 
     def _prepare(self, connection: Connection) -> None:
-        exists = connection.execute("SELECT to_regclass(%s)", (f'"{self.schema}".published',)).fetchone()
+        exists = connection.execute("SELECT to_regclass(%s)", (f'"{self.schema}".complete',)).fetchone()
         if exists is None or exists[0] is None:
             # Two sinks that begin at once would both create it.
             with connection.transaction():

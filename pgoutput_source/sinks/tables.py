@@ -29,14 +29,17 @@ from pgoutput_source.destinations.delivery import MOST_BYTES, Delivery, OnTableE
 from pgoutput_source.destinations.parked import ParkedParts
 from pgoutput_source.destinations.spool import COMMITTED, STAGED, Point, Portion, Spool
 from pgoutput_source.destinations.targets import Target, Targets
-from pgoutput_source.errors import ConfigurationError, PgOutputError, SinkError
+from pgoutput_source.destinations.waiting import note
+from pgoutput_source.errors import ConfigurationError, PgOutputError, ServerError, SinkError
 from pgoutput_source.parquet.folder import FolderInUse
+from pgoutput_source.postgres.refusals import passing
 from pgoutput_source.sinks.base import State, TwoPhaseSink
 
 logger = logging.getLogger(__name__)
 
 Item: TypeAlias = ChangeSet | ChangeBatch
 
+_NOTES: Final = 0.2  # seconds between two notes of how far the destination is
 _FULL: Final = 1 << 30  # bytes in the spool from which on sources wait for the destination
 
 Keys: TypeAlias = Mapping[str, str | Sequence[str]]
@@ -173,6 +176,16 @@ class TableSink(TwoPhaseSink[Item]):
             if reached is None or reached.number < number:
                 return False
         return True
+
+    def list_parts(self) -> list[str]:
+        """One partition. Its name never changes: it is the key of the resume state."""
+        parts = super().list_parts()
+        gate.expect(self, self._settle, self._complete)
+        return parts
+
+    def _complete(self, origin: tuple[str, ...], lsn: int) -> None:
+        if self._spool is not None and self._flusher is not None:
+            self._flusher.complete = (origin, lsn, max(self._spool.tokens(COMMITTED), default=""))
 
     def drain(self) -> None:
         """Apply all that is committed, now."""
@@ -356,6 +369,8 @@ class _Flusher(threading.Thread):
         self.stopping = self.draining = False
         self.begun = False  # what is parked was tried
         self.applying = False  # there is something that it may apply
+        self.complete: tuple[tuple[str, ...], int, str] | None = None  # what is so once a token is applied
+        self.noted = 0.0
         self.error: PgOutputError | None = None
         self.since = time.monotonic()
 
@@ -404,13 +419,15 @@ class _Flusher(threading.Thread):
                 if tokens or (not self.begun and not self._committed()):
                     self.begun = True
                     self.delivery.apply(tokens)
+                    self._note()
                     continue
+                self._note()
                 with self.changed:
                     if self.draining and not self._due():
                         self.draining = False
                         self.changed.notify_all()
                     elif not self.stopping:
-                        self.changed.wait(0.05 if self._committed() else 1.0)
+                        self.changed.wait(0.05 if self.complete is not None or self._committed() else 1.0)
         except PgOutputError as e:
             self.error = e
         except Exception as e:
@@ -419,6 +436,26 @@ class _Flusher(threading.Thread):
         finally:
             gate.let_go(self.sink)
             self.wake()
+
+    def _note(self) -> None:
+        """Say how far the destination is, for those who wait."""
+        complete = self.complete
+        if complete is None or not (self.draining or time.monotonic() - self.noted > _NOTES):
+            return
+        origin, lsn, last = complete
+        if any(token <= last for token in self._committed()):
+            return
+        assert self.sink._spool is not None
+        try:
+            self.sink.destination.complete(origin, lsn)
+        except ServerError as e:
+            if not passing(e):
+                raise
+            self.sink.destination.close()  # the next one comes
+        note(self.sink._spool.folder, origin, lsn)
+        self.noted = time.monotonic()
+        if self.complete == complete:
+            self.complete = None
 
     def _committed(self) -> list[str]:
         assert self.sink._spool is not None
