@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pgoutput_source.reader import PgOutputReader, peek
     from pgoutput_source.settings import SourceSettings
     from pgoutput_source.sinks.base import TwoPhaseSink
+    from pgoutput_source.sinks.delta import DeltaSink
     from pgoutput_source.sinks.ipc import IpcSink
     from pgoutput_source.sinks.jsonl import JsonLinesSink
     from pgoutput_source.sinks.parquet import ParquetSink
@@ -34,6 +35,7 @@ _HOME: Final = {
     "ChangeBatch": "changes",
     "ChangeEvent": "changes.events",
     "ChangeSet": "changes",
+    "DeltaSink": "sinks.delta",
     "IpcSink": "sinks.ipc",
     "JsonLinesSink": "sinks.jsonl",
     "LogicalReplicationReader": "pypgoutput",
@@ -59,6 +61,7 @@ __all__ = [
     "ChangeBatch",
     "ChangeEvent",
     "ChangeSet",
+    "DeltaSink",
     "IpcSink",
     "JsonLinesSink",
     "LogicalReplicationReader",

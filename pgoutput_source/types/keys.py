@@ -96,6 +96,16 @@ def key_column(values: pa.Array, field: pa.Field, raw: pa.MapArray | None = None
     return KeyColumn(_normal(values, oid), texts)
 
 
+def cells_tell(field: pa.Field) -> bool:
+    """Whether two values of a column that are not null are equal to PostgreSQL if and only if their cells are.
+
+    >>> cells_tell(pa.field("id", pa.int64())), cells_tell(pa.field("x", pa.float64()))
+    (True, False)
+    """
+    oid = int((field.metadata or {}).get(b"pg.oid", 0))
+    return oid not in _NORMAL and not pa.types.is_floating(field.type) and not pa.types.is_nested(field.type)
+
+
 def joined(parts: Sequence[KeyColumn]) -> KeyColumn:
     """The keys of several batches, one after the other."""
     cells = pa.concat_arrays([part.cells for part in parts])

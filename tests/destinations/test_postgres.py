@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from harness.database import Database
 from harness.flow import Busy, Flow, failure, following, publish, wait_for
-from harness.mirrors import differ
+from harness.mirrors import differ, keyed, unkeyed
 from harness.waiting import until
 from harness.workload import Workload
 
@@ -27,14 +27,6 @@ from pgoutput_source.testing import batch
 def into(db: Database, target: Database, folder: Path, **environ: str) -> Flow:
     settings = {"MODE": "mirror", "SPOOL": str(folder / "spool"), "INTO": target.dsn} | environ
     return Flow(db, folder, module="harness.into_tables", **settings)
-
-
-def unkeyed(workload: Workload) -> str:
-    return ",".join(str(t.name) for t in workload.tables if not t.keyed)
-
-
-def keyed(workload: Workload) -> list[tuple[str, str]]:
-    return [(t.name.namespace, t.name.name) for t in workload.tables if t.keyed]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from bytewax.dataflow import Dataflow
 import pgoutput_source.operators as cdc
 from harness import faults
 from pgoutput_source import PgOutputSource
+from pgoutput_source.sinks.delta import DeltaSink
 from pgoutput_source.sinks.postgres import PostgresSink
 
 options: dict[str, Any] = {
@@ -27,4 +28,7 @@ options: dict[str, Any] = {
 faults.install()
 flow = Dataflow("into_tables")
 changes = op.input("in", flow, PgOutputSource.from_env())
-cdc.output("out", changes, PostgresSink(os.environ["INTO"], **options))
+into = os.environ["INTO"]
+kind, _, where = into.partition(":")
+sink = DeltaSink(where, **options) if kind == "delta" else PostgresSink(into, **options)
+cdc.output("out", changes, sink)

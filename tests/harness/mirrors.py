@@ -9,6 +9,7 @@ import psycopg
 from psycopg import sql
 
 from harness.database import Database
+from harness.workload import Workload
 
 
 def rows(
@@ -72,3 +73,11 @@ def differ(db: Database, target: Database, tables: list[tuple[str, str]]) -> lis
             elif expected:
                 wrong.append(f"{schema}.{name} is not there")
     return wrong
+
+
+def unkeyed(workload: Workload) -> str:
+    return ",".join(str(t.name) for t in workload.tables if not t.keyed)
+
+
+def keyed(workload: Workload) -> list[tuple[str, str]]:
+    return [(t.name.namespace, t.name.name) for t in workload.tables if t.keyed]
