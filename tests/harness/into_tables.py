@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from bytewax.dataflow import Dataflow
 import pgoutput_source.operators as cdc
 from harness import faults
 from pgoutput_source import PgOutputSource
+from pgoutput_source.destinations.base import Job
 from pgoutput_source.sinks.delta import DeltaSink
 from pgoutput_source.sinks.postgres import PostgresSink
 
@@ -31,4 +33,13 @@ changes = op.input("in", flow, PgOutputSource.from_env())
 into = os.environ["INTO"]
 kind, _, where = into.partition(":")
 sink = DeltaSink(where, **options) if kind == "delta" else PostgresSink(into, **options)
+if os.environ.get("TWICE"):
+    apply = sink.destination.apply
+
+    def twice(jobs: Iterable[Job]) -> None:
+        for _ in range(2):
+            apply(some := list(jobs))
+            jobs = some
+
+    sink.destination.apply = twice  # type: ignore[method-assign]
 cdc.output("out", changes, sink)
