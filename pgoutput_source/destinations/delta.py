@@ -25,12 +25,12 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pgoutput_source.changes.schema import MetadataNames
+from pgoutput_source.changes.schema import MetadataNames, TableName
 from pgoutput_source.compute.net_effect import Standing
 from pgoutput_source.compute.net_rows import NetRows, net_rows
 from pgoutput_source.destinations.base import Destination, Job, Mode, Reached
 from pgoutput_source.destinations.delta_rows import GONE, Cast, History, Mirror, Plan, key_is_plain, streamed
-from pgoutput_source.destinations.targets import Target
+from pgoutput_source.destinations.targets import FolderTargets, Target, folder_name
 from pgoutput_source.errors import ConfigurationError, SinkError
 from pgoutput_source.files import local_path, sync
 
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 _NUMBER, _LSN, _SEQ, _RELATION = "pgoutput/number", "pgoutput/lsn", "pgoutput/seq", "pgoutput/relation"
 _STORE: Final = re.compile(r"(s3a?|gs|az|adl|abfss?|azure)://")
-_UNSAFE: Final = re.compile(r"[\x00-\x1f\x7f/\\:%]|^\.+")  # in a schema's or a table's name, for a folder's
 _HANDLES: Final = 64  # tables whose state stays in memory
 _TRIES: Final = 20
 _SMALL: Final = 32 << 20  # bytes; smaller files are worth to be compacted
@@ -47,26 +46,41 @@ _EVERY: Final = 20  # commits, to count the files
 _CHECKPOINT: Final = 100  # commits
 
 
+class DeltaTargets(FolderTargets):
+    """Folders for Delta tables. The library can't read a path with a percent sign in it, so a tilde is the escape.
+
+    >>> DeltaTargets("lake/{schema}/{table}").of(TableName("public", "in/out~")).name
+    'lake/public/in~2Fout~7E'
+    """
+
+    def __init__(self, template: str, *, tables: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> None:
+        if "%" in template:
+            raise ConfigurationError(
+                f"{template!r} has a percent sign in it, and Delta Lake can't read such a path",
+                hint="choose another folder",
+            )
+        super().__init__(template, tables=tables, exclude=exclude, folded=True)
+
+    def _target(self, table: TableName) -> Target:
+        schema, name = (folder_name(part).replace("~", "~7E").replace("%", "~") for part in table)
+        return Target("", self.template.format(schema=schema, table=name))
+
+
 class DeltaDestination(Destination):
     """Tables in Delta Lake; see `DeltaSink`."""
 
     def __init__(
         self,
-        template: str,
         *,
         mode: Mode,
         storage_options: Mapping[str, str] | None = None,
         optimize: bool = True,
         keep: timedelta = timedelta(days=7),
     ) -> None:
-        self.template, self.mode, self.optimize, self.keep = template, mode, optimize, keep
+        self.mode, self.optimize, self.keep = mode, optimize, keep
         self.options = dict(storage_options or {}) or None
-        self.local = _STORE.match(template) is None
-        if self.local:
-            self.template = str(local_path(template).absolute())
         self._delta = _library()
         self._handles: OrderedDict[Target, Any] = OrderedDict()
-        self._places: dict[str, Target] = {}
         self._commits: dict[Target, int] = {}
         self._standing: dict[Target, Standing | None] = {}
 
@@ -76,11 +90,6 @@ class DeltaDestination(Destination):
     def close(self) -> None:
         """Forget the tables' states."""
         self._handles.clear()
-
-    def place(self, target: Target) -> str:
-        """Where a table is: a path, or a URL in an object store."""
-        schema, name = (_UNSAFE.sub(lambda found: quote(found[0], safe="").replace(".", "%2E"), n) for n in target)
-        return self.template.format(schema=schema, table=name)
 
     def reached(self, target: Target) -> Reached | None:
         """How far a table is."""
@@ -108,37 +117,27 @@ class DeltaDestination(Destination):
 
     # -- tables -----------------------------------------------------------------------------------------------------
 
-    def _uri(self, target: Target) -> str:
-        place = self.place(target)
-        other = self._places.setdefault(place, target)
-        if other != target:
-            raise SinkError(
-                f"tables {other} and {target} would both be in {place}",
-                hint="put {schema} and {table} into separate folders of the template",
-            )
-        return Path(place).as_uri() if self.local else quote(place, safe="/:@")
-
     def _load(self, target: Target) -> Any:
         """A new handle of a table; None if there is no table."""
-        uri = self._uri(target)
+        uri = _uri(target)
         if not self._delta.DeltaTable.is_deltatable(uri, storage_options=self.options):
             return None
         table = self._delta.DeltaTable(uri, storage_options=self.options)
         features = table.protocol()
         if "deletionVectors" in (features.reader_features or ()):
             raise SinkError(
-                f"{target} at {self.place(target)} has deletion vectors, with which a merge may go wrong",
+                f"{target} has deletion vectors, with which a merge may go wrong",
                 hint="choose another target, or rewrite the table without delta.enableDeletionVectors",
             )
         said = table.metadata().configuration
         if "pgoutput.origin" not in said:
             raise SinkError(
-                f"{target} is at {self.place(target)} already, and was not made by this package",
+                f"{target} is there already, and was not made by this package",
                 hint="move it away, or choose another target",
             )
         if (mode := said["pgoutput.mode"]) != self.mode:
             raise SinkError(
-                f"{target} at {self.place(target)} holds a {mode}, and this is mode {self.mode!r}",
+                f"{target} holds a {mode}, and this is mode {self.mode!r}",
                 hint="choose another target, or delete it",
             )
         return table
@@ -159,8 +158,7 @@ class DeltaDestination(Destination):
         for what, is_now in (("origin", json.dumps(job.origin)), ("prefix", names.prefix)):
             if said[f"pgoutput.{what}"] != is_now:
                 raise SinkError(
-                    f"{job.target} at {self.place(job.target)} was made with {what} {said[f'pgoutput.{what}']}, and "
-                    f"this is {is_now}",
+                    f"{job.target} was made with {what} {said[f'pgoutput.{what}']}, and this is {is_now}",
                     hint="choose another target, or delete it",
                 )
         return table
@@ -169,11 +167,12 @@ class DeltaDestination(Destination):
         names = MetadataNames.of(job.changes.schema)
         table = str((job.changes.schema.metadata or {}).get(b"pg.table", b"").decode())
         said = {"origin": json.dumps(job.origin), "mode": self.mode, "prefix": names.prefix, "table": table}
-        place = self.place(job.target)
-        if self.local:
-            Path(place).mkdir(parents=True, exist_ok=True)
+        folder = _folder(job.target)
+        missing = [] if folder is None else [above for above in (folder, *folder.parents) if not above.exists()]
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         self._delta.DeltaTable.create(
-            self._uri(job.target),
+            _uri(job.target),
             schema,
             mode="ignore",  # another process may have been quicker; whose it is then is looked at below
             description=f"{table}: written by pgoutput_source in mode {self.mode!r}",
@@ -181,10 +180,9 @@ class DeltaDestination(Destination):
             raise_if_key_not_exists=False,
             storage_options=self.options,
         )
-        logger.info("%s: %s created at %s", self, job.target, place)
-        if self.local:
-            for folder in Path(place).parents:
-                sync(folder)
+        logger.info("%s: %s created", self, job.target)
+        for above in missing:
+            sync(above.parent)
         return self._load(job.target)
 
     # -- one job ----------------------------------------------------------------------------------------------------
@@ -224,7 +222,7 @@ class DeltaDestination(Destination):
             break
         else:
             raise SinkError(
-                f"{job.target} at {self.place(job.target)}: others commit all the time",
+                f"{job.target}: others commit all the time",
                 hint="run OPTIMIZE and the like less often, and start again",
             )
         self._standing[job.target] = standing
@@ -299,9 +297,9 @@ class DeltaDestination(Destination):
 
     def _sync(self, target: Target, table: Any, version: int) -> None:
         """Make the commits after a version durable. The library does not, and a store needs nothing."""
-        if not self.local:
+        folder = _folder(target)
+        if folder is None:
             return
-        folder = Path(self.place(target))
         log = folder / "_delta_log"
         for number in range(version + 1, table.version() + 1):
             entry = log / f"{number:020}.json"
@@ -327,8 +325,8 @@ class DeltaDestination(Destination):
                 self._sync(target, table, table.version() - 1)
             if commits % _CHECKPOINT == 0:
                 table.create_checkpoint()
-                if self.local:
-                    for file in (Path(self.place(target)) / "_delta_log").glob("*checkpoint*"):
+                if (folder := _folder(target)) is not None:
+                    for file in (folder / "_delta_log").glob("*checkpoint*"):
                         sync(file)
                 table.cleanup_metadata()
                 if self.optimize:
@@ -359,9 +357,19 @@ class DeltaDestination(Destination):
                 raise
             what = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise SinkError(
-                f"{self}: {target} at {self.place(target)}: {what}",
+                f"{self}: {target}: {what}",
                 hint="nothing of what failed is there, and it stays in the spool: repair the cause, and start again",
             ) from e
+
+
+def _folder(target: Target) -> Path | None:
+    """The folder of a table; None if it is in an object store."""
+    return None if _STORE.match(target.name) else local_path(target.name).absolute()
+
+
+def _uri(target: Target) -> str:
+    folder = _folder(target)
+    return quote(target.name, safe="/:@") if folder is None else folder.as_uri()
 
 
 def _library() -> ModuleType:

@@ -8,12 +8,9 @@ import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from string import Formatter
 
 from pgoutput_source.destinations.base import Mode
-from pgoutput_source.destinations.delta import DeltaDestination
-from pgoutput_source.destinations.targets import Targets
-from pgoutput_source.errors import ConfigurationError
+from pgoutput_source.destinations.delta import DeltaDestination, DeltaTargets
 from pgoutput_source.sinks.tables import Keys, TableSink
 
 
@@ -36,7 +33,7 @@ class DeltaSink(TableSink):
 
     Args:
         place: Where a table goes: a folder, or a URL such as ``s3://lake/{schema}/{table}``, with ``{schema}`` and
-            ``{table}`` in it. What a folder can't be called is written in percents.
+            ``{table}`` in it. What can't be in a folder's name everywhere is written as a tilde and two digits.
         mode: "mirror" or "history".
         tables: Patterns of the tables to take, all by default.
         exclude: Patterns of the tables to leave out.
@@ -72,8 +69,8 @@ class DeltaSink(TableSink):
     ) -> None:
         self.place = str(place)
         super().__init__(
-            DeltaDestination(self.place, mode=mode, storage_options=storage_options, optimize=optimize, keep=keep),
-            Targets(_names(self.place), tables=tables, exclude=exclude, folded=True),
+            DeltaDestination(mode=mode, storage_options=storage_options, optimize=optimize, keep=keep),
+            DeltaTargets(self.place, tables=tables, exclude=exclude),
             spool=spool,
             max_age=max_age,
             key=key,
@@ -81,14 +78,3 @@ class DeltaSink(TableSink):
 
     def __repr__(self) -> str:
         return f"DeltaSink({self.place!r}, mode={self.destination.mode!r})"
-
-
-def _names(place: str) -> str:
-    """A template of the names that tell the tables of a place apart."""
-    try:
-        fields = {name for _, name, _, _ in Formatter().parse(place) if name is not None}
-    except ValueError as e:
-        raise ConfigurationError(f"{place!r} is no template: {e}", hint="write 'lake/{schema}/{table}'") from e
-    if unknown := fields - {"schema", "table"}:
-        raise ConfigurationError(f"{place!r} has {{{min(unknown)}}} in it", hint="a place knows {schema} and {table}")
-    return ("{schema}." if "schema" in fields else "") + ("{table}" if "table" in fields else "all")

@@ -33,8 +33,8 @@ from psycopg import sql
 from pgoutput_source import PgOutputReader
 from pgoutput_source.changes.batches import ChangeBatch
 from pgoutput_source.changes.schema import TableName
-from pgoutput_source.destinations.base import Job, Mode
-from pgoutput_source.destinations.delta import DeltaDestination
+from pgoutput_source.destinations.base import Job
+from pgoutput_source.destinations.delta import DeltaDestination, DeltaTargets
 from pgoutput_source.destinations.targets import Target
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import SinkError
@@ -50,8 +50,9 @@ def into(db: Database, folder: Path, **environ: str) -> Flow:
 
 
 def place(folder: Path, schema: str, name: str) -> str:
-    template = str(folder / "lake/{schema}/{table}")
-    return DeltaDestination(template, mode="mirror").place(Target(schema, name))
+    target = DeltaTargets(f"{folder}/lake/{{schema}}/{{table}}").of(TableName(schema, name))
+    assert target is not None
+    return target.name
 
 
 def stored(folder: Path, schema: str = "public", name: str = "t") -> pa.Table:
@@ -366,24 +367,21 @@ def test_what_can_not_be_applied_says_why(db: Database, scratch: Database, tmp_p
     assert wrong(db, tmp_path, scratch, [("public", "t")]) == []
 
 
+def t(folder: Path) -> Target:
+    return Target("", place(folder, "public", "t"))
+
+
 def test_a_table_with_deletion_vectors_is_refused(tmp_path: Path) -> None:
     where = tmp_path / "lake/public/t"
     DeltaTable.create(
         where, pa.schema([pa.field("id", pa.int64())]), configuration={"delta.enableDeletionVectors": "true"}
     )
     with pytest.raises(SinkError, match="deletion vectors"):
-        DeltaDestination(str(tmp_path / "lake/{schema}/{table}"), mode="mirror").reached(Target("public", "t"))
+        DeltaDestination(mode="mirror").reached(t(tmp_path))
 
 
-T = Target("public", "t")
-
-
-def job(number: int, made: ChangeBatch) -> Job:
-    return Job(T, number, (number, 0), ("id",), "d", pa.Table.from_batches([made.data]))
-
-
-def ours(folder: Path, mode: Mode = "mirror") -> DeltaDestination:
-    return DeltaDestination(str(folder / "lake/{schema}/{table}"), mode=mode)
+def job(folder: Path, number: int, made: ChangeBatch) -> Job:
+    return Job(t(folder), number, (number, 0), ("id",), "d", pa.Table.from_batches([made.data]))
 
 
 def test_control_applied_twice_without_numbers_a_mirror_is_wrong(tmp_path: Path) -> None:
@@ -393,8 +391,8 @@ def test_control_applied_twice_without_numbers_a_mirror_is_wrong(tmp_path: Path)
     moved = batch("public.t", [("U", {"id": 2}, {"id": 1})], unchanged={0: ["note"]}, types=types)
 
     def applied(folder: Path, numbers: list[int]) -> list[dict[str, Any]]:
-        made = ours(folder)
-        made.apply(job(number, changes) for number, changes in zip(numbers, (first, moved, moved), strict=True))
+        made = DeltaDestination(mode="mirror")
+        made.apply(job(folder, number, changes) for number, changes in zip(numbers, (first, moved, moved), strict=True))
         found: list[dict[str, Any]] = stored(folder).select(["id", "note", "_unchanged"]).to_pylist()
         return found
 
@@ -405,14 +403,14 @@ def test_control_applied_twice_without_numbers_a_mirror_is_wrong(tmp_path: Path)
 
 def test_two_publishers_of_the_same_parts_apply_them_once(tmp_path: Path) -> None:
     """Each has a snapshot in which the parts are missing; the log tells the second one."""
-    destinations = [ours(tmp_path, "history"), ours(tmp_path, "history")]
+    destinations = [DeltaDestination(mode="history"), DeltaDestination(mode="history")]
     for number in range(1, 6):
         changes = batch("public.t", [("I", {"id": number})])
         for destination in destinations:
-            table = destination._handles.get(T)
+            table = destination._handles.get(t(tmp_path))
             if table is not None:
                 table.update_incremental = lambda table=table: delattr(table, "update_incremental")  # looks too early
-            destination.apply([job(number, changes)])
+            destination.apply([job(tmp_path, number, changes)])
     assert sorted(stored(tmp_path).column("id").to_pylist()) == [1, 2, 3, 4, 5]
 
 
@@ -432,8 +430,8 @@ while True:
 
 def test_somebody_else_may_optimize_beside_it(tmp_path: Path) -> None:
     rng, types = random.Random(1), {"id": pa.int64(), "note": pa.utf8()}
-    made, expected = ours(tmp_path), {}
-    made.apply([job(1, batch("public.t", [("I", {"id": i, "note": "0"}) for i in range(300)], types=types))])
+    made, expected = DeltaDestination(mode="mirror"), {}
+    made.apply([job(tmp_path, 1, batch("public.t", [("I", {"id": i, "note": "0"}) for i in range(300)], types=types))])
     expected = dict.fromkeys(range(300), "0")
     with subprocess.Popen(
         [sys.executable, "-c", OPTIMIZE, place(tmp_path, "public", "t")], stdout=subprocess.PIPE
@@ -444,7 +442,7 @@ def test_somebody_else_may_optimize_beside_it(tmp_path: Path) -> None:
             ids = rng.sample(range(600), 20)
             gone = [i for i in ids if i in expected and rng.random() < 0.3]
             changes = [("D", {"id": i}, {"id": i}) if i in gone else ("I", {"id": i, "note": f"{number}"}) for i in ids]
-            made.apply([job(number, batch("public.t", changes, types=types))])
+            made.apply([job(tmp_path, number, batch("public.t", changes, types=types))])
             expected |= dict.fromkeys(ids, f"{number}")
             for i in gone:
                 del expected[i]
@@ -457,11 +455,11 @@ def test_somebody_else_may_optimize_beside_it(tmp_path: Path) -> None:
 
 
 def test_small_files_are_compacted_and_old_ones_deleted(tmp_path: Path) -> None:
-    made = DeltaDestination(str(tmp_path / "lake/{schema}/{table}"), mode="history", keep=timedelta(0))
+    made = DeltaDestination(mode="history", keep=timedelta(0))
     for number in range(1, 201):
-        made.apply([job(number, batch("public.t", [("I", {"id": number})]))])
+        made.apply([job(tmp_path, number, batch("public.t", [("I", {"id": number})]))])
     folder = Path(place(tmp_path, "public", "t"))
     assert len(list(folder.glob("*.parquet"))) <= 40
     assert list((folder / "_delta_log").glob("*.checkpoint.parquet"))
     assert sorted(stored(tmp_path).column("id").to_pylist()) == list(range(1, 201))
-    assert ours(tmp_path, "history").reached(T) == (200, (200, 0), ("", "", ""))
+    assert DeltaDestination(mode="history").reached(t(tmp_path)) == (200, (200, 0), ("", "", ""))
