@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from pgoutput_source.changes.schema import MetadataNames, TableName
 from pgoutput_source.compute.net_effect import Standing
 from pgoutput_source.compute.net_rows import NetRows, net_rows
-from pgoutput_source.destinations.base import Destination, Job, Mode, Reached
+from pgoutput_source.destinations.base import Destination, Job, Mode, Reached, Refused
 from pgoutput_source.destinations.delta_rows import GONE, Cast, History, Mirror, Plan, key_is_plain, streamed
 from pgoutput_source.destinations.targets import FolderTargets, Target, folder_name
 from pgoutput_source.errors import ConfigurationError, SinkError
@@ -125,13 +125,15 @@ class DeltaDestination(Destination):
         table = self._delta.DeltaTable(uri, storage_options=self.options)
         features = table.protocol()
         if "deletionVectors" in (features.reader_features or ()):
-            raise SinkError(
+            raise Refused.at(
+                target,
                 f"{target} has deletion vectors, with which a merge may go wrong",
                 hint="choose another target, or rewrite the table without delta.enableDeletionVectors",
             )
         said = table.metadata().configuration
         if "pgoutput.origin" not in said:
-            raise SinkError(
+            raise Refused.at(
+                target,
                 f"{target} is there already, and was not made by this package",
                 hint="move it away, or choose another target",
             )
@@ -188,7 +190,8 @@ class DeltaDestination(Destination):
     # -- one job ----------------------------------------------------------------------------------------------------
 
     def _apply(self, job: Job) -> None:
-        rows = History(job.changes.schema) if self.mode == "history" else Mirror(job.changes.schema, job.key)
+        schema, target = job.changes.schema, job.target
+        rows = History(schema, target) if self.mode == "history" else Mirror(schema, job.key, target)
         seen: int | None = None
         standing: Standing | None = None
         for pause in range(_TRIES):
@@ -356,6 +359,10 @@ class DeltaDestination(Destination):
             if isinstance(e, SinkError) or not (isinstance(e, Exception) or type(e).__name__ == "PanicException"):
                 raise
             what = str(e).splitlines()[0] if str(e) else type(e).__name__
+            if isinstance(e, (self._delta.exceptions.SchemaMismatchError, pa.ArrowException, NotImplementedError)):
+                raise Refused.at(
+                    target, f"{self}: {target}: {what}", hint="Delta Lake can't take it: exclude the table, or alter it"
+                ) from e
             raise SinkError(
                 f"{self}: {target}: {what}",
                 hint="nothing of what failed is there, and it stays in the spool: repair the cause, and start again",

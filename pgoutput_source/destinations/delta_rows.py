@@ -18,8 +18,9 @@ from pgoutput_source.compute.keys import KeyColumns
 from pgoutput_source.compute.metadata import Bools, Ints, own_columns, renamed
 from pgoutput_source.compute.net_rows import NetRows
 from pgoutput_source.compute.versions import column_in
+from pgoutput_source.destinations.base import Refused
 from pgoutput_source.destinations.delta_types import Misfits, beyond, fits, stored, stored_type, with_texts
-from pgoutput_source.errors import SinkError
+from pgoutput_source.destinations.targets import Target
 from pgoutput_source.types.keys import cells_tell
 from pgoutput_source.types.written import written
 
@@ -38,7 +39,7 @@ def _pg_type(column: pa.Field) -> str:
     return str((column.metadata or {}).get(b"pg.type", b"").decode())
 
 
-def _own_fields(schema: pa.Schema) -> list[pa.Field]:
+def _own_fields(schema: pa.Schema, target: Target) -> list[pa.Field]:
     """The table's own columns with Delta's types, and what is known of them at the source."""
     own = [schema.field(name) for name in own_columns(schema)]
     folded: dict[str, str] = {}
@@ -46,10 +47,9 @@ def _own_fields(schema: pa.Schema) -> list[pa.Field]:
         other = folded.setdefault(column.name.casefold(), column.name)
         if other != column.name:
             table = (schema.metadata or {}).get(b"pg.table", b"").decode()
-            raise SinkError(
+            raise Refused.at(
+                target,
                 f"columns {other!r} and {column.name!r} of {table} differ only by case, which Delta Lake can't tell",
-                table=table,
-                column=column.name,
                 hint="rename one of them, or leave the table out with exclude=",
             )
     return [pa.field(f.name, stored_type(f.type), metadata=_facts(f)) for f in own]
@@ -66,9 +66,9 @@ def _facts(column: pa.Field) -> dict[bytes, bytes]:
 class History:
     """Every change of one version of a table. A column keeps its type: another type is another column, `name__2`."""
 
-    def __init__(self, source: pa.Schema) -> None:
+    def __init__(self, source: pa.Schema, target: Target) -> None:
         self.names = MetadataNames.of(source)
-        self.own = [pa.field(f.name, _roomy(f.type), metadata=f.metadata) for f in _own_fields(source)]
+        self.own = [pa.field(f.name, _roomy(f.type), metadata=f.metadata) for f in _own_fields(source, target)]
         self.pg_types = {name: _pg_type(source.field(name)) for name in own_columns(source)}
         self.schema = self._schema({f.name: f.name for f in self.own}, {f.name: f.type for f in self.own})
 
@@ -139,10 +139,10 @@ def _roomy(kind: pa.DataType) -> pa.DataType:
 class Mirror:
     """The rows that changes of one version of a table come to."""
 
-    def __init__(self, source: pa.Schema, key: Sequence[str]) -> None:
+    def __init__(self, source: pa.Schema, key: Sequence[str], target: Target) -> None:
         self.source = source
         self.names = MetadataNames.of(source)
-        self.own = _own_fields(source)
+        self.own = _own_fields(source, target)
         n = self.names
         ours = [pa.field(n.commit_lsn, pa.int64()), pa.field(n.unchanged, _NAMES), pa.field(n.raw, _TEXTS)]
         self.ours = [f.name for f in ours]

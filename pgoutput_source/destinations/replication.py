@@ -45,6 +45,7 @@ class Scheme(NamedTuple):
 SCHEMES: Final[dict[str, Scheme]] = {
     "postgresql": Scheme("postgres", "PostgresSink", "postgresql://localhost/reporting", whole=True),
     "postgres": Scheme("postgres", "PostgresSink", "postgres://localhost/reporting", whole=True),
+    "delta": Scheme("delta", "DeltaSink", "delta:lake/{schema}/{table}", template=True),
     "parquet": Scheme("parquet", "ParquetSink", "parquet:out/{schema}/{table}", modes=("history",), template=True),
 }
 """The destinations, by what their address begins with."""

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from pgoutput_source.destinations.base import Mode
+from pgoutput_source.destinations.delivery import OnTableError
 from pgoutput_source.destinations.delta import DeltaDestination, DeltaTargets
 from pgoutput_source.sinks.tables import Keys, TableSink
 
@@ -44,6 +45,8 @@ class DeltaSink(TableSink):
         storage_options: For object stores, what deltalake takes; by default it reads the environment (``AWS_…``).
         optimize: Whether to compact small files, and to delete files that were replaced `keep` ago.
         keep: How long older versions of a table can be read.
+        on_table_error: What happens when a table can't be taken. "stop" stops the flow. "park" keeps what comes of the
+            table in the spool, in order, goes on with the others, and tries the table again at each start.
 
     Raises:
         ConfigurationError: An option has no meaning, or deltalake is not installed.
@@ -66,6 +69,7 @@ class DeltaSink(TableSink):
         storage_options: Mapping[str, str] | None = None,
         optimize: bool = True,
         keep: timedelta = timedelta(days=7),
+        on_table_error: OnTableError = "stop",
     ) -> None:
         self.place = str(place)
         super().__init__(
@@ -74,6 +78,7 @@ class DeltaSink(TableSink):
             spool=spool,
             max_age=max_age,
             key=key,
+            on_table_error=on_table_error,
         )
 
     def __repr__(self) -> str:

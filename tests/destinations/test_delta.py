@@ -364,6 +364,9 @@ def test_what_can_not_be_applied_says_why(db: Database, scratch: Database, tmp_p
         said, code = failure(flow, *flow.recovery())
         assert code != 0
         assert "differ only by case" in said
+        c.execute("INSERT INTO t VALUES (3)")
+        said = flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current", ON_TABLE_ERROR="park")
+        assert "cased" in said
     assert wrong(db, tmp_path, scratch, [("public", "t")]) == []
 
 
