@@ -10,7 +10,8 @@ https://www.postgresql.org/docs/current/sql-copy.html
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import psycopg
@@ -23,11 +24,14 @@ from pgoutput_source.compute.metadata import own_columns
 from pgoutput_source.compute.net_effect import Standing
 from pgoutput_source.compute.net_rows import net_rows
 from pgoutput_source.destinations.base import Destination, Job, Mode, Reached, Refused
+from pgoutput_source.destinations.policies import SchemaPolicy
 from pgoutput_source.destinations.targets import Target
 from pgoutput_source.errors import ServerError, SinkError
 from pgoutput_source.postgres.connection import Connection, connect
 from pgoutput_source.postgres.refusals import explained, passing
 from pgoutput_source.types.written import copy_text, written
+
+logger = logging.getLogger(__name__)
 
 _FIRST_OF_USERS: Final = 16384  # types with a smaller OID are the same in every database
 _BY_ARROW: Final[tuple[tuple[Any, str], ...]] = (
@@ -94,8 +98,9 @@ class _Table(NamedTuple):
 class PostgresDestination(Destination):
     """Tables in a PostgreSQL database; see `PostgresSink`."""
 
-    def __init__(self, dsn: str, *, mode: Mode, schema: str = "pgoutput") -> None:
+    def __init__(self, dsn: str, *, mode: Mode, schema: str = "pgoutput", policy: SchemaPolicy | None = None) -> None:
         self.dsn, self.mode, self.schema = dsn, mode, schema
+        self.policy = policy or SchemaPolicy()
         self._connection: Connection | None = None
         self._standing: dict[Target, Standing | None] = {}
 
@@ -287,10 +292,13 @@ class PostgresDestination(Destination):
     def _evolve(
         self, connection: Connection, job: Job, known: _Table, relation: int, columns: list[_Column]
     ) -> list[_Column]:
-        """Alter the table into the version of the job; what it has of columns that are gone stays."""
+        """Alter the table into the version of the job, as the policy says."""
+        policy = self.policy
         recreated = relation != known.relation
-        if recreated and self.mode == "mirror":
-            connection.execute(sql.SQL("DELETE FROM {}").format(_table(job.target)))
+        if recreated:
+            self._say(job, "was dropped and created again at the source", refused=policy.on_recreate == "fail")
+            if self.mode == "mirror":
+                connection.execute(sql.SQL("DELETE FROM {}").format(_table(job.target)))
         if tuple(columns) == known.columns and job.key == known.key:
             return columns
         alter = sql.SQL("ALTER TABLE {} ").format(_table(job.target))
@@ -300,40 +308,56 @@ class PostgresDestination(Destination):
             )
             for name in known.key:
                 connection.execute(alter + sql.SQL("ALTER {} DROP NOT NULL").format(sql.Identifier(name)))
-        there = {c.name: c for c in known.columns}
-        by_number = {} if recreated else {c.attnum: c for c in known.columns if c.attnum is not None}
-        stay: dict[str, _Column] = {}
-        for column in columns:
-            before = by_number.get(column.attnum) if column.attnum is not None else None
-            if before is None and (same := there.get(column.name)) is not None:
-                # Without numbers a column is told by its name.
-                before = same if recreated or None in (same.attnum, column.attnum) else None
-            if before is not None:
-                stay[column.name] = before
+        stay = _staying(columns, known.columns, recreated=recreated)
+        for name, before in list(stay.items()):
+            if before.name != name:
+                self._say(job, f"column {before.name} was renamed to {name}", refused=policy.on_rename == "fail")
+                if policy.on_rename == "add" and name not in job.key:
+                    del stay[name]
+            if before.type != (after := next(c.type for c in columns if c.name == name)):
+                what = f"column {name} was of type {before.type} and is of type {after}"
+                self._say(job, what, refused=policy.on_retype == "fail")
+        there = set(self._names_there(connection, job.target))
+        for column in known.columns:
+            if column not in stay.values():
+                self._say(job, f"column {column.name} is gone", refused=policy.on_drop == "fail")
+                if policy.on_drop == "drop":
+                    connection.execute(alter + sql.SQL("DROP COLUMN {}").format(sql.Identifier(column.name)))
+                    there.discard(column.name)
         renamed = {before.name: name for name, before in stay.items() if before.name != name}
-        gone = [c for c in known.columns if c not in stay.values()]
-        wanted = {c.name for c in columns}
-        for column in gone:
-            if column.name in wanted or column.name in renamed.values():
-                renamed[column.name] = self._aside(column, {*there, *wanted})
+        for name in sorted((there - {before.name for before in stay.values()}) & {c.name for c in columns}):
+            renamed[name] = _aside(name, {*there, *(c.name for c in columns), *renamed.values()})
         for before_name in renamed:
             self._rename(connection, job, before_name, f"pgoutput {before_name}"[:60])
         for before_name, name in renamed.items():
             self._rename(connection, job, f"pgoutput {before_name}"[:60], name)
+        there = {renamed.get(name, name) for name in there}
         for column in columns:
             if column.name not in stay:
+                self._say(job, f"column {column.name} {column.type} is new", refused=policy.on_add == "fail")
                 self._add(connection, job, column)
             elif stay[column.name].type != column.type:
-                self._retype(connection, job, column)
+                self._retype(connection, job, column, there)
         if known.key != job.key and job.key:
             connection.execute(alter + sql.SQL("ADD PRIMARY KEY ({})").format(_names(job.key)))
         return columns
 
-    def _aside(self, column: _Column, taken: set[str]) -> str:
-        number = 2
-        while f"{column.name}__{number}" in taken:
-            number += 1
-        return f"{column.name}__{number}"
+    def _say(self, job: Job, what: str, *, refused: bool) -> None:
+        """Log a change of the table's shape, or refuse it."""
+        if refused:
+            raise Refused.at(
+                job.target,
+                f"{job.target}: {what}, and the policy is to fail",
+                hint="choose another policy, or alter the destination's table and its row in the table published",
+            )
+        logger.info("%s: %s", job.target, what)
+
+    def _names_there(self, connection: Connection, target: Target) -> list[str]:
+        rows = connection.execute(
+            "SELECT attname::text FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped",
+            (_table(target).as_string(None),),
+        ).fetchall()
+        return [name for (name,) in rows]
 
     def _rename(self, connection: Connection, job: Job, name: str, to: str) -> None:
         """Rename a column, also where rows name it as unknown."""
@@ -364,7 +388,10 @@ class PostgresDestination(Destination):
         if missing is None:
             self._unknown(connection, job, column.name)
 
-    def _retype(self, connection: Connection, job: Job, column: _Column) -> None:
+    def _retype(self, connection: Connection, job: Job, column: _Column, there: Collection[str]) -> None:
+        if self.policy.on_retype == "add" and column.name not in job.key:
+            self._beside(connection, job, column, there)
+            return
         name = sql.Identifier(column.name)
         change = sql.SQL("ALTER TABLE {} ALTER {} TYPE {} USING {}::text::{}").format(
             _table(job.target), name, sql.SQL(column.type), name, sql.SQL(column.type)
@@ -375,10 +402,14 @@ class PostgresDestination(Destination):
         except ServerError as e:
             if getattr(e, "transient", False):
                 raise
-            self._rename(connection, job, column.name, self._aside(column, {column.name}))
-            self._add(connection, job, column, known=False)
+            self._beside(connection, job, column, there)
             return
         self._unknown(connection, job, column.name)
+
+    def _beside(self, connection: Connection, job: Job, column: _Column, there: Collection[str]) -> None:
+        """A column of the new type, and the old one with its values under another name."""
+        self._rename(connection, job, column.name, _aside(column.name, there))
+        self._add(connection, job, column, known=False)
 
     def _unknown(self, connection: Connection, job: Job, name: str) -> None:
         """Older rows may hold anything in this column: PostgreSQL did not send them again."""
@@ -486,6 +517,28 @@ def _refused(target: Target, error: ServerError) -> Refused:
     said = cause.diag.message_hint if isinstance(cause, psycopg.Error) else None
     hint = said or f"alter {target} there so that it takes the changes, or exclude the table"
     return Refused.at(target, f"PostgreSQL: {target}: {error.message}", hint=hint)
+
+
+def _staying(columns: Sequence[_Column], known: Sequence[_Column], *, recreated: bool) -> dict[str, _Column]:
+    """By their new names, the columns that were there before under any name."""
+    there = {c.name: c for c in known}
+    by_number = {} if recreated else {c.attnum: c for c in known if c.attnum is not None}
+    stay: dict[str, _Column] = {}
+    for column in columns:
+        before = by_number.get(column.attnum) if column.attnum is not None else None
+        if before is None and (same := there.get(column.name)) is not None:
+            # Without numbers a column is told by its name.
+            before = same if recreated or None in (same.attnum, column.attnum) else None
+        if before is not None:
+            stay[column.name] = before
+    return stay
+
+
+def _aside(name: str, taken: Collection[str]) -> str:
+    number = 2
+    while f"{name}__{number}" in taken:
+        number += 1
+    return f"{name}__{number}"
 
 
 def _by_arrow(kind: pa.DataType) -> str:

@@ -14,6 +14,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from pgoutput_source.changes.schema import TableName
 from pgoutput_source.config import CONFIG, read_config
 from pgoutput_source.destinations.base import Mode
+from pgoutput_source.destinations.policies import SchemaPolicy
 from pgoutput_source.destinations.targets import Targets
 from pgoutput_source.errors import ConfigurationError
 from pgoutput_source.settings import configuration_error, describe, named
@@ -95,6 +96,14 @@ def _checked_address(address: str) -> str:
     return address
 
 
+def _checked_policy(policy: dict[str, str]) -> dict[str, str]:
+    try:
+        SchemaPolicy.of(policy)
+    except ConfigurationError as e:
+        raise ValueError(f"{e.message}|{e.hint}") from None
+    return policy
+
+
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Columns = Annotated[dict[str, tuple[str, ...]], BeforeValidator(_by_table), AfterValidator(_checked_tables)]
 
@@ -114,6 +123,7 @@ class Replication(BaseModel):
         leave_out: By table, the columns that the destination does not get.
         max_age: Seconds that committed changes may wait, to be applied together; None for the destination's default.
         spool: A local folder for what waits; None for one beside the recovery folder.
+        schema_policy: What follows from ALTER TABLE at the source: names and values of a `SchemaPolicy`.
         options: Other arguments of the destination's sink.
         source: Options of the source, which `SourceSettings.from_env` reads.
 
@@ -141,6 +151,7 @@ class Replication(BaseModel):
     leave_out: Columns = Field(default_factory=dict)
     max_age: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     spool: Path | None = None
+    schema_policy: Annotated[dict[str, str], AfterValidator(_checked_policy)] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict, repr=False)
     source: dict[str, Any] = Field(default_factory=dict, repr=False)
 

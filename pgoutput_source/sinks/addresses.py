@@ -55,6 +55,8 @@ def sink_of(replication: Replication, *, spool: Path | None = None) -> FixedPart
         given["into"] = replication.into
     if replication.key:
         given["key"] = replication.key
+    if replication.schema_policy:
+        given["schema_policy"] = replication.schema_policy
     takes = list(inspect.signature(sink).parameters)[1:]
     for name in (*given, *replication.options):
         if name not in takes:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
 
 # isort: split
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
 from pgoutput_source.destinations.base import Mode
 from pgoutput_source.destinations.delivery import OnTableError
+from pgoutput_source.destinations.policies import SchemaPolicy
 from pgoutput_source.destinations.postgres import PostgresDestination
 from pgoutput_source.destinations.targets import Targets
 from pgoutput_source.sinks.tables import Keys, TableSink
@@ -37,7 +38,8 @@ class PostgresSink(TableSink):
         key: In mode "mirror", by table, the columns that identify a row.
         spool: A folder for what waits, beside the recovery folder.
         max_age: How long a committed epoch may wait for others to be applied with it.
-        schema: Where the sink keeps its own table, `published`.
+        schema: Where the sink keeps its own tables, `published` and `complete`.
+        schema_policy: What follows from ALTER TABLE at the source: a `SchemaPolicy`, or its names and values.
         on_table_error: What happens when the database refuses a table. "stop" stops the flow. "park" keeps what comes
             of the table in the spool, in order, goes on with the others, and tries the table again at each start.
 
@@ -61,10 +63,11 @@ class PostgresSink(TableSink):
         key: Keys | None = None,
         max_age: timedelta = timedelta(0),
         schema: str = "pgoutput",
+        schema_policy: SchemaPolicy | Mapping[str, str] | None = None,
         on_table_error: OnTableError = "stop",
     ) -> None:
         super().__init__(
-            PostgresDestination(dsn, mode=mode, schema=schema),
+            PostgresDestination(dsn, mode=mode, schema=schema, policy=SchemaPolicy.of(schema_policy)),
             Targets(into, tables=tables, exclude=exclude),
             spool=spool,
             max_age=max_age,

@@ -165,6 +165,8 @@ WRONG = {
     'max_age = "soon"': "max_age: input should be a valid number",
     '[mask]\norders = ["note"]': "mask: table 'orders' has no schema",
     '[key]\n"public.orders" = []': "key: 'public.orders' has no column",
+    '[schema_policy]\non_drop = "forget"': "schema_policy: on_drop: 'forget' is no policy",
+    '[schema_policy]\non_move = "fail"': "schema_policy: there is no policy 'on_move'",
     '[options]\nschemas = "x"': "schemas: PostgresSink has no such option",
     '[source]\nslots = "x"': "[source] slots: there is no such option",
     "to: x": "is no TOML",
