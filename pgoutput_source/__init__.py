@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pgoutput_source.settings import SourceSettings
     from pgoutput_source.sinks.base import TwoPhaseSink
     from pgoutput_source.sinks.delta import DeltaSink
+    from pgoutput_source.sinks.duckdb import DuckDBSink
     from pgoutput_source.sinks.ipc import IpcSink
     from pgoutput_source.sinks.jsonl import JsonLinesSink
     from pgoutput_source.sinks.parquet import ParquetSink
@@ -36,6 +37,7 @@ _HOME: Final = {
     "ChangeEvent": "changes.events",
     "ChangeSet": "changes",
     "DeltaSink": "sinks.delta",
+    "DuckDBSink": "sinks.duckdb",
     "IpcSink": "sinks.ipc",
     "JsonLinesSink": "sinks.jsonl",
     "LogicalReplicationReader": "pypgoutput",
@@ -62,6 +64,7 @@ __all__ = [
     "ChangeEvent",
     "ChangeSet",
     "DeltaSink",
+    "DuckDBSink",
     "IpcSink",
     "JsonLinesSink",
     "LogicalReplicationReader",

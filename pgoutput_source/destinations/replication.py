@@ -48,6 +48,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
     "postgres": Scheme("postgres", "PostgresSink", "postgres://localhost/reporting", whole=True),
     "delta": Scheme("delta", "DeltaSink", "delta:lake/{schema}/{table}", template=True),
     "parquet": Scheme("parquet", "ParquetSink", "parquet:out/{schema}/{table}", modes=("history",), template=True),
+    "duckdb": Scheme("duckdb", "DuckDBSink", "duckdb:shop.duckdb"),
 }
 """The destinations, by what their address begins with."""
 

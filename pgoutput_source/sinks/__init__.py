@@ -8,9 +8,19 @@ import pgoutput_source.dataflow.needs_bytewax  # noqa: F401
 from pgoutput_source.parquet.read import read
 from pgoutput_source.sinks.base import TwoPhaseSink
 from pgoutput_source.sinks.delta import DeltaSink
+from pgoutput_source.sinks.duckdb import DuckDBSink
 from pgoutput_source.sinks.ipc import IpcSink
 from pgoutput_source.sinks.jsonl import JsonLinesSink
 from pgoutput_source.sinks.parquet import ParquetSink
 from pgoutput_source.sinks.postgres import PostgresSink
 
-__all__ = ["DeltaSink", "IpcSink", "JsonLinesSink", "ParquetSink", "PostgresSink", "TwoPhaseSink", "read"]
+__all__ = [
+    "DeltaSink",
+    "DuckDBSink",
+    "IpcSink",
+    "JsonLinesSink",
+    "ParquetSink",
+    "PostgresSink",
+    "TwoPhaseSink",
+    "read",
+]

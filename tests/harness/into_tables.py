@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -13,10 +15,9 @@ from bytewax.dataflow import Dataflow
 
 import pgoutput_source.operators as cdc
 from harness import faults
-from pgoutput_source import PgOutputSource
+from pgoutput_source import PgOutputSource, sinks
 from pgoutput_source.destinations.base import Job
-from pgoutput_source.sinks.delta import DeltaSink
-from pgoutput_source.sinks.postgres import PostgresSink
+from pgoutput_source.sinks.tables import TableSink
 
 options: dict[str, Any] = {
     "mode": os.environ["MODE"],
@@ -25,6 +26,7 @@ options: dict[str, Any] = {
     "key": json.loads(os.environ.get("KEY", "null")),
     "on_table_error": os.environ.get("ON_TABLE_ERROR", "stop"),
     "exclude": tuple(filter(None, os.environ.get("EXCLUDE", "").split(","))),
+    **json.loads(os.environ.get("OPTIONS", "{}")),
 }
 
 faults.install()
@@ -32,9 +34,16 @@ flow = Dataflow("into_tables")
 changes = op.input("in", flow, PgOutputSource.from_env())
 into = os.environ["INTO"]
 kind, _, where = into.partition(":")
-sink = DeltaSink(where, **options) if kind == "delta" else PostgresSink(into, **options)
+if kind == "postgresql":
+    kind, where = "postgres", into
+by_kind: dict[str, Callable[..., TableSink]] = {
+    "delta": sinks.DeltaSink,
+    "duckdb": sinks.DuckDBSink,
+    "postgres": sinks.PostgresSink,
+}
+sink = by_kind[kind](where, **options)
+apply = sink.destination.apply
 if os.environ.get("TWICE"):
-    apply = sink.destination.apply
 
     def twice(jobs: Iterable[Job]) -> None:
         for _ in range(2):
@@ -42,4 +51,12 @@ if os.environ.get("TWICE"):
             jobs = some
 
     sink.destination.apply = twice  # type: ignore[method-assign]
+if within := os.environ.get("KILL_WITHIN"):  # seconds after the destination began to apply something
+    seconds = float(within)
+
+    def dying(jobs: Iterable[Job]) -> None:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        apply(jobs)
+
+    sink.destination.apply = dying  # type: ignore[method-assign]
 cdc.output("out", changes, sink)

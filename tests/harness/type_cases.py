@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+import functools
 import json
 import struct
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pgoutput_source.protocol.wire import PG_EPOCH_US
@@ -348,3 +350,18 @@ def plain(array: pa.Array) -> list[Any]:
 
 def valid(array: pa.Array) -> list[bool]:
     return array.is_valid().to_pylist()  # type: ignore[no-any-return]
+
+
+@functools.cache
+def drawn(case: Case) -> list[str]:
+    """Some values of a case, and all its edges."""
+    found: list[str] = []
+
+    @settings(max_examples=25, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(case.inputs)
+    def collect(value: str) -> None:
+        found.append(value)
+
+    collect()
+    return found + list(case.edges)

@@ -6,7 +6,6 @@ are held against them: COPY, which other programs parse, and Parquet files, whic
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 import json
@@ -23,9 +22,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from harness.database import Database
-from harness.type_cases import CASES, PINNED, Case, plain
-from hypothesis import HealthCheck, Phase, given
-from hypothesis import settings as hypothesis_settings
+from harness.type_cases import CASES, PINNED, drawn, plain
 
 from pgoutput_source import peek
 from pgoutput_source.changes import ChangeBatch
@@ -41,7 +38,6 @@ from pgoutput_source.sinks import ParquetSink
 from pgoutput_source.sinks import read as read_folder
 from pgoutput_source.types.written import copy_text, written
 
-_DRAWN = 25
 LAST = "294247-01-10 04:00:54.775807"
 
 AS_TEXT = {"cube", "regclass", "tsquery"}
@@ -65,21 +61,6 @@ CREATE TYPE mood AS ENUM ('sad', 'happy', 'a,b "c"');
 CREATE DOMAIN price AS numeric(10,2);
 CREATE TYPE pair AS (a int, b text);
 CREATE TYPE floats AS RANGE (subtype = float8)"""
-
-
-@functools.cache
-def drawn(case: Case) -> list[str]:
-    """Some values of a case, and all its edges."""
-    found: list[str] = []
-
-    @hypothesis_settings(max_examples=_DRAWN, database=None, deadline=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(case.inputs)
-    def collect(value: str) -> None:
-        found.append(value)
-
-    collect()
-    return found + list(case.edges)
 
 
 @dataclass(frozen=True)
