@@ -31,7 +31,7 @@ from pgoutput_source.destinations.base import Job, Mode, Refused
 from pgoutput_source.destinations.duckdb import DuckDBDestination
 from pgoutput_source.destinations.duckdb_types import held, quoted
 from pgoutput_source.destinations.targets import Target
-from pgoutput_source.errors import SinkError
+from pgoutput_source.errors import ConfigurationError, SinkError
 from pgoutput_source.testing import batch
 
 CUT = {"PGOUTPUT_MAX_FRAMES": "7"}  # and an epoch for each poll
@@ -470,3 +470,10 @@ def test_every_type_comes_back_as_it_was(db: Database, tmp_path: Path) -> None:
             column = pa.concat_arrays(found[name].chunks).cast(changes[name].type)
             assert repr(plain(column)) == repr(plain(held(changes)[name])), f"{name}: {kind}"
     assert differ(db, tmp_path / "mirror.duckdb", [("public", "t")]) == []
+
+
+def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(ConfigurationError) as e:
+        to(tmp_path / "shop.duckdb")
+    assert "pgoutput-source[duckdb]" in str(e.value.hint)
