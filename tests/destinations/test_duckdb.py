@@ -81,13 +81,15 @@ class Fed:
         to(self.path, self.mode).apply(jobs)
 
 
-def test_a_mirror_equals_its_source(db: Database, tmp_path: Path) -> None:
+@pytest.mark.parametrize("twice", ["", "1"])
+def test_a_mirror_equals_its_source(db: Database, tmp_path: Path, twice: str) -> None:
+    """Also if everything is applied twice."""
     with Workload(db.dsn, seed=3, tables=8, largest=300) as workload:
         publish(db)
-        flow = into(db, tmp_path, EXCLUDE=unkeyed(workload), PGOUTPUT_UNTIL="current")
+        flow = into(db, tmp_path, EXCLUDE=unkeyed(workload), TWICE=twice)
         for _ in range(2):
             workload.run(700)
-            flow.run("-s", "0", *flow.recovery())
+            flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
             assert differ(db, tmp_path / "shop.duckdb", keyed(workload)) == []
 
 
