@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder for the state; what waits is kept beside it (default: recovery)",
     )
     into.add_argument("--spool", metavar="FOLDER", help="the folder for what waits")
-    into.add_argument("--create", action="store_true", help="create the publication, for all tables, and the slot")
+    into.add_argument(
+        "--create", action="store_true", help="create the publication, for the tables to take, and the slot"
+    )
     into.add_argument("--snapshot", choices=["initial", "never"], help="whether to copy the rows that are there first")
     into.add_argument("--until", help="'current' or an LSN: stop there")
     into.add_argument("--dry-run", action="store_true", help="check, say what would happen, and change nothing")

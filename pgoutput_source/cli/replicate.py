@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
+
+from psycopg import sql
 
 from pgoutput_source.changes.schema import TableName
 from pgoutput_source.copy.requests import published_names
@@ -17,7 +19,8 @@ from pgoutput_source.embedded import connection_string
 from pgoutput_source.errors import ConfigurationError, SlotNotFound
 from pgoutput_source.postgres import checks
 from pgoutput_source.postgres.connection import Connection, connect
-from pgoutput_source.postgres.creation import create
+from pgoutput_source.postgres.creation import create_publication_and_slot
+from pgoutput_source.postgres.publications import find_publications
 from pgoutput_source.postgres.published import remarks
 from pgoutput_source.postgres.slots import slot_state
 from pgoutput_source.settings import SourceSettings
@@ -29,16 +32,41 @@ NAME: Final = "replicate"
 
 _SHOWN: Final = 20
 
-# The key that the stream sends: of the replica identity's index, or the primary key. A partition counts by itself.
-_KEYLESS: Final = """
-SELECT n.nspname::text, c.relname::text, c.relreplident::text FROM pg_class AS c
+# Without names: what FOR ALL TABLES publishes. A partition counts by itself.
+_TABLES: Final = """
+SELECT n.nspname::text, c.relname::text, c.relreplident::text,
+       coalesce(bool_or(CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END), false),
+       (SELECT array_agg(a.attname::text ORDER BY array_position(p.indkey::int2[], a.attnum))
+          FROM pg_index AS p JOIN pg_attribute AS a ON a.attrelid = p.indrelid AND a.attnum = ANY (p.indkey::int2[])
+         WHERE p.indrelid = c.oid AND p.indisprimary)
+  FROM pg_class AS c
   JOIN pg_namespace AS n ON n.oid = c.relnamespace
- WHERE (n.nspname, c.relname) IN (SELECT * FROM unnest(%s::text[], %s::text[])) AND c.relkind IN ('r', 'p')
-   AND (c.relreplident IN ('f', 'n') OR NOT EXISTS (
-       SELECT FROM pg_index AS i WHERE i.indrelid = c.oid
-          AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END))
- ORDER BY 1, 2
+  LEFT JOIN pg_index AS i ON i.indrelid = c.oid AND i.indislive
+ WHERE CASE WHEN %(schemas)s::text[] IS NULL
+       THEN c.relkind = 'r' AND c.relpersistence = 'p' AND c.oid >= 16384 AND n.nspname <> 'information_schema'
+       ELSE c.relkind IN ('r', 'p')
+            AND (n.nspname, c.relname) IN (SELECT * FROM unnest(%(schemas)s::text[], %(names)s::text[])) END
+ GROUP BY n.nspname, c.oid, c.relname, c.relreplident ORDER BY 1, 2
 """
+
+
+class _Table(NamedTuple):
+    """A table that is, or will be, published: `indexed` says whether the key of its replica identity has an index."""
+
+    name: TableName
+    identity: str
+    indexed: bool
+    primary_key: tuple[str, ...]
+
+    @property
+    def changeable(self) -> bool:
+        """Whether the application may UPDATE and DELETE its rows while it is published."""
+        return self.identity == "f" or (self.identity != "n" and self.indexed)
+
+    @property
+    def sends_key(self) -> bool:
+        """Whether the stream sends a key."""
+        return self.identity in "di" and self.indexed
 
 
 def run(
@@ -76,21 +104,7 @@ def run(
     sink_of(replication)  # what is wrong with it is said before anything is created
     dsn = connection_string(settings.dsn)
     with connect(dsn) as conn:
-        if settings.create and slot_state(conn, settings.slot) is None:
-            logger.info("publication %s and slot %s: to be created", ", ".join(settings.publication), settings.slot)
-            if dry:
-                return 0
-            create(conn, settings)
-        try:
-            checks.check(conn, settings)
-        except SlotNotFound as e:
-            raise SlotNotFound(e.message, hint=f"--create does this for you: {e.hint}") from None
-        tables = published_names(conn, settings.publication)
-        for remark in remarks(conn, settings):
-            logger.info("note: %s\n  hint: %s", remark.text, remark.hint)
-        taken = _targets(tables, replication)
-        if replication.mode == "mirror":
-            _check_keys(conn, [table for table in taken if str(table) not in replication.key])
+        replication, taken = _prepared(conn, settings, replication, dry=dry)
     copied = ", rows that are there first" if settings.snapshot != "never" else ""
     logger.info(
         "%s of %d tables of %s to %s%s", replication.mode, len(taken), settings.server, replication.place, copied
@@ -107,6 +121,40 @@ def run(
     cdc.replicate("replica", op.input("postgres", flow, source), replication)
     run_flow(flow, recovery=recovery, epoch=epoch)
     return 0
+
+
+def _prepared(
+    conn: Connection, settings: SourceSettings, replication: Replication, *, dry: bool
+) -> tuple[Replication, dict[TableName, str]]:
+    """Check everything, and only then create what is missing: the replication with its keys, and where tables go."""
+    fresh = settings.create and slot_state(conn, settings.slot) is None
+    if not fresh:
+        try:
+            checks.check(conn, settings)
+        except SlotNotFound as e:
+            raise SlotNotFound(e.message, hint=f"--create does this for you: {e.hint}") from None
+    unpublished = fresh and len(find_publications(conn, settings.publication)) < len(set(settings.publication))
+    tables = _tables(conn, None if unpublished else published_names(conn, settings.publication))
+    taken = _targets([table.name for table in tables], replication)
+    chosen = [table for table in tables if table.name in taken]
+    if replication.mode == "mirror":
+        replication = replication.model_copy(update={"key": {**_keys(chosen, replication), **replication.key}})
+    if fresh:
+        checks.check_server(conn)
+        everything = len(chosen) == len(tables)
+        if unpublished:
+            _check_changeable(chosen)
+            which = "all tables" if everything else f"{len(chosen)} tables; those that are created later are left out"
+            logger.info("publication %s: to be created for %s", ", ".join(settings.publication), which)
+        logger.info("slot %s: to be created", settings.slot)
+        if not dry:
+            names = None if everything else [sql.Identifier(*table.name).as_string(conn) for table in chosen]
+            create_publication_and_slot(conn, slot=settings.slot, publications=settings.publication, tables=names)
+            checks.check(conn, settings)
+    if not (fresh and dry):
+        for remark in remarks(conn, settings):
+            logger.info("note: %s\n  hint: %s", remark.text, remark.hint)
+    return replication, taken
 
 
 def _targets(tables: list[TableName], replication: Replication) -> dict[TableName, str]:
@@ -126,15 +174,39 @@ def _targets(tables: list[TableName], replication: Replication) -> dict[TableNam
     return found
 
 
-def _check_keys(conn: Connection, tables: list[TableName]) -> None:
-    schemas, names = [t.namespace for t in tables], [t.name for t in tables]
-    keyless = [(TableName(s, n), identity) for s, n, identity in conn.execute(_KEYLESS, (schemas, names)).fetchall()]
+def _tables(conn: Connection, names: list[TableName] | None) -> list[_Table]:
+    schemas = None if names is None else [name.namespace for name in names]
+    tables = None if names is None else [name.name for name in names]
+    rows = conn.execute(_TABLES, {"schemas": schemas, "names": tables}).fetchall()
+    return [
+        _Table(TableName(schema, name), identity, indexed, tuple(key or ()))
+        for schema, name, identity, indexed, key in rows
+    ]
+
+
+def _keys(tables: list[_Table], replication: Replication) -> dict[str, tuple[str, ...]]:
+    """The columns that identify a row, of tables whose stream does not say: those of the primary key."""
+    silent = [table for table in tables if not table.sends_key and str(table.name) not in replication.key]
+    keyless = [table for table in silent if not table.primary_key]
     if keyless:
-        which = ", ".join(str(table) for table, _ in keyless)
-        first, identity = keyless[0]
+        first = keyless[0]
         raise ConfigurationError(
-            f"a mirror needs a key, and PostgreSQL sends none for {which}",
-            hint=f"ALTER TABLE {first} ADD PRIMARY KEY …, or REPLICA IDENTITY USING INDEX …"
-            + (", or REPLICA IDENTITY DEFAULT" if identity != "d" else "")
-            + f"; or name the columns that identify a row: --key {first}=id; or leave it out: --exclude '{first}'",
+            f"a mirror needs a key, and PostgreSQL sends none for {', '.join(str(table.name) for table in keyless)}",
+            hint=f"ALTER TABLE {first.name} ADD PRIMARY KEY …, or REPLICA IDENTITY USING INDEX …; or name the columns "
+            f"that identify a row: --key {first.name}=id; or leave it out: --exclude '{first.name}'",
+        )
+    for table in silent:
+        logger.info("%s: its rows are told by its primary key (%s)", table.name, ", ".join(table.primary_key))
+    return {str(table.name): table.primary_key for table in silent}
+
+
+def _check_changeable(tables: list[_Table]) -> None:
+    """A publication makes UPDATE and DELETE fail on tables without a replica identity: for the application."""
+    fixed = [table.name for table in tables if not table.changeable]
+    if fixed:
+        raise ConfigurationError(
+            f"a publication of {', '.join(map(str, fixed[:_SHOWN]))} would make every UPDATE and DELETE there fail: "
+            "without a key they have no replica identity",
+            hint=f"ALTER TABLE {fixed[0]} ADD PRIMARY KEY …, or REPLICA IDENTITY FULL; or leave it out: "
+            f"--exclude '{fixed[0]}'; or, if its rows never change, create the publication yourself",
         )

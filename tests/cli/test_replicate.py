@@ -83,15 +83,17 @@ def test_all_tables_by_one_command(
     assert "there is no replication slot 'replicate'" in said
     assert "--create" in said
     with caplog.at_level(logging.INFO):
-        assert main(["replicate", *to, "--create", "--dry-run"]) == 0
-    assert "to be created" in caplog.text
-    assert slots(shop) == []
+        assert main(["replicate", *to, "--create", "--exclude", "*.log_*", "--dry-run"]) == 0
+    assert "to be created for 2 tables" in caplog.text
+    assert "public.orders → public.orders" in caplog.text
     assert main(["replicate", *to, "--create"]) == 1
     said = capsys.readouterr().err
     assert "a mirror needs a key, and PostgreSQL sends none for public.log_days" in said
     assert "--exclude 'public.log_days'" in said
-
-    process = command(*to, "--exclude", "*.log_*")
+    assert main(["replicate", *to, "--create", "--key", "public.log_days=day"]) == 1
+    assert "would make every UPDATE and DELETE there fail" in capsys.readouterr().err
+    assert slots(shop) == rows(shop, "SELECT pubname FROM pg_publication") == []
+    process = command(*to, "--create", "--exclude", "*.log_*")
     with following(process) as lines:
         wait_for(lines, "streaming from", process)
         assert "mirror of 2 tables" in "".join(lines)
@@ -112,6 +114,23 @@ def test_all_tables_by_one_command(
     assert [row[:2] for row in rows(target, ORDERS)] == rows(shop, ORDERS) == [(2, "two"), (3, "three")]
     assert rows(target, ODD) == rows(shop, ODD) == [(1, "{glad,NULL}")]
     assert (tmp_path / "recovery-spool").is_dir()
+
+
+def test_a_table_that_sends_whole_rows_is_told_by_its_primary_key(
+    shop: Database, target: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with shop.connect() as c:
+        c.execute("ALTER TABLE orders REPLICA IDENTITY FULL; DROP TABLE log_days")
+        c.execute("CREATE TEMP TABLE kept (x int)")
+    to = ("--dsn", shop.dsn, "--to", target.dsn, "--recovery", str(tmp_path / "recovery"), "--until", "current")
+    with caplog.at_level(logging.INFO):
+        assert main(["replicate", *to, "--create"]) == 0
+    assert "for all tables" in caplog.text
+    assert "public.orders: its rows are told by its primary key (id)" in caplog.text
+    with shop.connect() as c:
+        c.execute("UPDATE orders SET id = id + 10; UPDATE orders SET note = 'three' WHERE id = 12")
+    assert main(["replicate", *to]) == 0
+    assert [row[:2] for row in rows(target, ORDERS)] == rows(shop, ORDERS) == [(11, "one"), (12, "three")]
 
 
 def test_the_flow_does_the_same(shop: Database, target: Database, tmp_path: Path) -> None:
