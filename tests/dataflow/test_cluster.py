@@ -158,7 +158,7 @@ def test_killed_processes_lose_and_repeat_nothing(
     flow = Flow(db, tmp_path)
     cluster = Cluster(flow)
     with Busy(db.dsn, seed=11, tables=6, largest=2_000) as workload:
-        for _ in range(4):
+        for _ in range(3):
             with cluster.running() as (processes, said):
                 time.sleep(rng.uniform(0.2, 2.5))
                 victims(rng, processes)

@@ -58,6 +58,8 @@ class Flow:
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
         """Start it; the interval between epochs must be among the arguments."""
+        if "-r" not in arguments and arguments[:2] == ("-s", "0"):
+            arguments = ("-s", "1", *arguments[2:])  # without recovery Bytewax takes no interval for ten seconds
         command = [sys.executable, "-m", "bytewax.run", self.module, *arguments]
         return subprocess.Popen(
             command,

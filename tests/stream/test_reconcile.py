@@ -220,6 +220,8 @@ def test_a_promoted_standby_goes_on_where_the_primary_was_killed(major: int, tmp
                 wait_for(lines, "streaming from", process)
 
                 def synced() -> bool:
+                    with db.connect() as connection:  # or the primary says in 15 seconds which transactions run
+                        connection.execute("SELECT pg_log_standby_snapshot()")
                     with psycopg.connect(standby.dsn(), autocommit=True) as connection:
                         query = "SELECT FROM pg_replication_slots WHERE slot_name = 'cdc' AND synced AND NOT temporary"
                         return connection.execute(query).fetchone() is not None

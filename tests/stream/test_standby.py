@@ -119,7 +119,7 @@ def test_a_conflict_with_recovery_loses_the_slot(major: int, tmp_path: Path) -> 
     assert "resync --slot cdc" in said
 
 
-@pytest.mark.parametrize("major", [14, 15, 16])
+@pytest.mark.parametrize("major", [14, 16])  # from 16 on a standby decodes; from 17 on there are failover slots
 def test_before_failover_slots_a_promoted_standby_says_what_was_lost(major: int, tmp_path: Path) -> None:
     with Server(major) as primary, primary.standby() as standby:
         db = Database(primary)
