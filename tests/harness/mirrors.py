@@ -54,6 +54,14 @@ def unlike(
     ]
 
 
+def columns_of(connection: psycopg.Connection[Any], schema: str, name: str) -> list[str]:
+    query = (
+        "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(format('%%I.%%I', %s::text, %s::text))"
+        " AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum"
+    )
+    return [column for (column,) in connection.execute(query, (schema, name)).fetchall()]
+
+
 def differ(db: Database, target: Database, tables: list[tuple[str, str]]) -> list[str]:
     """What a mirror has that its source has not, and the reverse."""
     wrong = []
@@ -61,17 +69,19 @@ def differ(db: Database, target: Database, tables: list[tuple[str, str]]) -> lis
         for connection in (source, mirror):
             connection.execute("SET TimeZone TO 'UTC'; SET DateStyle TO 'ISO'; SET extra_float_digits TO 1")
         for schema, name in tables:
-            query = (
-                "SELECT attname FROM pg_attribute WHERE attrelid = format('%%I.%%I', %s::text, %s::text)::regclass"
-                " AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum"
-            )
-            columns = [c for (c,) in source.execute(query, (schema, name)).fetchall()]
+            columns, there = columns_of(source, schema, name), columns_of(mirror, schema, name)
             expected = rows(source, schema, name, columns)
-            there = mirror.execute("SELECT to_regclass(format('%%I.%%I', %s::text, %s::text))", (schema, name))
-            if there.fetchone() != (None,):
-                wrong += unlike(mirror, schema, name, columns, expected)
-            elif expected:
-                wrong.append(f"{schema}.{name} is not there")
+            if not there:
+                wrong += [f"{schema}.{name} is not there"] if expected else []
+                continue
+            # Nothing tells of a column that was added before the next change is sent. All of it is NULL.
+            unsent = [i for i, column in enumerate(columns) if column not in there]
+            wrong += [
+                f"{schema}.{name}: no {columns[i]}" for i in unsent if any(row[i] is not None for row in expected)
+            ]
+            kept = [i for i in range(len(columns)) if i not in unsent]
+            sent = [tuple(row[i] for i in kept) for row in expected]
+            wrong += unlike(mirror, schema, name, [columns[i] for i in kept], sent)
     return wrong
 
 
