@@ -6,6 +6,7 @@ It is the flow in `flows/replicate.py`, with its checks before it starts.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -99,12 +100,20 @@ def run(
     from pgoutput_source.dataflow.run import run as run_flow
     from pgoutput_source.dataflow.source import PgOutputSource
     from pgoutput_source.sinks.addresses import sink_of, spool_beside
+    from pgoutput_source.sinks.tables import TableSink
 
     replication = replication.model_copy(update={"spool": replication.spool or spool_beside(recovery)})
-    sink_of(replication)  # what is wrong with it is said before anything is created
+    sink = sink_of(replication)  # what is wrong with it is said before anything is created
+
+    def reach(table: TableName) -> None:
+        """Whether the destination can be used, and has in this table's place what this command writes."""
+        if isinstance(sink, TableSink) and (target := sink.targets.of(table)) is not None:
+            sink.destination.reached(target)
+            sink.destination.close()
+
     dsn = connection_string(settings.dsn)
     with connect(dsn) as conn:
-        replication, taken = _prepared(conn, settings, replication, dry=dry)
+        replication, taken = _prepared(conn, settings, replication, reach, dry=dry)
     copied = ", rows that are there first" if settings.snapshot != "never" else ""
     logger.info(
         "%s of %d tables of %s to %s%s", replication.mode, len(taken), settings.server, replication.place, copied
@@ -124,7 +133,12 @@ def run(
 
 
 def _prepared(
-    conn: Connection, settings: SourceSettings, replication: Replication, *, dry: bool
+    conn: Connection,
+    settings: SourceSettings,
+    replication: Replication,
+    reach: Callable[[TableName], object],
+    *,
+    dry: bool,
 ) -> tuple[Replication, dict[TableName, str]]:
     """Check everything, and only then create what is missing: the replication with its keys, and where tables go."""
     fresh = settings.create and slot_state(conn, settings.slot) is None
@@ -139,6 +153,8 @@ def _prepared(
     chosen = [table for table in tables if table.name in taken]
     if replication.mode == "mirror":
         replication = replication.model_copy(update={"key": {**_keys(chosen, replication), **replication.key}})
+    for table in list(taken)[:1]:
+        reach(table)
     if fresh:
         checks.check_server(conn)
         everything = len(chosen) == len(tables)

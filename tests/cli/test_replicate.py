@@ -92,6 +92,23 @@ def test_all_tables_by_one_command(
     assert "--exclude 'public.log_days'" in said
     assert main(["replicate", *to, "--create", "--key", "public.log_days=day"]) == 1
     assert "would make every UPDATE and DELETE there fail" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "replicate",
+                "--dsn",
+                shop.dsn,
+                "--to",
+                f"{target.dsn} dbname=nowhere",
+                "--create",
+                *to[4:],
+                "--exclude",
+                "*.log_*",
+            ]
+        )
+        == 1
+    )
+    assert 'database "nowhere" does not exist' in capsys.readouterr().err
     assert slots(shop) == rows(shop, "SELECT pubname FROM pg_publication") == []
     process = command(*to, "--create", "--exclude", "*.log_*")
     with following(process) as lines:
