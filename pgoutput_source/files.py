@@ -105,6 +105,18 @@ def need_file(descriptor: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+_ENCODED: Final = re.compile(r"""^[_.]|[\x00-\x1f\x7f/\\:*?"<>|%=\[\]{}]""")
+
+
+def folder_name(text: str) -> str:
+    """A text as the name of a folder: percent-encoded where a path, a glob pattern or a partition would be meant.
+
+    >>> folder_name("_in/out=50%")
+    '%5Fin%2Fout%3D50%25'
+    """
+    return _ENCODED.sub(lambda match: f"%{ord(match[0]):02X}", text)
+
+
 def folds_case(folder: Path) -> bool:
     """Whether names in a folder that differ only in upper and lower case are the same."""
     with explained("can't write to", folder), tempfile.NamedTemporaryFile(prefix="_Case", dir=folder) as file:

@@ -35,6 +35,7 @@ from pgoutput_source.parquet.folder import (
     published_files,
     read_index,
 )
+from pgoutput_source.parquet.partitions import partitions
 from pgoutput_source.parquet.writer import ROW_GROUP_BYTES, Codec, PartWriter
 
 _THREADS: Final = 8
@@ -45,9 +46,14 @@ _PACKED: Final = 4
 
 
 class _Known(NamedTuple):
-    """What a folder has: how far its table is, and how many bytes its index had then."""
+    """What a folder has: how far its table is, and how many bytes its index had then.
+
+    A crash between the files of one commit leaves partitions that are further than the table: `ahead` has the number
+    that each reached.
+    """
 
     reached: Reached | None
+    ahead: Mapping[str, int]
     size: int
 
 
@@ -56,8 +62,11 @@ class ParquetDestination(Destination):
 
     mode: Mode = "history"
 
-    def __init__(self, root: Path, *, codec: Codec, max_rows: int, max_bytes: int) -> None:
+    def __init__(
+        self, root: Path, *, codec: Codec, max_rows: int, max_bytes: int, partition_by: str | None = None
+    ) -> None:
         self.root, self.codec, self.max_rows, self.max_bytes = root.absolute(), codec, max_rows, max_bytes
+        self.partition_by = partition_by
         self._known: dict[Target, _Known] = {}
         self._threads: ThreadPoolExecutor | None = None
 
@@ -100,26 +109,39 @@ class ParquetDestination(Destination):
     # -- one job ----------------------------------------------------------------------------------------------------
 
     def _apply(self, job: Job) -> None:
-        with self._locked(job.target) as reached:
+        with self._locked(job.target) as (reached, ahead, _):
             if reached is not None:
                 job = _missing(job, reached)
-            for some in self._files(job):
-                reached = self._publish(some, Reached(some.number, some.last, job.origin))
-        self._known[job.target] = _Known(reached, self._size(job.target))
+            if len(job.changes) < 1024 * len(job.parts):
+                # Otherwise more time goes into the chunks than into the rows.
+                job = job._replace(changes=job.changes.combine_chunks())
+            for some in self._chunks(job):
+                files = self._files(some, ahead)
+                for count, (partition, changes) in enumerate(files, 1):
+                    self._publish(some, partition, changes, whole=count == len(files))
+                if files:
+                    reached = Reached(some.number, some.last, job.origin)
+            if job.changes and (reached is None or reached.number < job.number):
+                raise SinkError(
+                    f"{job.target} has files of a commit that was cut off after {reached}, and {job.number} is no part "
+                    "of it",
+                    hint="the spool lacks what came with these files: restore it, or start afresh",
+                )
+            self._known[job.target] = _Known(reached, {}, self._size(job.target))
 
     @contextlib.contextmanager
-    def _locked(self, target: Target) -> Iterator[Reached | None]:
+    def _locked(self, target: Target) -> Iterator[_Known]:
         """Own a folder for the moment. What is known of it holds if nobody has written to it since."""
         folder = self.root / target.name
         with explained("can't read", folder):
             if target not in self._known and not folder.exists():
-                self._known[target] = _Known(None, 0)
+                self._known[target] = _Known(None, {}, 0)
         while True:
             lock = FolderLock(folder)
             try:
                 known = self._known.pop(target, None)
                 if known is not None and known.size == self._size(target):
-                    yield known.reached
+                    yield known
                     return
             finally:
                 lock.close()
@@ -127,45 +149,61 @@ class ParquetDestination(Destination):
                 if opened.staged:
                     raise _not_ours(folder)
                 opened.sweep()
-                self._known[target] = _Known(_reached(folder, opened.entries), self._size(target))
+                reached = _reached(folder, opened.entries)
+                ahead = _ahead(opened.entries, 0 if reached is None else reached.number)
+                self._known[target] = _Known(reached, ahead, self._size(target))
 
     def _size(self, target: Target) -> int:
         index = self.root / target.name / INDEX
         with explained("can't read", index):
             return index.stat().st_size if index.exists() else 0
 
-    def _files(self, job: Job) -> Iterator[Job]:
-        """The changes of each file: parts until there are enough rows or bytes."""
+    def _files(self, job: Job, ahead: Mapping[str, int]) -> list[tuple[str, pa.Table]]:
+        """The changes of each partition, without those that are there."""
+        if self.partition_by is None:
+            return [("", job.changes)]
+        found = partitions(job.changes, self.partition_by)
+        for number in set(ahead.values()):
+            left = dict(partitions(job.split(number)[1], self.partition_by))
+            found = [(p, left.get(p) if ahead.get(p) == number else changes) for p, changes in found]
+        return [(partition, changes) for partition, changes in found if changes]
+
+    def _chunks(self, job: Job) -> Iterator[Job]:
+        """The changes of each file, if there were no partitions: parts until there are enough rows or bytes."""
         begin = size = end = 0
+        each = job.changes.nbytes / max(1, len(job.changes))
         for number, after in job.parts or ((job.number, len(job.changes)),):
-            size += job.changes.slice(end, after - end).nbytes
+            size += int(each * (after - end))
             end = after
             enough = end - begin >= self.max_rows or size >= self.max_bytes * _PACKED
             if end > begin and (enough or end == len(job.changes)):
                 changes = job.changes.slice(begin, end - begin)
-                yield job._replace(number=number, last=_point(changes, -1), changes=changes, parts=())
+                parts = tuple((n, e - begin) for n, e in job.parts if begin < e <= end)
+                yield job._replace(number=number, last=_point(changes, -1), changes=changes, parts=parts)
                 begin, size = end, 0
 
-    def _publish(self, job: Job, reached: Reached) -> Reached:
+    def _publish(self, job: Job, partition: str, changes: pa.Table, *, whole: bool) -> None:
         folder = self.root / job.target.name
         name = f"t{job.number:08d}"
         writing = folder / STAGING / f"{name}{WRITING}"
-        writer = PartWriter(self.codec, name, writing, job.changes.schema, _heavy(job.changes))
+        writer = PartWriter(self.codec, name, writing, changes.schema, _heavy(changes))
         try:
-            writer.part = replace(writer.part, number=job.number)
-            writer.write(job.changes)
+            writer.part = replace(writer.part, number=job.number, whole=whole, partition=partition)
+            writer.write(changes)
             part = writer.close()
         except BaseException:
             writer.abandon()
             raise
         file = folder / part.file
         with explained("can't publish", file):
+            if not file.parent.exists():
+                file.parent.mkdir()
+                sync(folder)
             sync(writing)
             os.rename(writing, file)
             sync(file.parent)
             # The next start adds again what a power cut takes away.
             add_to_index(folder, part, durably=False)
-        return reached
 
 
 def _entry(file: Path) -> dict[str, Any]:
@@ -179,9 +217,22 @@ def _reached(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> Reached 
         return None
     if any(entry.get("number") is None or entry["last"] is None for entry in entries.values()):
         raise _not_ours(folder)
-    last = max(entries.values(), key=lambda entry: int(entry["number"]))
-    commit_lsn, seq = position_of(last["last"])
-    return Reached(last["number"], (int(commit_lsn), seq), tuple(last["origin"] or ("", "", "")))
+    number = max((int(entry["number"]) for entry in entries.values() if entry["whole"]), default=0)
+    if not number:
+        return None
+    there = [entry for entry in entries.values() if entry["number"] <= number]
+    commit_lsn, seq = max(position_of(entry["last"]) for entry in there)
+    return Reached(number, (int(commit_lsn), seq), tuple(there[0]["origin"] or ("", "", "")))
+
+
+def _ahead(entries: Mapping[str, Mapping[str, Any]], number: int) -> dict[str, int]:
+    """The number that each partition has reached, where it is larger than that of the table."""
+    found: dict[str, int] = {}
+    for file, entry in entries.items():
+        if entry["number"] > number:
+            partition = file.rpartition("/")[0]
+            found[partition] = max(entry["number"], found.get(partition, 0))
+    return found
 
 
 def _not_ours(folder: Path) -> SinkError:
@@ -218,5 +269,5 @@ def _heavy(changes: pa.Table) -> set[str]:
     return {
         name
         for name, column in zip(changes.schema.names, changes.columns, strict=True)
-        if any(chunk.nbytes > ROW_GROUP_BYTES for chunk in column.chunks)
+        if column.nbytes > ROW_GROUP_BYTES and any(chunk.nbytes > ROW_GROUP_BYTES for chunk in column.chunks)
     }

@@ -27,7 +27,9 @@ from pgoutput_source.parquet.folder import FolderInUse
 
 _WRITING, STAGED, COMMITTED = ".writing", ".staged", ".committed"
 _VERSION: Final = 1
-_OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4")
+# Parts are mostly small: threads would cost several times what they do.
+_OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+_READING: Final = pa.ipc.IpcReadOptions(use_threads=False)
 
 Point = tuple[int, int]
 """The commit LSN and the number within the transaction of a change."""
@@ -197,7 +199,7 @@ class Spool:
                         continue
                     body = file.read(part.size)
                 try:
-                    yield part, pa.ipc.open_stream(pa.py_buffer(body)).read_all()
+                    yield part, pa.ipc.open_stream(pa.py_buffer(body), options=_READING).read_all()
                 except pa.ArrowInvalid as e:
                     raise self._damaged(token) from e
 

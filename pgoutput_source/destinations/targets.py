@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from string import Formatter
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from pgoutput_source.changes.schema import TableName
 from pgoutput_source.errors import ConfigurationError, SinkError
+from pgoutput_source.files import folder_name
 
 
 class Target(NamedTuple):
@@ -133,14 +133,6 @@ class FolderTargets(Targets):
 
     def _target(self, table: TableName) -> Target:
         return Target("", self.template.format(schema=folder_name(table.namespace), table=folder_name(table.name)))
-
-
-_ENCODED: Final = re.compile(r"""^[_.]|[\x00-\x1f\x7f/\\:*?"<>|%=\[\]{}]""")
-
-
-def folder_name(text: str) -> str:
-    """A text as the name of a folder."""
-    return _ENCODED.sub(lambda match: f"%{ord(match[0]):02X}", text)
 
 
 def _folded(text: str) -> str:

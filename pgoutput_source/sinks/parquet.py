@@ -84,6 +84,8 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         tables: With ``{table}``: patterns of the tables to take, as ``public.*``. All by default.
         exclude: With ``{table}``: patterns of the tables to leave out.
         spool: With ``{table}``: the folder for what waits. By default ``_spool`` beside the folders of the tables.
+        partition_by: With ``{table}``: "day", so that changes go to folders by the day of their commit, UTC, like
+            ``day=2026-11-25``; or the name of a column. A table without the column has no partitions.
 
     Raises:
         ConfigurationError: An option is invalid.
@@ -109,6 +111,7 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         tables: Iterable[str] = ("*",),
         exclude: Iterable[str] = (),
         spool: str | Path | None = None,
+        partition_by: str | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_bytes", max_bytes)):
             if value < 1:
@@ -122,9 +125,10 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         self.codec = Codec.of(compression, compression_level)
         self._built = False
         self._tables: _Tables | None = None
-        options = {"tables": (tables, ("*",)), "exclude": (exclude, ()), "spool": (spool, None)}
+        options: dict[str, tuple[Any, Any]] = {"tables": (tables, ("*",)), "exclude": (exclude, ())}
+        options |= {"spool": (spool, None), "partition_by": (partition_by, None)}
         if "{table}" in str(self.folder):
-            self._tables = _Tables(self, tables, exclude, spool)
+            self._tables = _Tables(self, tables, exclude, spool, partition_by)
         elif given := [name for name, (value, default) in options.items() if value != default]:
             raise ConfigurationError(
                 f"{given[0]}= is for a sink of many tables, and {str(self.folder)!r} is one folder",
@@ -174,13 +178,20 @@ class _Tables(TableSink):
     """A folder for each table: a `ParquetSink` with a template."""
 
     def __init__(
-        self, sink: ParquetSink, tables: Iterable[str], exclude: Iterable[str], spool: str | Path | None
+        self,
+        sink: ParquetSink,
+        tables: Iterable[str],
+        exclude: Iterable[str],
+        spool: str | Path | None,
+        partition_by: str | None,
     ) -> None:
         parts = sink.folder.parts
         fixed = next(i for i, part in enumerate(parts) if "{" in part)
         self.root, self.template = Path(*parts[:fixed]), str(sink.folder)
         super().__init__(
-            ParquetDestination(self.root, codec=sink.codec, max_rows=sink.max_rows, max_bytes=sink.max_bytes),
+            ParquetDestination(
+                self.root, codec=sink.codec, max_rows=sink.max_rows, max_bytes=sink.max_bytes, partition_by=partition_by
+            ),
             FolderTargets("/".join(parts[fixed:]), tables=tables, exclude=exclude),
             spool=self.root / "_spool" if spool is None else spool,
             max_age=timedelta(seconds=sink.max_age),

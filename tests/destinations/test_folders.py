@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -176,8 +179,8 @@ def test_names_that_differ_by_case_where_the_file_system_folds_them() -> None:
     assert apart.of(TableName("public", "A")) != apart.of(TableName("public", "a"))
 
 
-def destination(root: Path) -> ParquetDestination:
-    return ParquetDestination(root, codec=Codec.of("zstd", 1), max_rows=10, max_bytes=1 << 20)
+def destination(root: Path, **options: Any) -> ParquetDestination:
+    return ParquetDestination(root, codec=Codec.of("zstd", 1), **({"max_rows": 10, "max_bytes": 1 << 20} | options))
 
 
 def job(number: int, ids: list[int], *, table: str = "t") -> Job:
@@ -203,6 +206,75 @@ def test_what_is_applied_twice_is_there_once(tmp_path: Path) -> None:
     made.apply([again])
     made.close()
     assert read(tmp_path / "t").count_rows() == 4
+
+
+def test_partitions_of_a_commit_that_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every rename in turn: what is there is not written again, and what is missing comes."""
+    rng = random.Random(5)
+    parts = []
+    for number in range(1, 9):
+        rows = [("I", {"id": 10 * number + i, "to": rng.choice(["a", "b=", None, ""])}) for i in range(4)]
+        parts.append(batch("public.t", rows, lsn=100 * number).data)
+    ids = sorted(i for part in parts for i in part["id"].to_pylist())
+
+    def jobs(count: int, per_job: int) -> list[Job]:
+        made = []
+        for begin in range(0, count, per_job):
+            some = parts[begin : min(count, begin + per_job)]
+            ends = [(begin + i + 1, 4 * (i + 1)) for i in range(len(some))]
+            number = ends[-1][0]
+            job = Job(Target("", "t"), number, (100 * number + 3, 0), (), "d", pa.Table.from_batches(some), tuple(ends))
+            made.append(job)
+        return made
+
+    rename = os.rename
+    for cut in range(7):
+        root = tmp_path / str(cut)
+        left = iter(range(cut))
+
+        def renamed(source: Path, target: Path, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise OSError("cut off")
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.rename", renamed)
+            made = destination(root, partition_by="to", max_rows=1_000)
+            with pytest.raises(SinkError, match="cut off"):
+                made.apply(jobs(6, 2))
+            made.close()
+        assert len(published_files(root / "t")) == cut
+        again = destination(root, partition_by="to", max_rows=[3, 8, 1_000][cut % 3])
+        again.apply(jobs(8, 8))
+        again.close()
+        assert sorted(read(root / "t").to_table()["id"].to_pylist()) == ids, cut
+        assert again.reached(Target("", "t")) == destination(root).reached(Target("", "t"))
+    query = f"SELECT id, \"to\" FROM read_parquet('{root}/t/*/*.parquet', hive_partitioning = true) ORDER BY id"
+    expected = {row["id"]: row["to"] for part in parts for row in part.select(["id", "to"]).to_pylist()}
+    assert dict(duckdb.connect().execute(query).fetchall()) == expected
+
+
+def test_days_are_folders(db: Database, tmp_path: Path) -> None:
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE k (id int PRIMARY KEY, day date)")
+        publish(db)
+        c.execute("INSERT INTO t SELECT generate_series(1, 100); UPDATE t SET id = -id; DELETE FROM t WHERE id > -50")
+        flow = into(db, tmp_path, PGOUTPUT_UNTIL="current", PARTITION_BY="day", EXCLUDE="*.k")
+        flow.run("-s", "0", *flow.recovery())
+        (day,) = (flow.out / "public/t").glob("day=*")
+        assert day.name.removeprefix("day=") in {str(each["_commit_ts"].date()) for each in history(flow, "t")}
+        assert sorted(current(flow.out / "public/t", key="id")["id"].to_pylist()) == list(range(-100, -49))
+        c.execute("INSERT INTO k VALUES (1, now())")
+        said, code = failure(flow, *flow.recovery(), EXCLUDE="")
+        assert code != 0
+        assert "there is a column called 'day'" in said
+        flow.run("-s", "0", *flow.recovery(), EXCLUDE="", PARTITION_BY="id")  # what was spooled is taken in another way
+        assert [file.parent.name for file in (flow.out / "public/k").glob("*/*.parquet")] == ["id=1"]
+
+
+def history(flow: Flow, table: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read(flow.out / "public" / table).to_table().to_pylist()
+    return rows
 
 
 def test_control_without_numbers_rows_are_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
