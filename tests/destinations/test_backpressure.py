@@ -21,7 +21,7 @@ from pgoutput_source.destinations.targets import Target, Targets
 from pgoutput_source.sinks import tables
 from pgoutput_source.sinks.tables import TableSink
 
-FULL = 200_000
+FULL = 100_000
 
 
 class Slow(Destination):
@@ -39,7 +39,7 @@ class Slow(Destination):
     def apply(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             self.rows += len(job.changes)
-            time.sleep(0.02)
+            time.sleep(0.05)
             assert self.sink is not None
             assert self.sink._spool is not None
             self.most = max(self.most, self.sink._spool.size())
@@ -63,7 +63,7 @@ def test_sources_wait_for_a_slow_destination(
     publish(db)
     with db.connect() as connection:
         connection.execute("CREATE TABLE t (id int PRIMARY KEY, note text)")
-        connection.execute("INSERT INTO t SELECT i, md5(i::text) || md5((-i)::text) FROM generate_series(1, 30000) i")
+        connection.execute("INSERT INTO t SELECT i, md5(i::text) || md5((-i)::text) FROM generate_series(1, 15000) i")
     # One job an epoch, so that the destination is slow for each.
     monkeypatch.setattr(tables, "MOST_BYTES", 1)
     monkeypatch.setattr(tables, "_FULL", FULL)
@@ -72,5 +72,5 @@ def test_sources_wait_for_a_slow_destination(
 
     destination = drained(db, tmp_path)
 
-    assert destination.rows == 30_000
+    assert destination.rows == 15_000
     assert (destination.most < 2 * FULL) is held, destination.most
