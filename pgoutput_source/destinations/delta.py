@@ -30,9 +30,9 @@ from pgoutput_source.compute.net_effect import Standing
 from pgoutput_source.compute.net_rows import NetRows, net_rows
 from pgoutput_source.destinations.base import Destination, Job, Mode, Reached, Refused
 from pgoutput_source.destinations.delta_rows import GONE, Cast, History, Mirror, Plan, key_is_plain, streamed
-from pgoutput_source.destinations.targets import FolderTargets, Target, folder_name
+from pgoutput_source.destinations.targets import FolderTargets, Target
 from pgoutput_source.errors import ConfigurationError, SinkError
-from pgoutput_source.files import local_path, sync
+from pgoutput_source.files import folder_name, local_path, sync
 
 logger = logging.getLogger(__name__)
 
