@@ -3,6 +3,7 @@
     python -m benchmarks.chaos --kills 300 --seed 1 --major 18
     python -m benchmarks.chaos --kills 60 --no-recovery
     python -m benchmarks.chaos --kills 60 --copy
+    python -m benchmarks.chaos --kills 100 --to mirror
     python -m benchmarks.chaos --break "acknowledge early"
 
 A workload writes all the time, sometimes a transaction of a million rows. Each kill is a SIGKILL at a random moment
@@ -16,7 +17,9 @@ wal_sender_timeout, or the flow was about to end normally.
 Every fifty kills the flow runs to the end. Its files are then compared with an undisturbed second slot and with the
 tables. A `SlotAhead` at any start means that something was acknowledged before it was durable. Without
 recovery, changes may come twice, but none may be lost. With --copy the tables are copied too, and the files, replayed
-in the order of positions, are compared with the tables alone. A deliberate mistake (`--break`) must be detected.
+in the order of positions, are compared with the tables alone. With --to all tables go into another
+database, as mirror or as history: the mirror is compared with the tables, the positions of the history with the second
+slot. A deliberate mistake (`--break`) must be detected.
 """
 
 from __future__ import annotations
@@ -43,8 +46,10 @@ import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from pgoutput_source.changes.schema import TableName
 from pgoutput_source.decode.assembler import Assembler
 from pgoutput_source.embedded import Server
 from pgoutput_source.postgres.definitions import Definitions
@@ -55,7 +60,8 @@ from pgoutput_source.stream.replication import ReplicationStream
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from harness.faults import LARGE, PLACES, STREAMED, slow_fsyncs  # noqa: E402
+from harness.faults import LARGE, PLACES, STREAMED, TABLE_PLACES, slow_fsyncs  # noqa: E402
+from harness.mirrors import differ, keyed, unkeyed  # noqa: E402
 from harness.proxy import Proxy  # noqa: E402
 from harness.workload import HOSTILE, Workload, differences, replayed, tables  # noqa: E402
 
@@ -192,8 +198,9 @@ class Chaos:
         mistake: str,
         millions: bool,
         copy: bool = False,
+        to: str = "",
     ) -> None:
-        self.copy = copy
+        self.copy, self.to = copy, to
         self.server, self.folder, self.rng, self.report = server, folder, rng, report
         self.mistake, self.millions = mistake, millions
         self.heavy = 0
@@ -206,7 +213,10 @@ class Chaos:
         name = f"chaos_{rng.randrange(1 << 40):x}"
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
+            if to:
+                connection.execute(f"CREATE DATABASE {name}_into".encode())
         self.dsn = server.dsn(name)
+        self.source, self.target = _Place(self.dsn), _Place(server.dsn(f"{name}_into"))
         self.slots = (f"{name}_flow", f"{name}_oracle")
         self.proxy = Proxy(lambda: server.port)
         self.environ = {
@@ -220,6 +230,7 @@ class Chaos:
             "PGOUTPUT_MAX_BYTES": "500000",
             "MAX_AGE": "2",
             **({"PGOUTPUT_SNAPSHOT": "initial", "CHUNK_ROWS": "200"} if copy else {}),
+            **({"MODE": to, "INTO": self.target.dsn, "SPOOL": str(folder / "spool")} if to else {}),
         }
 
     def create_slots(self) -> None:
@@ -244,7 +255,8 @@ class Chaos:
             addresses = ";".join(f"127.0.0.1:{each.getsockname()[1]}" for each in held)
         started = []
         for number in range(processes):
-            command = [sys.executable, "-m", "bytewax.run", "harness.all_tables", *arguments]
+            module = "harness.into_tables" if self.to else "harness.all_tables"
+            command = [sys.executable, "-m", "bytewax.run", module, *arguments]
             if processes > 1:
                 command += ["-i", str(number), "-a", addresses]
             if self.report.recovery:
@@ -280,7 +292,7 @@ class Chaos:
     def kill_once(self, writing: Writing) -> None:
         """Start the flow, do things to it, and kill it."""
         rng, happened = self.rng, self.report.happened
-        place = rng.choice(["", "", *rng.sample(list(PLACES), 2)])
+        place = rng.choice(["", "", *rng.sample(list(TABLE_PLACES if self.to else PLACES), 2)])
         fault = rng.choices(list(FAULTS), list(FAULTS.values()))[0]
         layout = rng.choice(["1 worker", "1 worker", "2 workers", "2 processes"])
         epoch = rng.choice(["0", "0", "1", "1", "1"] if place else ["0", "0", "1", "1", "1", "10"])
@@ -291,6 +303,10 @@ class Chaos:
             logical_decoding_work_mem=rng.choice(["64kB", "64kB", "4MB"]),
             wal_sender_timeout="3s" if fault in ("freeze", "stall") else "60s",
         )
+        if self.to == "mirror":
+            environ["EXCLUDE"] = unkeyed(writing)
+        if self.to:
+            environ["MAX_AGE"] = rng.choice(["0", "0", "1"])
         environ["BREAK"] = ",".join(filter(None, [self.mistake, fault if fault in ("raise", "stall") else ""]))
         environ |= HOSTILE if hostile else {}
         if fault == "full disk":
@@ -414,6 +430,8 @@ class Chaos:
         """Let the flow run to the end and hold its files against the other slot and the tables."""
         report = self.report
         environ = self.options(streamed=False) | self.connection(logical_decoding_work_mem="64kB")
+        if self.to == "mirror":
+            environ["EXCLUDE"] = unkeyed(writing)
         (process,) = self.start(1, "-s", "1", BREAK=self.mistake, PGOUTPUT_UNTIL="current", **environ)
         try:
             code = process.wait(10 * PATIENCE)
@@ -423,6 +441,15 @@ class Chaos:
         if code:
             report.violations += "SlotAhead" in self.said(1)
             report.failures.append(f"the last run: exit code {code}: {self.said(1)[-2000:]}")
+            return
+        if self.to == "mirror":
+            wrong = differ(self.source, self.target, [*keyed(writing), ("public", "million")])  # type: ignore[arg-type]
+            with self.sql() as connection:
+                for schema, name in keyed(writing):
+                    count = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(schema, name)))
+                    report.changes += (count.fetchone() or (0,))[0]
+            report.wrong_rows += len(wrong)
+            report.failures += wrong
             return
         if self.copy:
             # Which changes come as such depends on when each row is read. The rows that they leave do not.
@@ -437,13 +464,31 @@ class Chaos:
         found: dict[str, list[pa.Table]] = defaultdict(list)
         for file in self.out.glob("*.parquet"):
             found[_table_of(file)].append(pq.read_table(file, columns=POSITIONS.names).cast(POSITIONS))
+        if self.to:
+            found |= self._positions_there()
         made = self._oracle()
         before = report.lost + report.foreign
         for name in found.keys() | made.keys():
             self._compare(found.get(name, []), made.get(name, []))
-        if report.lost + report.foreign == before and not (report.repeated and report.recovery):
+        if not self.to and report.lost + report.foreign == before and not (report.repeated and report.recovery):
             states, _ = replayed(self.out, repeats=not report.recovery, but=[MILLION])
             report.wrong_rows += len(differences(states, tables(writing))) + self._million_differs(writing)
+
+    def _positions_there(self) -> dict[str, list[pa.Table]]:
+        """The positions that the tables of a history have."""
+        found = {}
+        with self.target.connect() as connection:
+            names = connection.execute("SELECT namespace, name FROM pgoutput.published").fetchall()
+            for schema, name in names:
+                query = sql.SQL("SELECT (_commit_lsn - '0/0')::bigint, _seq FROM {}").format(
+                    sql.Identifier(schema, name)
+                )
+                rows = connection.execute(query).fetchall()
+                columns = list(zip(*rows, strict=True)) or [(), ()]
+                found[str(TableName(schema, name))] = [
+                    pa.table(dict(zip(POSITIONS.names, map(list, columns), strict=True)), schema=POSITIONS)
+                ]
+        return found
 
     def _compare(self, found: list[pa.Table], made: list[pa.Table]) -> None:
         """Count positions of one table."""
@@ -489,6 +534,16 @@ class Chaos:
         shutil.rmtree(self.folder)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A database that can be connected to."""
+
+    dsn: str
+
+    def connect(self) -> psycopg.Connection[Any]:
+        return psycopg.connect(self.dsn, autocommit=True)
+
+
 def _table_of(file: Path) -> str:
     return str((pq.read_schema(file).metadata or {})[b"pg.table"].decode())
 
@@ -502,10 +557,12 @@ def run(
     recovery: bool = True,
     long: bool = False,
     copy: bool = False,
+    to: str = "",
 ) -> Report:
     """Kill a flow so many times.
 
-    With `copy` the flow copies the tables, also those that are recreated. A `long` run has transactions of a million
+    With `copy` the flow copies the tables, also those that are recreated. With `to`, "mirror" or "history", the tables
+    go into another database. A `long` run has transactions of a million
     rows and a server that syncs to disk, and prints the report as it grows.
     """
     rng, report = random.Random(seed), Report(recovery)
@@ -521,10 +578,11 @@ def run(
                     rng,
                     report,
                     mistake=mistake,
-                    millions=long and not mistake,
+                    millions=long and not mistake and not to,
                     copy=copy,
+                    to=to,
                 )
-                filtered = rng.random() < 0.5
+                filtered = rng.random() < 0.5 and to != "mirror"
                 report.happened["rounds with row filters"] += filtered
                 writing = Writing(chaos.dsn, rng.randrange(1 << 20), filtered=filtered)
                 with writing:
@@ -553,6 +611,7 @@ def main() -> None:
     parser.add_argument("--major", type=int, default=18)
     parser.add_argument("--no-recovery", dest="recovery", action="store_false", help="run the flow without -r")
     parser.add_argument("--copy", action="store_true", help="run the flow with an initial copy; needs recovery")
+    parser.add_argument("--to", choices=["mirror", "history"], default="", help="all tables into another database")
     parser.add_argument("--break", dest="mistake", default="", help="a mistake of harness.faults, which must be seen")
     options = parser.parse_args()
     begun = time.monotonic()
@@ -564,6 +623,7 @@ def main() -> None:
         recovery=options.recovery,
         long=True,
         copy=options.copy,
+        to=options.to,
     )
     print(f"seed {options.seed}, PostgreSQL {options.major}, {time.monotonic() - begun:.0f} s")
     if options.mistake:

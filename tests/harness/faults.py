@@ -29,6 +29,7 @@ from pgoutput_source.dataflow import run, source
 from pgoutput_source.dataflow.run import gate
 from pgoutput_source.decode.in_progress import StreamedTransactions
 from pgoutput_source.destinations.parked import ParkedParts
+from pgoutput_source.destinations.postgres import PostgresDestination
 from pgoutput_source.destinations.spool import Spool
 from pgoutput_source.parquet.folder import Folder, FolderLock
 from pgoutput_source.parquet.writer import PartWriter
@@ -89,6 +90,17 @@ FOLDER_PLACES: dict[str, Place] = {
     "an applied epoch is dropped": (Spool, "drop", False),
 }
 """Of folders for all tables."""
+
+TABLE_PLACES: dict[str, Place] = {
+    "before an epoch is in the spool": (Spool, "put", True),
+    "an epoch is in the spool": (Spool, "put", False),
+    "an epoch of the spool is committed": (Spool, "commit", False),
+    "within the destination's transaction": (PostgresDestination, "_apply", False),
+    "applied, and in the spool": (PostgresDestination, "apply", False),
+    "applied and dropped": (Spool, "drop", False),
+    **{name: place for name, place in PLACES.items() if place[0] not in (Folder, parquet._ParquetPartition)},
+}
+"""Of all tables in PostgreSQL."""
 
 REFUSED_PLACES: dict[str, Place] = {
     "before a refused part is parked": (ParkedParts, "put", True),
@@ -186,7 +198,7 @@ def _come_late() -> None:
 
 
 def _die_at(name: str, count: int) -> None:
-    places = PLACES | SINK_PLACES | PARK_PLACES | FOLDER_PLACES | REFUSED_PLACES
+    places = PLACES | SINK_PLACES | PARK_PLACES | FOLDER_PLACES | TABLE_PLACES | REFUSED_PLACES
     owner, method, before = places[name]
     original: Callable[..., Any] = getattr(owner, method)
     left = count
