@@ -54,6 +54,15 @@ def until_said(flow: chaos.Chaos, text: str, times: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("to", ["mirror", "history"])
+def test_kills_while_all_tables_go_into_another_database(to: str) -> None:
+    report = chaos.run(4, 7, max(MAJORS), to=to)  # of one process and of two
+
+    assert report.held, str(report)
+    assert report.kills == 4
+
+
+@pytest.mark.slow
 def test_ten_kills_among_other_faults_lose_and_repeat_nothing() -> None:
     report = chaos.run(10, 5, max(MAJORS))
 

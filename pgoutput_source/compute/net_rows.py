@@ -116,10 +116,9 @@ def _keys(changes: KeyedChanges, key: Sequence[str]) -> pa.RecordBatch:
         if row in at:
             found.setdefault(at[row], {})[name] = text
     none = pa.nulls(len(changes.some), _TEXTS)
-    fields = [data.schema.field(name) for name in key]
-    return pa.RecordBatch.from_arrays(
-        [*arrays, _with_texts(none, found)], schema=pa.schema([*fields, pa.field(changes.metadata.raw, _TEXTS)])
-    )
+    fields = [*(data.schema.field(name) for name in key), pa.field(changes.metadata.raw, _TEXTS)]
+    schema = pa.schema(fields, data.schema.metadata)  # which knows the prefix
+    return pa.RecordBatch.from_arrays([*arrays, _with_texts(none, found)], schema=schema)
 
 
 def _key_texts(changes: KeyedChanges, name: str) -> dict[tuple[int, str], str]:

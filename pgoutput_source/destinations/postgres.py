@@ -60,7 +60,7 @@ CREATE SCHEMA IF NOT EXISTS {schema};
 CREATE TABLE IF NOT EXISTS {schema}.published (
     namespace text, name text, number bigint NOT NULL, commit_lsn pg_lsn NOT NULL, seq bigint NOT NULL,
     system text NOT NULL, database text NOT NULL, slot text NOT NULL, mode text NOT NULL, relation bigint NOT NULL,
-    key text[] NOT NULL, columns jsonb NOT NULL, PRIMARY KEY (namespace, name));
+    key text[] NOT NULL, columns jsonb NOT NULL, prefix text NOT NULL, PRIMARY KEY (namespace, name));
 CREATE TABLE IF NOT EXISTS {schema}.complete (
     system text, database text, slot text, lsn pg_lsn NOT NULL, PRIMARY KEY (system, database, slot));
 """
@@ -93,6 +93,7 @@ class _Table(NamedTuple):
     relation: int
     key: tuple[str, ...]
     columns: tuple[_Column, ...]
+    prefix: str  # of the metadata columns
 
 
 class PostgresDestination(Destination):
@@ -207,6 +208,7 @@ class PostgresDestination(Destination):
             if known is None:
                 self._create(connection, job, columns)
             else:
+                self._follow_prefix(connection, job, known.prefix)
                 columns = self._evolve(connection, job, known, relation, columns)
             if self.mode == "history":
                 self._append(connection, job)
@@ -220,12 +222,15 @@ class PostgresDestination(Destination):
         connection.execute(
             self._sql(
                 "INSERT INTO {schema}.published VALUES"
-                " (%s, %s, %s, '0/0'::pg_lsn + %s::numeric, %s, %s, %s, %s, %s, %s, %s, %s::jsonb)"
+                " (%s, %s, %s, '0/0'::pg_lsn + %s::numeric, %s, %s, %s, %s, %s, %s, %s, %s::jsonb, %s)"
                 " ON CONFLICT (namespace, name) DO UPDATE SET number = excluded.number,"
                 " commit_lsn = excluded.commit_lsn, seq = excluded.seq, relation = excluded.relation,"
-                " key = excluded.key, columns = excluded.columns"
+                " key = excluded.key, columns = excluded.columns, prefix = excluded.prefix"
             ),
-            (*job.target, job.number, lsn, seq, *job.origin, self.mode, relation, list(job.key), json.dumps(columns)),
+            (
+                *(*job.target, job.number, lsn, seq, *job.origin, self.mode, relation, list(job.key)),
+                *(json.dumps(columns), MetadataNames.of(job.changes.schema).prefix),
+            ),
         )
 
     def _passed(self, job: Job, done: pa.Table) -> None:
@@ -246,15 +251,15 @@ class PostgresDestination(Destination):
         """What is known of the table. Its row stays locked, so that another publisher waits, and then sees ours."""
         row = connection.execute(
             self._sql(
-                "SELECT number, relation, key, columns FROM {schema}.published WHERE (namespace, name) = (%s, %s)"
-                " FOR UPDATE"
+                "SELECT number, relation, key, columns, prefix FROM {schema}.published"
+                " WHERE (namespace, name) = (%s, %s) FOR UPDATE"
             ),
             target,
         ).fetchone()
         if row is None:
             return None
-        number, relation, key, columns = row
-        return _Table(number, relation, tuple(key), tuple(_Column(*column) for column in columns))
+        number, relation, key, columns, prefix = row
+        return _Table(number, relation, tuple(key), tuple(_Column(*column) for column in columns), prefix)
 
     def _columns(self, connection: Connection, schema: pa.Schema) -> list[_Column]:
         """The table's own columns with the types that the destination has for them."""
@@ -341,6 +346,19 @@ class PostgresDestination(Destination):
         if known.key != job.key and job.key:
             connection.execute(alter + sql.SQL("ADD PRIMARY KEY ({})").format(_names(job.key)))
         return columns
+
+    def _follow_prefix(self, connection: Connection, job: Job, prefix: str) -> None:
+        """Rename the metadata columns, if their prefix is another one from now on."""
+        before, names = MetadataNames.with_prefix(prefix), MetadataNames.of(job.changes.schema)
+        if before == names:
+            return
+        ours = [(before.commit_lsn, names.commit_lsn), (before.unchanged, names.unchanged)]
+        for old, new in ours if self.mode == "mirror" else zip(before, names, strict=True):
+            connection.execute(
+                sql.SQL("ALTER TABLE {} RENAME {} TO {}").format(
+                    _table(job.target), sql.Identifier(old), sql.Identifier(new)
+                )
+            )
 
     def _say(self, job: Job, what: str, *, refused: bool) -> None:
         """Log a change of the table's shape, or refuse it."""

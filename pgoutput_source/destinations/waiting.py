@@ -57,7 +57,8 @@ def wait_for(
 
     Take `lsn` from the source after the commit, with ``SELECT pg_current_wal_lsn()``. It is reached whether or not the
     transaction changed a published table, and also if nothing is written afterwards. What may be missing are tables
-    that are parked. While an initial copy runs nothing is reached, because not all rows are there.
+    that are parked. While an initial copy runs nothing is reached, because not all rows are there. In a cluster of
+    several processes it works if the sink is in the process of the source.
 
     Args:
         place: The spool of a running replication, on the same machine; or, for one into PostgreSQL, the connection

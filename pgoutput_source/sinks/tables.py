@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 Item: TypeAlias = ChangeSet | ChangeBatch
 
+_PATIENCE: Final = 20.0  # seconds; the source must soon answer its server again
 _NOTES: Final = 0.2  # seconds between two notes of how far the destination is
 _FULL: Final = 1 << 30  # bytes in the spool from which on sources wait for the destination
 
@@ -172,7 +173,7 @@ class TableSink(TwoPhaseSink[Item]):
             target = Target(*json.loads(name))
             if number in parked.get(target, ()):
                 continue
-            reached = self.destination.reached(target)
+            reached = self._reached(target)
             if reached is None or reached.number < number:
                 return False
         return True
@@ -267,7 +268,7 @@ class TableSink(TwoPhaseSink[Item]):
             if self.targets.of(table) == target:
                 waiting += self._parked.parts(table)
         try:
-            reached = self.destination.reached(target)
+            reached = self._reached(target)
         except Refused:
             if self.on_table_error == "stop":
                 raise
@@ -280,6 +281,18 @@ class TableSink(TwoPhaseSink[Item]):
                 number, point = part.number, part.last
         self._numbers[target], self._points[target] = number, point
         self._fresh[target] = point
+
+    def _reached(self, target: Target) -> Reached | None:
+        """How far the target is; asked again for a while if the destination is away."""
+        deadline = time.monotonic() + min(_PATIENCE, self.retry)
+        while True:
+            try:
+                return self.destination.reached(target)
+            except ServerError as e:
+                if not passing(e) or time.monotonic() > deadline:
+                    raise
+                logger.warning("%s: %s; asking again", self.destination, e.message)
+            time.sleep(0.5)
 
     def _check_origin(self, target: Target, reached: Reached | None, batch: pa.RecordBatch) -> None:
         metadata = batch.schema.metadata or {}

@@ -285,3 +285,24 @@ def test_parts_that_come_again_together_with_later_ones_are_applied_once(db: Dat
     with target.connect() as c:
         rows = c.execute("SELECT id, note, _unchanged FROM public.t ORDER BY id").fetchall()
         assert rows == [(2, note, None), (3, "y", None)]
+
+
+@pytest.mark.parametrize("mode", ["mirror", "history"])
+def test_metadata_columns_have_any_prefix(db: Database, target: Database, tmp_path: Path, mode: str) -> None:
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY, _op text, _commit_lsn text, note text)")
+        c.execute("ALTER TABLE t ALTER note SET STORAGE EXTERNAL")
+        publish(db)
+        c.execute("INSERT INTO t SELECT 1, 'mine', '0/1', repeat('x', 10000)")
+        flow = into(db, target, tmp_path, MODE=mode, PGOUTPUT_UNTIL="current")
+        flow.run("-s", "0", *flow.recovery(), PGOUTPUT_METADATA_PREFIX="cdc_")
+        c.execute("UPDATE t SET id = 2, _op = 'yours'; ALTER TABLE t ADD _unchanged int; INSERT INTO t VALUES (3)")
+        flow.run("-s", "0", *flow.recovery(), PGOUTPUT_METADATA_PREFIX="x_")
+        expected = c.execute("SELECT id, _op, _commit_lsn, note, _unchanged FROM t ORDER BY id").fetchall()
+    with target.connect() as c:
+        if mode == "mirror":
+            query = "SELECT id, _op, _commit_lsn, note, _unchanged FROM t WHERE x_unchanged IS NULL ORDER BY id"
+            assert c.execute(query).fetchall() == expected
+        else:
+            found = c.execute("SELECT x_op, id, _op, x_unchanged FROM t ORDER BY x_commit_lsn, x_seq").fetchall()
+            assert found == [("I", 1, "mine", None), ("U", 2, "yours", ["note"]), ("I", 3, None, None)]
