@@ -16,14 +16,13 @@ from typing import Any
 from urllib.parse import unquote
 
 import duckdb
-import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
 from harness.database import Database
 from harness.flow import Busy, Flow, failure, following, publish, wait_for
-from harness.mirrors import differ, keyed, unkeyed
+from harness.mirrors import keyed, unkeyed, unlike_source
 from harness.type_cases import CASES, PINNED, Case
 from harness.workload import Workload
 from hypothesis import given, settings
@@ -39,7 +38,7 @@ from pgoutput_source.destinations.targets import Target
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import SinkError
 from pgoutput_source.testing import batch
-from pgoutput_source.types.written import copy_text, written
+from pgoutput_source.types.written import written
 
 Tables = list[tuple[str, str]]
 
@@ -81,41 +80,11 @@ def scratch(pg: Server) -> Iterator[Database]:
 
 def wrong(db: Database, folder: Path, scratch: Database, tables: Tables) -> list[str]:
     """What the mirrors have that their sources have not, and the reverse."""
-    with db.connect() as source, scratch.connect() as c:
-        c.execute("SET TimeZone TO 'UTC'; SET IntervalStyle TO 'postgres'")
-        for schema, name in tables:
-            c.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
-            c.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(schema, name)))
-            if not Path(place(folder, schema, name)).exists():
-                continue
-            query = (
-                "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attnum > 0"
-                " AND NOT attisdropped AND attrelid = format('%%I.%%I', %s::text, %s::text)::regclass ORDER BY attnum"
-            )
-            columns = source.execute(query, (schema, name)).fetchall()
-            load(c, stored(folder, schema, name), (schema, name), columns)
-    return differ(db, scratch, tables)
 
+    def read(schema: str, name: str) -> pa.Table | None:
+        return stored(folder, schema, name) if Path(place(folder, schema, name)).exists() else None
 
-def load(
-    connection: psycopg.Connection[Any], rows: pa.Table, name: tuple[str, str], columns: list[tuple[str, str]]
-) -> None:
-    kinds = [*columns, ("_unchanged", "text[]")]
-    parts = [sql.SQL("{} {}").format(sql.Identifier(c), sql.SQL(kind)) for c, kind in kinds]
-    table = sql.Identifier(*name)
-    connection.execute(sql.SQL("CREATE TABLE {} ({})").format(table, sql.SQL(", ").join(parts)))
-    if not len(rows):
-        return
-    raw = rows.column("_raw").combine_chunks()
-    texts = []
-    for column, kind in kinds:
-        values = rows.column(column).combine_chunks()
-        text = written(values.cast(pa.uint64()) if kind == "pg_lsn" else values, kind)
-        if text.null_count:
-            text = pc.coalesce(text, pc.map_lookup(raw, pa.scalar(column), "first").cast(text.type))
-        texts.append(text)
-    with connection.cursor().copy(sql.SQL("COPY {} FROM STDIN").format(table)) as copy:
-        copy.write(copy_text(texts))
+    return unlike_source(db, scratch, tables, read)
 
 
 def test_a_mirror_equals_its_source(db: Database, scratch: Database, tmp_path: Path) -> None:

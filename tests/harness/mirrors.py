@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
+import pyarrow as pa
+import pyarrow.compute as pc
 from psycopg import sql
 
 from harness.database import Database
 from harness.workload import Workload
+from pgoutput_source.types.written import copy_text, written
 
 
 def rows(
@@ -91,3 +95,49 @@ def unkeyed(workload: Workload) -> str:
 
 def keyed(workload: Workload) -> list[tuple[str, str]]:
     return [(t.name.namespace, t.name.name) for t in workload.tables if t.keyed]
+
+
+def unlike_source(
+    db: Database,
+    scratch: Database,
+    tables: list[tuple[str, str]],
+    read: Callable[[str, str], pa.Table | None],
+) -> list[str]:
+    """What mirrors in another store have that their sources have not, and the reverse.
+
+    What `read` gives of each is loaded into the database `scratch`, so that a server writes its values.
+    """
+    with db.connect() as source, scratch.connect() as c:
+        c.execute("SET TimeZone TO 'UTC'; SET IntervalStyle TO 'postgres'")
+        for schema, name in tables:
+            c.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
+            c.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(schema, name)))
+            query = (
+                "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attnum > 0"
+                " AND NOT attisdropped AND attrelid = format('%%I.%%I', %s::text, %s::text)::regclass ORDER BY attnum"
+            )
+            columns = source.execute(query, (schema, name)).fetchall()
+            if (found := read(schema, name)) is not None:
+                _load(c, found, (schema, name), columns)
+    return differ(db, scratch, tables)
+
+
+def _load(
+    connection: psycopg.Connection[Any], rows: pa.Table, name: tuple[str, str], columns: list[tuple[str, str]]
+) -> None:
+    kinds = [*columns, ("_unchanged", "text[]")]
+    parts = [sql.SQL("{} {}").format(sql.Identifier(c), sql.SQL(kind)) for c, kind in kinds]
+    table = sql.Identifier(*name)
+    connection.execute(sql.SQL("CREATE TABLE {} ({})").format(table, sql.SQL(", ").join(parts)))
+    if not len(rows):
+        return
+    raw = rows.column("_raw").combine_chunks()
+    texts = []
+    for column, kind in kinds:
+        values = rows.column(column).combine_chunks()
+        text = written(values.cast(pa.uint64()) if kind == "pg_lsn" else values, kind)
+        if text.null_count:
+            text = pc.coalesce(text, pc.map_lookup(raw, pa.scalar(column), "first").cast(text.type))
+        texts.append(text)
+    with connection.cursor().copy(sql.SQL("COPY {} FROM STDIN").format(table)) as copy:
+        copy.write(copy_text(texts))
