@@ -16,11 +16,11 @@ from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 
-from pgoutput_source.changes.schema import MetadataNames
-from pgoutput_source.destinations.base import Destination, Job, Mode, Reached
+from pgoutput_source.changes.schema import MetadataNames, TableName
+from pgoutput_source.destinations.base import Destination, Job, Mode, Reached, Refused
 from pgoutput_source.destinations.spool import Point
 from pgoutput_source.destinations.targets import Target
-from pgoutput_source.errors import SinkError
+from pgoutput_source.errors import ConfigurationError, SinkError
 from pgoutput_source.files import explained, sync
 from pgoutput_source.parquet.folder import (
     INDEX,
@@ -87,7 +87,7 @@ class ParquetDestination(Destination):
             for file in published_files(folder):
                 if (name := file.relative_to(folder).as_posix()) not in entries:
                     entries[name] = _entry(file)
-        return _reached(folder, entries)
+        return _reached(target, entries)
 
     def apply(self, jobs: Iterable[Job]) -> None:
         """Publish files of several tables at once, and those of one table one after the other."""
@@ -147,9 +147,9 @@ class ParquetDestination(Destination):
                 lock.close()
             with contextlib.closing(Folder(folder)) as opened:
                 if opened.staged:
-                    raise _not_ours(folder)
+                    raise _not_ours(target)
                 opened.sweep()
-                reached = _reached(folder, opened.entries)
+                reached = _reached(target, opened.entries)
                 ahead = _ahead(opened.entries, 0 if reached is None else reached.number)
                 self._known[target] = _Known(reached, ahead, self._size(target))
 
@@ -162,7 +162,10 @@ class ParquetDestination(Destination):
         """The changes of each partition, without those that are there."""
         if self.partition_by is None:
             return [("", job.changes)]
-        found = partitions(job.changes, self.partition_by)
+        try:
+            found = partitions(job.changes, self.partition_by)
+        except ConfigurationError as e:
+            raise Refused.at(job.target, e.message, hint=e.hint, table=_table(job)) from e
         for number in set(ahead.values()):
             left = dict(partitions(job.split(number)[1], self.partition_by))
             found = [(p, left.get(p) if ahead.get(p) == number else changes) for p, changes in found]
@@ -211,12 +214,12 @@ def _entry(file: Path) -> dict[str, Any]:
     return {} if part is None else entry_of(part)
 
 
-def _reached(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> Reached | None:
+def _reached(target: Target, entries: Mapping[str, Mapping[str, Any]]) -> Reached | None:
     """How far a folder with these files is."""
     if not entries:
         return None
     if any(entry.get("number") is None or entry["last"] is None for entry in entries.values()):
-        raise _not_ours(folder)
+        raise _not_ours(target)
     number = max((int(entry["number"]) for entry in entries.values() if entry["whole"]), default=0)
     if not number:
         return None
@@ -235,9 +238,10 @@ def _ahead(entries: Mapping[str, Mapping[str, Any]], number: int) -> dict[str, i
     return found
 
 
-def _not_ours(folder: Path) -> SinkError:
-    return SinkError(
-        f"{folder} has files of another program, or of a ParquetSink for a single table",
+def _not_ours(target: Target) -> Refused:
+    return Refused.at(
+        target,
+        f"{target} has files of another program, or of a ParquetSink for a single table",
         hint="give this sink folders of its own, or move the files away",
     )
 
@@ -256,6 +260,11 @@ def _missing(job: Job, reached: Reached) -> Job:
 
 
 _END: Final = (1 << 64, 0)
+
+
+def _table(job: Job) -> TableName:
+    metadata = job.changes.schema.metadata or {}
+    return TableName(*(metadata[name].decode() for name in (b"pg.namespace", b"pg.name")))
 
 
 def _point(changes: pa.Table, index: int) -> Point:

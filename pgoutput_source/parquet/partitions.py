@@ -39,7 +39,6 @@ def partitions(changes: pa.Table, by: str) -> list[tuple[str, pa.Table]]:
         if DAY in own:
             raise ConfigurationError(
                 "there is a column called 'day', and readers would take the partition for it",
-                table=(changes.schema.metadata or {}).get(b"pg.table", b"").decode() or None,
                 hint="partition by another column, or exclude the table",
             )
         values = changes.column(MetadataNames.of(changes.schema).commit_ts).cast(pa.timestamp("us")).cast(pa.date32())
@@ -50,7 +49,6 @@ def partitions(changes: pa.Table, by: str) -> list[tuple[str, pa.Table]]:
         if not _names_folders(values.type):
             raise ConfigurationError(
                 f"column {by!r} has type {values.type}, which makes no names of folders",
-                table=(changes.schema.metadata or {}).get(b"pg.table", b"").decode() or None,
                 hint="partition by text, an integer, a boolean or a date",
             )
     texts = values.cast(pa.large_utf8()).combine_chunks()

@@ -29,6 +29,7 @@ import pyarrow as pa
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
 from pgoutput_source.dataflow.run import gate
+from pgoutput_source.destinations.delivery import OnTableError
 from pgoutput_source.destinations.parquet import ParquetDestination
 from pgoutput_source.destinations.targets import FolderTargets
 from pgoutput_source.errors import ConfigurationError, SinkError, check_version
@@ -86,6 +87,8 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         spool: With ``{table}``: the folder for what waits. By default ``_spool`` beside the folders of the tables.
         partition_by: With ``{table}``: "day", so that changes go to folders by the day of their commit, UTC, like
             ``day=2026-11-25``; or the name of a column. A table without the column has no partitions.
+        on_table_error: With ``{table}``: what happens when a table can't be taken. "stop" stops the flow. "park" keeps
+            what comes of the table in the spool, in order, goes on with the others, and tries it again at each start.
 
     Raises:
         ConfigurationError: An option is invalid.
@@ -112,6 +115,7 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         exclude: Iterable[str] = (),
         spool: str | Path | None = None,
         partition_by: str | None = None,
+        on_table_error: OnTableError = "stop",
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_bytes", max_bytes)):
             if value < 1:
@@ -127,8 +131,9 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         self._tables: _Tables | None = None
         options: dict[str, tuple[Any, Any]] = {"tables": (tables, ("*",)), "exclude": (exclude, ())}
         options |= {"spool": (spool, None), "partition_by": (partition_by, None)}
+        options |= {"on_table_error": (on_table_error, "stop")}
         if "{table}" in str(self.folder):
-            self._tables = _Tables(self, tables, exclude, spool, partition_by)
+            self._tables = _Tables(self, tables, exclude, spool, partition_by, on_table_error)
         elif given := [name for name, (value, default) in options.items() if value != default]:
             raise ConfigurationError(
                 f"{given[0]}= is for a sink of many tables, and {str(self.folder)!r} is one folder",
@@ -184,6 +189,7 @@ class _Tables(TableSink):
         exclude: Iterable[str],
         spool: str | Path | None,
         partition_by: str | None,
+        on_table_error: OnTableError,
     ) -> None:
         parts = sink.folder.parts
         fixed = next(i for i, part in enumerate(parts) if "{" in part)
@@ -195,6 +201,7 @@ class _Tables(TableSink):
             FolderTargets("/".join(parts[fixed:]), tables=tables, exclude=exclude),
             spool=self.root / "_spool" if spool is None else spool,
             max_age=timedelta(seconds=sink.max_age),
+            on_table_error=on_table_error,
         )
 
     def __repr__(self) -> str:

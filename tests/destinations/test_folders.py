@@ -268,7 +268,11 @@ def test_days_are_folders(db: Database, tmp_path: Path) -> None:
         said, code = failure(flow, *flow.recovery(), EXCLUDE="")
         assert code != 0
         assert "there is a column called 'day'" in said
-        flow.run("-s", "0", *flow.recovery(), EXCLUDE="", PARTITION_BY="id")  # what was spooled is taken in another way
+        c.execute("INSERT INTO t VALUES (1)")
+        flow.run("-s", "0", *flow.recovery(), EXCLUDE="", ON_TABLE_ERROR="park")
+        assert 1 in current(flow.out / "public/t", key="id")["id"].to_pylist()
+        assert not list((flow.out / "public/k").glob("*/*.parquet"))
+        flow.run("-s", "0", *flow.recovery(), EXCLUDE="", PARTITION_BY="id")  # what is parked can be taken now
         assert [file.parent.name for file in (flow.out / "public/k").glob("*/*.parquet")] == ["id=1"]
 
 

@@ -16,6 +16,7 @@ from pgoutput_source import ParquetSink, PgOutputSource
 options: dict[str, Any] = {
     "max_age": timedelta(seconds=float(os.environ.get("MAX_AGE", "0"))),
     "max_rows": int(os.environ.get("MAX_ROWS", "1000000")),
+    "on_table_error": os.environ.get("ON_TABLE_ERROR", "stop"),
     "partition_by": os.environ.get("PARTITION_BY"),
     "exclude": tuple(filter(None, os.environ.get("EXCLUDE", "").split(","))),
 }
