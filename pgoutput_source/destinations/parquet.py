@@ -7,10 +7,14 @@ can be seen. See `parquet.folder` for what a folder holds.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -38,6 +42,8 @@ from pgoutput_source.parquet.folder import (
 from pgoutput_source.parquet.partitions import partitions
 from pgoutput_source.parquet.writer import ROW_GROUP_BYTES, Codec, PartWriter
 
+logger = logging.getLogger(__name__)
+
 _THREADS: Final = 8
 """Tables that are written at once: most of the time goes into waiting for the disk. Each needs a few descriptors."""
 
@@ -63,10 +69,18 @@ class ParquetDestination(Destination):
     mode: Mode = "history"
 
     def __init__(
-        self, root: Path, *, codec: Codec, max_rows: int, max_bytes: int, partition_by: str | None = None
+        self,
+        root: Path,
+        *,
+        codec: Codec,
+        max_rows: int,
+        max_bytes: int,
+        partition_by: str | None = None,
+        retention: timedelta | None = None,
     ) -> None:
         self.root, self.codec, self.max_rows, self.max_bytes = root.absolute(), codec, max_rows, max_bytes
-        self.partition_by = partition_by
+        self.partition_by, self.retention = partition_by, retention
+        self._expired: dict[Target, float] = {}  # when old files were last looked for, by the monotonic clock
         self._known: dict[Target, _Known] = {}
         self._threads: ThreadPoolExecutor | None = None
 
@@ -128,6 +142,30 @@ class ParquetDestination(Destination):
                     hint="the spool lacks what came with these files: restore it, or start afresh",
                 )
             self._known[job.target] = _Known(reached, {}, self._size(job.target))
+            self._expire(job.target)
+
+    def _expire(self, target: Target) -> None:
+        """Delete files that were published before the time that is kept, at most once an hour. The newest one stays.
+
+        The index keeps their entries: they say how far the table is, and that these files are not missing.
+        """
+        now = time.monotonic()
+        if self.retention is None or now < self._expired.get(target, -math.inf) + min(
+            3600, self.retention.total_seconds()
+        ):
+            return
+        self._expired[target] = now
+        folder = self.root / target.name
+        entries, before = read_index(folder), datetime.now(UTC) - self.retention
+        deleted = 0
+        with explained("can't delete from", folder):
+            for file in published_files(folder)[:-1]:
+                entry = entries.get(file.relative_to(folder).as_posix())
+                if entry is not None and datetime.fromisoformat(entry["published_at"]) < before:
+                    file.unlink()
+                    deleted += 1
+        if deleted:
+            logger.info("%s: deleted %d files from before %s", folder, deleted, before.isoformat(timespec="seconds"))
 
     @contextlib.contextmanager
     def _locked(self, target: Target) -> Iterator[_Known]:

@@ -87,6 +87,9 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         spool: With ``{table}``: the folder for what waits. By default ``_spool`` beside the folders of the tables.
         partition_by: With ``{table}``: "day", so that changes go to folders by the day of their commit, UTC, like
             ``day=2026-11-25``; or the name of a column. A table without the column has no partitions.
+        retention: With ``{table}``: how long files are kept after they were published; all by default. Older ones are
+            deleted, except a table's newest, when the table's next file is published, at most once an hour. `current`
+            needs the whole history: it lacks rows that have not changed since.
         on_table_error: With ``{table}``: what happens when a table can't be taken. "stop" stops the flow. "park" keeps
             what comes of the table in the spool, in order, goes on with the others, and tries it again at each start.
 
@@ -115,6 +118,7 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         exclude: Iterable[str] = (),
         spool: str | Path | None = None,
         partition_by: str | None = None,
+        retention: timedelta | None = None,
         on_table_error: OnTableError = "stop",
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_bytes", max_bytes)):
@@ -131,9 +135,11 @@ class ParquetSink(FixedPartitionedSink[Item, State]):
         self._tables: _Tables | None = None
         options: dict[str, tuple[Any, Any]] = {"tables": (tables, ("*",)), "exclude": (exclude, ())}
         options |= {"spool": (spool, None), "partition_by": (partition_by, None)}
-        options |= {"on_table_error": (on_table_error, "stop")}
+        options |= {"on_table_error": (on_table_error, "stop"), "retention": (retention, None)}
+        if retention is not None and retention <= timedelta(0):
+            raise ConfigurationError(f"retention is {retention}", hint="None keeps every file")
         if "{table}" in str(self.folder):
-            self._tables = _Tables(self, tables, exclude, spool, partition_by, on_table_error)
+            self._tables = _Tables(self, tables, exclude, spool, partition_by, retention, on_table_error)
         elif given := [name for name, (value, default) in options.items() if value != default]:
             raise ConfigurationError(
                 f"{given[0]}= is for a sink of many tables, and {str(self.folder)!r} is one folder",
@@ -189,6 +195,7 @@ class _Tables(TableSink):
         exclude: Iterable[str],
         spool: str | Path | None,
         partition_by: str | None,
+        retention: timedelta | None,
         on_table_error: OnTableError,
     ) -> None:
         parts = sink.folder.parts
@@ -196,7 +203,12 @@ class _Tables(TableSink):
         self.root, self.template = Path(*parts[:fixed]), str(sink.folder)
         super().__init__(
             ParquetDestination(
-                self.root, codec=sink.codec, max_rows=sink.max_rows, max_bytes=sink.max_bytes, partition_by=partition_by
+                self.root,
+                codec=sink.codec,
+                max_rows=sink.max_rows,
+                max_bytes=sink.max_bytes,
+                partition_by=partition_by,
+                retention=retention,
             ),
             FolderTargets("/".join(parts[fixed:]), tables=tables, exclude=exclude),
             spool=self.root / "_spool" if spool is None else spool,

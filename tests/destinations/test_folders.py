@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,29 @@ def test_days_are_folders(db: Database, tmp_path: Path) -> None:
 def history(flow: Flow, table: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = read(flow.out / "public" / table).to_table().to_pylist()
     return rows
+
+
+def test_retention_deletes_old_files_and_nothing_comes_twice(tmp_path: Path) -> None:
+    def ids() -> list[int]:
+        return sorted(read(tmp_path / "t").to_table()["id"].to_pylist())
+
+    sink = ParquetSink(tmp_path / "{table}", retention=timedelta(days=1))._tables
+    assert sink is not None
+    keeps = sink.destination
+    keeps.apply([job(1, [1]), job(2, [2])])
+    keeps.close()
+    assert ids() == [1, 2]
+    made = destination(tmp_path, retention=timedelta(microseconds=1), partition_by="id")
+    made.apply([job(3, [3])])
+    made.apply([job(4, [4, 5])])
+    made.apply([job(4, [4, 5])])
+    made.close()
+    assert ids() == [5]  # of two files of a job only the newest stays
+    again = destination(tmp_path)
+    again.apply([job(number, [number]) for number in (1, 2, 3)])
+    again.apply([job(5, [6])])
+    again.close()
+    assert ids() == [5, 6]
 
 
 def test_control_without_numbers_rows_are_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
