@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel
@@ -396,10 +396,11 @@ def peek(
     slot: str,
     publication: str | Iterable[str],
     limit: int = 100_000,
+    snapshot: Literal["never", "only"] = "never",
     binary: str = "off",
     metadata_prefix: str = "_",
 ) -> ChangeSet:
-    """What a slot holds now, as one `ChangeSet`; nothing is consumed.
+    """What a slot holds now, or what the tables hold now, as one `ChangeSet`; nothing is consumed.
 
     ``peek(…).table("public.orders")`` is an Arrow table, which Polars and DuckDB accept directly.
     https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
@@ -410,6 +411,9 @@ def peek(
         slot: The replication slot's name.
         publication: One name or several.
         limit: After this many messages the server begins no further transaction. It always shows whole transactions.
+            With snapshot="only": after this many rows no further chunk is read.
+        snapshot: "never" shows the changes that the slot holds; "only" shows the rows that the tables have, as in
+            `SourceSettings`. Then the slot is a temporary one, and there may be none of its name.
         binary: How values are sent, as in `SourceSettings`.
         metadata_prefix: What the names of the metadata columns begin with, as in `SourceSettings`.
 
@@ -429,17 +433,23 @@ def peek(
         ()
     """
     settings = SourceSettings.of(
-        dsn=dsn, slot=slot, publication=publication, binary=binary, metadata_prefix=metadata_prefix
+        dsn=dsn,
+        slot=slot,
+        publication=publication,
+        snapshot=snapshot,
+        binary=binary,
+        metadata_prefix=metadata_prefix,
     )
 
     def frames(dsn: str, settings: SourceSettings, start: Start) -> FrameSource:
         return PeekedFrames(dsn, settings, timeline=start.system.timeline, limit=limit)
 
-    session = SlotSession(connection_string(dsn), settings, frames=frames)
+    only = snapshot == "only"
+    session = SlotSession(connection_string(dsn), settings, frames=None if only else frames)
     with closing(session):
-        sets = []
-        while not session.ended:
-            sets.append(session.next())
+        sets: list[ChangeSet] = []
+        while not session.ended and not (only and sum(map(len, sets)) >= limit):
+            sets.append(session.next(0.1 if only else 0.0))
     return ChangeSet(
         tuple(b for s in sets for b in s.batches),
         tuple(m for s in sets for m in s.messages),

@@ -14,28 +14,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
-from itertools import islice
-from typing import Any, Final
+from typing import Final
 
-import psycopg
 from psycopg import pq, sql
 
+from pgoutput_source.copy.copy_out import copy_out, new_buffer
 from pgoutput_source.copy.keys import Key
-from pgoutput_source.copy.rows import Copied
 from pgoutput_source.copy.tables import Described, Published, SourceTable, describe
 from pgoutput_source.copy.visibility import Snapshot
-from pgoutput_source.decode.copied import TEXT_OF
+from pgoutput_source.decode.copied import TEXT_OF, Tuples
 from pgoutput_source.decode.relations import Relations
 from pgoutput_source.errors import ConnectionFailed, NotConfigured, ServerError
 from pgoutput_source.postgres.connection import Connection, connect
-from pgoutput_source.postgres.refusals import explained, server_error
+from pgoutput_source.postgres.refusals import explained
 from pgoutput_source.protocol.wire import Lsn
 
 logger = logging.getLogger(__name__)
@@ -47,10 +43,7 @@ _LONGEST = 30.0  # seconds; a longer transaction would keep the server from vacu
 _QUERY_CANCELED: Final = "57014"
 _BUSY: Final = ("55P03", "42P01")  # lock_not_available, undefined_table
 _INSUFFICIENT_PRIVILEGE: Final = "42501"
-_LOCK_TIMEOUT: Final = "20ms"
-_NOTHING: Final = (0, memoryview(b""))
-_GETS: Final = 512
-_PIECE: Final = 8 << 20  # bytes
+_LOCK: Final = "SET LOCAL lock_timeout = '20ms'; LOCK TABLE {} IN ACCESS SHARE MODE; SET LOCAL lock_timeout = 0"
 _FLUSH_WAIT: Final = 30.0  # seconds
 
 
@@ -89,7 +82,7 @@ class Fetched:
     chunk: Chunk
     table: SourceTable
     upper: Key | None
-    pieces: list[Copied]
+    pieces: list[Tuples]
     seconds: float
 
 
@@ -106,6 +99,8 @@ class ChunkReader:
         self._dsn, self._relations, self._application_name = dsn, relations, application_name
         self._connection: Connection | None = None
         self._page = 8192
+        self._encrypted, self._buffer = True, new_buffer()
+        self._reading = False  # a COPY that has not come to its end
         self._described: Described = {}
 
     @property
@@ -117,10 +112,12 @@ class ChunkReader:
                 self._connection.execute("SELECT set_config('application_name', %s, false)", [self._application_name])
                 self._connection.execute("SET row_security = off")
                 row = self._connection.execute(
-                    "SELECT current_setting('wal_block_size')::int, pg_is_in_recovery()"
+                    "SELECT current_setting('wal_block_size')::int, pg_is_in_recovery(),"
+                    "       (SELECT encrypted FROM pg_stat_gssapi WHERE pid = pg_backend_pid())"
                 ).fetchone()
             assert row is not None
-            self._page = row[0]
+            self._page, self._reading = row[0], False
+            self._encrypted = self._connection.pgconn.ssl_in_use or row[2] is not False
             if row[1]:
                 self.close()
                 raise NotConfigured(
@@ -152,7 +149,7 @@ class ChunkReader:
         return self._taken()[0]
 
     def open(self, wanted: Published) -> Chunk:
-        """Begin a transaction that can read a table.
+        """Begin a transaction that can read a table. The server cancels statements that take longer than 30 seconds.
 
         Raises:
             Busy: The table's lock is not available at once.
@@ -164,13 +161,13 @@ class ChunkReader:
             row = conn.execute("SELECT %s::bigint::oid::regclass::text", [wanted.relation_id]).fetchone()
             assert row is not None
             name = str(row[0])
-            conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         try:
-            if not name.isdigit():
-                conn.execute(
-                    f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'; LOCK TABLE {name} IN ACCESS SHARE MODE; "
-                    "SET LOCAL lock_timeout = 0".encode()
-                )
+            # Use the index in any case: without statistics the planner might read the whole table.
+            conn.execute(
+                "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;"
+                f"SET LOCAL statement_timeout = '{_LONGEST * 1000:.0f}ms'; SET LOCAL enable_seqscan = off;"
+                f"{'' if name.isdigit() else _LOCK.format(name)}".encode()
+            )
             snapshot, taken = self._taken()
             return Chunk(describe(conn, wanted, self._relations, self._described), snapshot, taken)
         except BaseException as e:
@@ -181,6 +178,11 @@ class ChunkReader:
             if isinstance(e, ServerError) and e.sqlstate == _INSUFFICIENT_PRIVILEGE:
                 describe(conn, wanted, self._relations, self._described)  # says what is missing
             raise
+
+    def without_limit(self) -> None:
+        """Let the statements of this transaction take as long as they need."""
+        with explained():
+            self.connection.execute("SET LOCAL statement_timeout = 0")
 
     def fetch(self, chunk: Chunk, table: SourceTable, lower: Key | None, rows: int) -> Fetched:
         """Read a chunk of this many rows, and end its transaction.
@@ -195,23 +197,18 @@ class ChunkReader:
         self.commit(chunk.snapshot)
         return Fetched(chunk, table, upper, pieces, time.monotonic() - begun)
 
-    def _pieces(self, table: SourceTable, where: sql.Composable, rows: int) -> list[Copied]:
-        pieces: list[Copied] = []
+    def _pieces(self, table: SourceTable, where: sql.Composable, rows: int) -> list[Tuples]:
+        pieces: list[Tuples] = []
         size = 0
         for piece in self.read(table, where):
             pieces.append(piece)
-            size += sum(map(len, piece.parts))
+            size += len(piece.raw)
             if size > MOST_BYTES and rows > 1:
                 raise TooLarge
         return pieces
 
     @contextlib.contextmanager
     def _in_time(self, rows: int) -> Iterator[None]:
-        with explained():
-            # Use the index in any case: without statistics the planner might read the whole table.
-            self.connection.execute(
-                f"SET LOCAL statement_timeout = '{_LONGEST * 1000:.0f}ms'; SET LOCAL enable_seqscan = off".encode()
-            )
         try:
             yield
         except ServerError as e:
@@ -249,7 +246,7 @@ class ChunkReader:
             row = self.connection.execute(query).fetchone()
         return None if row is None else tuple(row)
 
-    def read(self, table: SourceTable, where: sql.Composable) -> Iterator[Copied]:
+    def read(self, table: SourceTable, where: sql.Composable) -> Iterator[Tuples]:
         """The rows of a table that fulfil a condition, in pieces of a few megabytes."""
         condition = sql.SQL(" AND ").join(
             [where, *([sql.SQL("({})").format(sql.SQL(table.row_filter))] if table.row_filter else [])]
@@ -258,7 +255,20 @@ class ChunkReader:
         query = sql.SQL("COPY (SELECT {} FROM {} WHERE {}) TO STDOUT (FORMAT binary)").format(
             sql.SQL(", ").join(values), sql.SQL(table.sql_name), condition
         )
-        return _copied(self.connection, query.as_string(self.connection))
+        connection = self.connection
+        self._reading = True
+        try:
+            yield from copy_out(
+                connection,
+                query.as_string(connection),
+                len(table.columns),
+                encrypted=self._encrypted,
+                buffer=self._buffer,
+            )
+        except ServerError as e:
+            self._reading = isinstance(e, ConnectionFailed)
+            raise
+        self._reading = False
 
     def flushed(self, snapshot: Snapshot) -> None:
         """Wait until everything that the snapshot shows is flushed to the server's disk.
@@ -288,8 +298,9 @@ class ChunkReader:
         connection = self._connection
         if connection is None or connection.closed:
             return
-        if connection.pgconn.transaction_status not in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
-            self.close()  # a COPY is still running, or the connection is lost
+        status = connection.pgconn.transaction_status
+        if self._reading or status not in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
+            self.close()
             return
         with explained():
             connection.execute("ROLLBACK")
@@ -323,58 +334,3 @@ def _values(table: SourceTable, key: Key) -> sql.Composable:
         sql.SQL("{}::" + column.type_name).format(sql.Literal(text))
         for column, text in zip(table.key, key, strict=True)
     )
-
-
-def _copied(connection: Connection, query: str) -> Iterator[Copied]:
-    """The tuples of a binary COPY, straight from libpq, which returns one per call."""
-    pg = connection.pgconn
-    pg.send_query(query.encode())
-    while True:
-        pg.flush()
-        pg.consume_input()
-        if not pg.is_busy():
-            break
-        select.select([pg.socket], [], [])
-    result = pg.get_result()
-    if result is None or result.status != pq.ExecStatus.COPY_OUT:
-        while pg.get_result() is not None:
-            pass
-        raise _failure(result, connection)
-    get = partial(pg.get_copy_data, 1)
-    parts: list[bytes] = []
-    lengths: list[int] = []
-    held, ended, first = 0, False, True
-    while not ended:
-        some: list[tuple[int, Any]] = []
-        try:
-            some.extend(islice(iter(get, _NOTHING), _GETS))
-        except psycopg.OperationalError:
-            # The COPY has ended. The last tuples are in `some`.
-            if not some or some[-1][0] >= 0:
-                raise
-        full = len(some) == _GETS
-        if some and some[-1][0] < 0:
-            ended = True
-            some = [item for item in some if item[0] >= 0]
-        if some:
-            sizes, payloads = zip(*some, strict=True)
-            part = b"".join(payloads)  # at once: freeing all payloads together is cheapest
-            parts.append(part)
-            lengths.extend(sizes)
-            held += len(part)
-        if held >= _PIECE:
-            yield Copied(parts, lengths, first=first)
-            parts, lengths, held, first = [], [], 0, False
-        if not full and not ended:
-            select.select([pg.socket], [], [])
-            pg.consume_input()
-    while (result := pg.get_result()) is not None:
-        if result.status == pq.ExecStatus.FATAL_ERROR:
-            raise _failure(result, connection)
-    if lengths:
-        yield Copied(parts, lengths, first=first)
-
-
-def _failure(result: pq.abc.PGresult | None, connection: Connection) -> Exception:
-    error = psycopg.errors.error_from_result(result) if result is not None else psycopg.OperationalError("no answer")
-    return server_error(error)

@@ -28,9 +28,10 @@ from pgoutput_source.copy.keys import Keys
 from pgoutput_source.copy.ledger import MOST_UNSETTLED, Ledger, Signature, TableCopy
 from pgoutput_source.copy.progress import Progress
 from pgoutput_source.copy.requests import REQUEST, prefixes
-from pgoutput_source.copy.rows import Copied, batch_of, columns_of, truncate_of
+from pgoutput_source.copy.rows import batch_of, columns_of, truncate_of
 from pgoutput_source.copy.sizes import ChunkSizes
 from pgoutput_source.copy.tables import Published, SourceTable, named, published, unreadable
+from pgoutput_source.decode.copied import Tuples
 from pgoutput_source.decode.relations import LookUp, Relations
 from pgoutput_source.errors import ConfigurationError, ConnectionFailed, NotConfigured
 from pgoutput_source.postgres.definitions import Definitions
@@ -129,6 +130,7 @@ class InitialCopy:
         self._chunks.interrupt()
         self._reader.close()
         self._ahead = None
+        self._progress.end()
 
     def reconnected(self) -> None:
         """The stream has a new connection, perhaps to another server: drop what was read ahead from the old one."""
@@ -232,6 +234,7 @@ class InitialCopy:
             self._let_go(copy.relation_id)
             self._progress.publish()
             if not self.ledger.copying:
+                self._progress.end()
                 logger.info("slot %s: the initial copy is complete", self._settings.slot)
 
         for relation in [relation for relation, at in self._leaving.items() if at <= safe]:
@@ -474,6 +477,7 @@ class InitialCopy:
         copy.key, copy.columns, copy.wait, copy.partial = table.key, table.signature, 0, False
         copy.unproven.clear()  # this snapshot shows them
         if not table.key:
+            self._reader.without_limit()
             self._reader.flushed(chunk.snapshot)
             self._whole = self._as_a_whole(copy, chunk, table, safe)
             return self._piece()
@@ -488,6 +492,7 @@ class InitialCopy:
 
     def _read_holes(self, copy: TableCopy, chunk: Chunk, table: SourceTable, safe: int) -> ChangeSet:
         holes = [key for key, snapshot in copy.holes.items() if snapshot is None]
+        self._reader.without_limit()
         pieces = list(self._reader.read(table, exactly(table, holes)))
         self._reader.commit(chunk.snapshot)
         copy.holes |= dict.fromkeys(holes, chunk.snapshot)
@@ -502,7 +507,7 @@ class InitialCopy:
         self._sizes.learn(fetched.table, batches, fetched.seconds + time.monotonic() - begun)
         return self._given(copy, batches)
 
-    def _batches(self, chunk: Chunk, table: SourceTable, pieces: list[Copied], safe: int) -> list[ChangeBatch]:
+    def _batches(self, chunk: Chunk, table: SourceTable, pieces: list[Tuples], safe: int) -> list[ChangeBatch]:
         """All rows of a chunk, which is delivered as a unit. The pieces are used up."""
         batches = []
         while pieces:
@@ -534,10 +539,13 @@ class InitialCopy:
             except Busy:
                 return None
             try:
-                # Whatever else there is, the turn of the copy deals with.
-                return reader.fetch(chunk, table, lower, rows) if chunk.table is table else None
-            finally:
+                if chunk.table is table:
+                    return reader.fetch(chunk, table, lower, rows)
+            except BaseException:
                 reader.abandon()
+                raise
+            reader.abandon()
+            return None  # whatever the table is now, the turn of the copy deals with it
 
         self._ahead = _Ahead(copy, copy.meanwhile, wanted, table, Ahead(read))
 

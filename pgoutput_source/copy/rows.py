@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
@@ -20,19 +19,8 @@ from pgoutput_source.errors import ConfigurationError, DecodeError
 _NAMES = pa.array(OPS, pa.utf8())
 
 
-@dataclass(slots=True)
-class Copied:
-    """Tuples of a COPY, one for each of `lengths`. The first piece begins with the header, the last may end with the
-    trailer.
-    """
-
-    parts: list[bytes]
-    lengths: list[int]
-    first: bool
-
-
 def columns_of(
-    copied: Copied, table: SourceTable, relations: Relations, *, on_misfit: str
+    tuples: Tuples, table: SourceTable, relations: Relations, *, on_misfit: str
 ) -> tuple[list[pa.Array] | DecodeError, pa.MapArray]:
     """The columns of the table, and the exact texts of their misfits; see `decode.copied`.
 
@@ -46,7 +34,6 @@ def columns_of(
         CopiedColumn(column, relations.type_of(column.type_oid), source.as_text)
         for source, column in zip(table.columns, table.schema.columns, strict=True)
     ]
-    tuples = Tuples(copied.parts, copied.lengths, first=copied.first)
     try:
         found = decode_copied(tuples, columns, table.schema.table, on_misfit=on_misfit)
         _check_clear(found.raw, table.schema)

@@ -24,6 +24,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from pgoutput_source.errors import PgOutputError
+from pgoutput_source.status_line import StatusLine, status_line
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,8 @@ class Shutdown:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
+        if (terminal := status_line()) is not None:
+            terminal.show("")
         cause = cause_of(error, PgOutputError)
         if cause is None or logger.isEnabledFor(logging.DEBUG) or self._previous_hook is not sys.__excepthook__:
             self._previous_hook(kind, error, trace)
@@ -198,7 +201,7 @@ def show_log() -> None:
     """Send log lines to standard error if logging is not configured. They are few, and each is meant to be read."""
     package = logging.getLogger("pgoutput_source")
     if not logging.getLogger().handlers and not package.handlers:
-        handler = logging.StreamHandler()
+        handler = StatusLine() if StatusLine.possible() else logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         package.addHandler(handler)
         package.setLevel(logging.INFO)

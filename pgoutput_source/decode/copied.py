@@ -36,10 +36,28 @@ output of `inet` does not show. And a composite value may be neither ``IS NULL``
 """
 
 _SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0"
-_HEADER: Final = len(_SIGNATURE) + 8
-_PADDING: Final = bytes(32)  # a gather may read a few bytes past the last tuple before bounds are checked
-_MOST_BYTES: Final = 2**31 - 1 - len(_PADDING)
+HEADER: Final = len(_SIGNATURE) + 8
+"""The bytes before the first tuple of a binary COPY."""
+
+PADDING: Final = bytes(32)
+"""After the last tuple of a buffer: a gather may read a few bytes there before bounds are checked."""
+
+_MOST_BYTES: Final = 2**31 - 1 - len(PADDING)
 _SHOWN: Final = 32  # characters of an undecodable value that an error may show
+
+
+def without_header(first: bytes) -> int:
+    """How many bytes of the first message are before its tuple.
+
+    Args:
+        first: The header and two more bytes.
+
+    Raises:
+        ProtocolError: These are not the first bytes of a binary COPY.
+    """
+    if len(first) < HEADER + 2 or not first.startswith(_SIGNATURE + bytes(8)):
+        raise ProtocolError("COPY: the data does not begin with the header of the binary format")
+    return HEADER
 
 
 class CopiedColumn(NamedTuple):
@@ -88,14 +106,12 @@ class Tuples:
             raise ConfigurationError(
                 f"{size} bytes of COPY at once; Arrow's offsets end at {_MOST_BYTES}", hint="feed fewer rows at a time"
             )
-        self.raw = b"".join([*parts, _PADDING])
-        if len(self.raw) != size + len(_PADDING):
-            raise ProtocolError(f"COPY: expected {size} bytes, got {len(self.raw) - len(_PADDING)}")
+        self.raw = b"".join([*parts, PADDING])
+        if len(self.raw) != size + len(PADDING):
+            raise ProtocolError(f"COPY: expected {size} bytes, got {len(self.raw) - len(PADDING)}")
         start = end - length
         if first and len(start):
-            if length[0] < _HEADER + 2 or not self.raw.startswith(_SIGNATURE + bytes(8)):
-                raise ProtocolError("COPY: the data does not begin with the header of the binary format")
-            start[0] += _HEADER
+            start[0] += without_header(self.raw[: min(length[0], HEADER + 2)])
         if (end - start < 2).any():
             raise ProtocolError("COPY: a message without a tuple")
         if len(start) and numbers_at(self.raw, ">i2", start[-1:])[0] == -1:
@@ -104,6 +120,15 @@ class Tuples:
             start, end = start[:-1], end[:-1]
         self.start: Ints = start
         self.end: Ints = end
+
+    @classmethod
+    def of(cls, raw: bytes, start: Ints, end: Ints) -> Tuples:
+        """The tuples that begin and end there in a buffer, which has `PADDING` after the last."""
+        found = cls((), (), first=False)
+        if (end - start < 2).any():
+            raise ProtocolError("COPY: a message without a tuple")
+        found.raw, found.start, found.end = raw, start, end
+        return found
 
     def __len__(self) -> int:
         return len(self.start)

@@ -19,13 +19,13 @@ from prometheus_client import Gauge
 
 from pgoutput_source import metrics
 from pgoutput_source.changes.batches import ChangeSet
-from pgoutput_source.copy import chunks, initial
+from pgoutput_source.copy import chunks, copy_out, initial
 from pgoutput_source.copy.chunks import ChunkReader
 from pgoutput_source.copy.initial import InitialCopy
 from pgoutput_source.copy.ledger import TableCopy
 from pgoutput_source.errors import ConfigurationError, ConnectionFailed
 from pgoutput_source.postgres.definitions import Definitions
-from pgoutput_source.reader import PgOutputReader
+from pgoutput_source.reader import PgOutputReader, peek
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream.session import SlotSession
 
@@ -274,7 +274,8 @@ def test_a_message_asks_for_a_table_again_and_others_are_left_alone(db: Database
 def test_a_table_that_is_published_later_is_copied_and_one_without_a_key_is_emptied_before_it_is_read_again(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "_PIECE", 100)
+    monkeypatch.setattr(copy_out, "_PIECE", 100)
+    monkeypatch.setattr(copy_out, "_BLOCK", 100)
     with db.connect() as c:
         c.execute("CREATE TABLE a (v int)")
         c.execute("INSERT INTO a SELECT generate_series(1, 10000)")
@@ -415,6 +416,8 @@ def test_a_reader_that_only_copies(db: Database) -> None:
         with reader:
             ops = [(event.op, event.after["id"]) for event in reader]  # type: ignore[index]
         assert sorted(ops) == [("R", n) for n in range(1, 11)]
+        peeked = peek(db.dsn, slot="s", publication="p", snapshot="only")
+        assert sorted(peeked.table("public.t").column("id").to_pylist()) == list(range(1, 11))
         assert c.execute("SELECT FROM pg_replication_slots WHERE database = %s", [db.name]).fetchall() == []
 
         c.execute("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
@@ -516,7 +519,8 @@ def test_a_chunk_that_takes_too_long_is_read_in_smaller_ones(db: Database, monke
 
 @pytest.mark.parametrize("key", [" PRIMARY KEY", ""])
 def test_a_limit_of_rows_holds_and_the_way_is_seen(db: Database, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "_PIECE", 1000)
+    monkeypatch.setattr(copy_out, "_PIECE", 1000)
+    monkeypatch.setattr(copy_out, "_BLOCK", 1000)
     with db.connect() as c:
         c.execute(f"CREATE TABLE t (id int{key})".encode())
         c.execute("INSERT INTO t SELECT generate_series(1, 1000)")
