@@ -7,82 +7,133 @@ comes meanwhile. That is right if the chunk's snapshot shows all of these change
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Generic, TypeVar
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pgoutput_source.changes.schema import TableSchema
+from pgoutput_source.copy.chunks import Busy, ChunkReader, Fetched
 from pgoutput_source.copy.keys import Key, Keys
-from pgoutput_source.copy.visibility import Snapshot
+from pgoutput_source.copy.ledger import TableCopy
+from pgoutput_source.copy.meanwhile import Meanwhile
+from pgoutput_source.copy.tables import Published, SourceTable
 
-T = TypeVar("T")
-
-_MOST_KEYS: Final = 50_000
+_ALONE: Final = 16  # chunks that are not read ahead after one was read in vain
 
 
-class Meanwhile:
-    """What was dropped of a table's changes since a chunk of it began to be read ahead.
+class ReadAhead:
+    """At most one chunk that is read ahead. While it is being read, nothing else may use the reader: `wait` before."""
 
-    Args:
-        unproven: The transactions of which something was dropped before.
-    """
+    def __init__(self, reader: ChunkReader) -> None:
+        self._reader = reader
+        self._alone = 0
+        self.reading: _Reading | None = None
 
-    def __init__(self, unproven: Iterable[int]) -> None:
-        self._unproven = list(unproven)
-        self._keys: list[Key] = []
-        self._xids: list[NDArray[Any]] = []
-        self._commit_lsns: list[NDArray[Any]] = []
+    def begin(self, copy: TableCopy, wanted: Published, table: SourceTable, rows: int) -> None:
+        """Begin to read the table's next chunk, of this many rows."""
+        self.drop()
+        self._alone = max(0, self._alone - 1)
+        if copy.next_key is not None and not self._alone:
+            self.reading = _Reading(self._reader, copy, wanted, table, copy.next_key, rows)
 
-    def dropped(self, keys: Sequence[Key], xids: NDArray[Any], commit_lsns: NDArray[Any]) -> None:
-        """Changes of unread keys were dropped."""
-        if len(self._keys) <= _MOST_KEYS:
-            self._keys += keys
-            self._xids.append(xids)
-            self._commit_lsns.append(commit_lsns)
+    def of(self, copy: TableCopy) -> SourceTable | None:
+        """The version of the table, if it is a chunk of this copy."""
+        return self.reading.table if self.reading is not None and self.reading.copy is copy else None
 
-    def shown(self, snapshot: Snapshot, upper: Key | None, keys: Keys) -> bool:
-        """Whether a chunk that was read under this snapshot shows all that was dropped of it.
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is being read, at most `timeout` seconds. Whether nothing is."""
+        return self.reading is None or self.reading.ended(timeout)
+
+    def streamed(self, copy: TableCopy, schema: TableSchema) -> None:
+        """Changes of this version of the table come: no row of an older version may come after them."""
+        table = self.of(copy)
+        if table is not None and schema.fingerprint != table.schema.fingerprint:
+            copy.meanwhile = None
+
+    def drop(self) -> None:
+        """Read what is being read to its end, and forget it."""
+        self.wait()
+        if self.reading is not None:
+            self.reading.copy.meanwhile = None
+            self.reading = None
+
+    def close(self) -> None:
+        """Stop at once. The connection is lost if a chunk is being read."""
+        if not self.wait(0):
+            self._reader.interrupt()
+        self.drop()
+
+    def take(self, keys: Keys, published: Published | None) -> Fetched | None:
+        """The chunk, if it can be delivered.
 
         Args:
-            snapshot: That of the chunk.
-            upper: The end of the chunk, exclusive; None is the end of all keys.
             keys: Compares the table's keys.
+            published: What is published of the table now.
+
+        Raises:
+            TooLarge: Read a smaller one.
+            NotConfigured, ServerError: As when it is read in its turn.
         """
-        if len(self._keys) > _MOST_KEYS or not snapshot.shows(self._unproven).all():
-            return False
-        if not self._keys:
-            return True
-        hidden = np.flatnonzero(~snapshot.shows(np.concatenate(self._xids), np.concatenate(self._commit_lsns)))
-        if not len(hidden) or upper is None:
-            return not len(hidden)
-        # What is dropped beyond the chunk is for the next ones.
-        return bool(keys.places([self._keys[i] for i in hidden.tolist()], [upper]).all())
+        reading, self.reading = self.reading, None
+        assert reading is not None
+        copy = reading.copy
+        meanwhile, copy.meanwhile = copy.meanwhile, None
+        fetched = reading.result()
+        if fetched is None or meanwhile is not reading.meanwhile or published != reading.wanted:
+            return None
+        snapshot = fetched.chunk.snapshot
+        if not meanwhile.shown(snapshot, fetched.upper, keys):
+            self._alone = _ALONE
+            return None
+        if copy.unproven:
+            xids = np.array(sorted(copy.unproven), np.uint32)
+            copy.unproven = set(xids[~snapshot.shows(xids)].tolist())
+        return fetched
 
 
-class Ahead(Generic[T]):
-    """Runs `read` on a thread of its own."""
+class _Reading:
+    """One chunk, and the thread that reads it."""
 
-    def __init__(self, read: Callable[[], T]) -> None:
-        self._found: list[T] = []
+    def __init__(
+        self, reader: ChunkReader, copy: TableCopy, wanted: Published, table: SourceTable, lower: Key, rows: int
+    ) -> None:
+        self.copy, self.wanted, self.table = copy, wanted, table
+        self.meanwhile = copy.meanwhile = Meanwhile(copy.unproven)
+        self._reader, self._lower, self._rows = reader, lower, rows
+        self._fetched: Fetched | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(read,), name="pgoutput-copy", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="pgoutput-copy", daemon=True)
         self._thread.start()
 
-    def _run(self, read: Callable[[], T]) -> None:
+    def _run(self) -> None:
         try:
-            self._found.append(read())
+            self._fetched = self._read()
         except BaseException as e:
             self._error = e
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it has ended, at most `timeout` seconds. Whether it has."""
+    def _read(self) -> Fetched | None:
+        """The chunk; None if the copy must deal with something in its turn: no connection, a lock, another version."""
+        if not self._reader.connected:
+            return None
+        try:
+            chunk = self._reader.open(self.wanted)
+        except Busy:
+            return None
+        try:
+            if chunk.table is self.table:
+                return self._reader.fetch(chunk, self.table, self._lower, self._rows)
+        except BaseException:
+            self._reader.abandon()
+            raise
+        self._reader.abandon()
+        return None
+
+    def ended(self, timeout: float | None) -> bool:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def result(self) -> T:
-        """What `read` returned, or the error that it raised."""
-        self.wait()
+    def result(self) -> Fetched | None:
+        self.ended(None)
         if self._error is not None:
             raise self._error
-        return self._found[0]
+        return self._fetched

@@ -14,14 +14,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from psycopg import sql
 
 from pgoutput_source.changes.batches import ChangeBatch, ChangeSet, Message
 from pgoutput_source.changes.schema import TableName
-from pgoutput_source.copy.ahead import Ahead, Meanwhile
+from pgoutput_source.copy.ahead import ReadAhead
 from pgoutput_source.copy.chunks import Busy, Chunk, ChunkReader, Fetched, TooLarge, exactly
 from pgoutput_source.copy.judge import judge
 from pgoutput_source.copy.keys import Keys
@@ -50,20 +50,9 @@ CHUNK_ROWS = 100_000
 _PATIENCE: Final = 0.01  # seconds to wait, while the stream pauses, for a snapshot that shows what was streamed
 _PAUSE: Final = 0.02  # seconds until the next attempt
 _TURN: Final = 0.05  # seconds to wait for a chunk that is read ahead before the stream has its turn
-_ALONE: Final = 16  # chunks that are not read ahead after one was read in vain
 _RECONNECT: Final = 0.5  # seconds
 _LIST_EVERY: Final = 10.0  # seconds; to find tables that were added to a publication and don't change
 _MOST_UNPROVEN: Final = 1000
-
-
-class _Ahead(NamedTuple):
-    """A chunk that is read ahead: of which copy, as it was published and described."""
-
-    copy: TableCopy
-    meanwhile: Meanwhile
-    wanted: Published
-    table: SourceTable
-    thread: Ahead[Fetched | None]
 
 
 class InitialCopy:
@@ -101,6 +90,7 @@ class InitialCopy:
             origin, look_up, types=types_of(server_version), metadata_prefix=settings.metadata_prefix
         )
         self._chunks = ChunkReader(dsn, self._relations, application_name=f"pgoutput_source copy {settings.slot}")
+        self._ahead = ReadAhead(self._chunks)
         self._keys: dict[int, Keys] = {}
         self._sizes = ChunkSizes(min(CHUNK_ROWS, settings.snapshot_rows_per_second or CHUNK_ROWS))
         self._names: dict[int, str] = {}  # of published tables
@@ -109,8 +99,6 @@ class InitialCopy:
         self._leaving: dict[int, int] = {}  # done and no longer published: kept until the stream passes this position
         self._published: dict[int, Published] = {}
         self._whole: Iterator[ChangeBatch] | None = None
-        self._ahead: _Ahead | None = None
-        self._alone = 0
         self._not_before = 0.0
         self._lost_at = 0.0
         self._listed_at = 0.0
@@ -127,20 +115,18 @@ class InitialCopy:
     def close(self) -> None:
         """Close the connection. A chunk that is being read counts as unread."""
         self._whole = None
-        self._chunks.interrupt()
-        self._reader.close()
-        self._ahead = None
+        self._ahead.close()
+        self._chunks.close()
         self._progress.end()
 
     def reconnected(self) -> None:
         """The stream has a new connection, perhaps to another server: drop what was read ahead from the old one."""
-        self._drop_ahead()
+        self._ahead.drop()
 
     @property
     def _reader(self) -> ChunkReader:
         """The reader, when it reads nothing ahead."""
-        if self._ahead is not None:
-            self._ahead.thread.wait()
+        self._ahead.wait()
         return self._chunks
 
     def state(self) -> dict[str, Any] | None:
@@ -213,8 +199,7 @@ class InitialCopy:
     def _judge(self, batch: ChangeBatch, copy: TableCopy) -> list[ChangeBatch]:
         if batch.table != copy.name and batch.table != self._former.get(copy.relation_id):
             self.ledger.rename(copy, batch.table)
-        if self._ahead is not None and batch.schema.fingerprint != self._ahead.table.schema.fingerprint:
-            copy.meanwhile = None  # no row of an older version may come after this
+        self._ahead.streamed(copy, batch.schema)
         try:
             found = judge(batch, copy, self._keys_of(copy) if copy.key else None)
         except KeyError:
@@ -406,10 +391,15 @@ class InitialCopy:
             # It is published again, but what happened meanwhile was not streamed.
             self.again(relation)
             return None
-        if self._ahead is not None and self._ahead.copy is copy:
-            if not self._ahead.thread.wait(_TURN):
+        ahead = self._ahead.of(copy)
+        if ahead is not None:
+            if not self._ahead.wait(_TURN):
                 return ChangeSet(())  # the stream's turn
-            fetched = self._read_ahead(copy)
+            try:
+                fetched = self._ahead.take(self._keys_of(copy), self._published[relation])
+            except TooLarge:
+                self._sizes.shrink(ahead)
+                return None
             if fetched is not None:
                 return self._add(copy, fetched, safe)
         chunk = self._opened(copy)
@@ -501,7 +491,9 @@ class InitialCopy:
     def _add(self, copy: TableCopy, fetched: Fetched, safe: int) -> ChangeSet:
         """The rows of the table's next chunk, which was read. The chunk after it begins to be read."""
         copy.add(fetched.upper, fetched.chunk.snapshot)
-        self._begin_ahead(copy, fetched.table)
+        if self._settings.snapshot_rows_per_second is None:
+            table = fetched.table
+            self._ahead.begin(copy, self._published[copy.relation_id], table, self._sizes.rows(table))
         begun = time.monotonic()
         batches = self._batches(fetched.chunk, fetched.table, fetched.pieces, safe)
         self._sizes.learn(fetched.table, batches, fetched.seconds + time.monotonic() - begun)
@@ -518,63 +510,6 @@ class InitialCopy:
                     batch_of(table.schema, arrays, raw, position=at, lsn=chunk.snapshot.high, taken=chunk.taken)
                 )
         return batches
-
-    # -- the chunk that is read ahead -------------------------------------------------------------------------------
-
-    def _begin_ahead(self, copy: TableCopy, table: SourceTable) -> None:
-        """Read the table's next chunk on a thread."""
-        self._drop_ahead()
-        self._alone = max(0, self._alone - 1)
-        if copy.next_key is None or self._alone or self._settings.snapshot_rows_per_second is not None:
-            return
-        copy.meanwhile = Meanwhile(copy.unproven)
-        reader, wanted = self._chunks, self._published[copy.relation_id]
-        lower, rows = copy.next_key, self._sizes.rows(table)
-
-        def read() -> Fetched | None:
-            if not reader.connected:
-                return None
-            try:
-                chunk = reader.open(wanted)
-            except Busy:
-                return None
-            try:
-                if chunk.table is table:
-                    return reader.fetch(chunk, table, lower, rows)
-            except BaseException:
-                reader.abandon()
-                raise
-            reader.abandon()
-            return None  # whatever the table is now, the turn of the copy deals with it
-
-        self._ahead = _Ahead(copy, copy.meanwhile, wanted, table, Ahead(read))
-
-    def _drop_ahead(self) -> None:
-        if self._ahead is not None:
-            self._ahead.copy.meanwhile = None
-            self._ahead.thread.wait()
-            self._ahead = None
-
-    def _read_ahead(self, copy: TableCopy) -> Fetched | None:
-        """The table's next chunk, if it was read ahead and can be used."""
-        ahead, self._ahead = self._ahead, None
-        meanwhile, copy.meanwhile = copy.meanwhile, None
-        assert ahead is not None
-        try:
-            fetched = ahead.thread.result()
-        except TooLarge:
-            self._sizes.shrink(ahead.table)
-            return None
-        if fetched is None or meanwhile is not ahead.meanwhile or self._published.get(copy.relation_id) != ahead.wanted:
-            return None
-        snapshot = fetched.chunk.snapshot
-        if not meanwhile.shown(snapshot, fetched.upper, self._keys_of(copy)):
-            self._alone = _ALONE
-            return None
-        if copy.unproven:
-            xids = np.array(sorted(copy.unproven), np.uint32)
-            copy.unproven = set(xids[~snapshot.shows(xids)].tolist())
-        return fetched
 
     def _as_a_whole(self, copy: TableCopy, chunk: Chunk, table: SourceTable, safe: int) -> Iterator[ChangeBatch]:
         """A table without a key, piece by piece. An interrupted read can't be continued: it begins with a truncate."""

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-from pgoutput_source.copy.ahead import Meanwhile
 from pgoutput_source.copy.keys import CollatedColumn, Key
+from pgoutput_source.copy.meanwhile import Meanwhile
 from pgoutput_source.copy.visibility import Snapshot
 from pgoutput_source.errors import StateError, check_version
 

@@ -10,10 +10,12 @@ from harness.database import Database
 from harness.mirror import Mirror, finish
 
 from pgoutput_source.copy import initial
-from pgoutput_source.copy.ahead import Meanwhile
+from pgoutput_source.copy.ahead import ReadAhead
 from pgoutput_source.copy.chunks import ChunkReader, Fetched
 from pgoutput_source.copy.initial import InitialCopy
-from pgoutput_source.copy.ledger import TableCopy
+from pgoutput_source.copy.keys import Keys
+from pgoutput_source.copy.meanwhile import Meanwhile
+from pgoutput_source.copy.tables import Published
 from pgoutput_source.settings import SourceSettings
 from pgoutput_source.stream.session import SlotSession
 
@@ -45,16 +47,16 @@ USED = [
 def used(db: Database, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """`t`, copied in chunks of 10 rows, and which of those that were read ahead were delivered."""
     found: list[object] = []
-    original = InitialCopy._read_ahead
+    original = ReadAhead.take
 
-    def noted(self: InitialCopy, copy: TableCopy) -> Fetched | None:
-        ahead, fetched = self._ahead, original(self, copy)
+    def noted(self: ReadAhead, keys: Keys, published: Published | None) -> Fetched | None:
+        reading, fetched = self.reading, original(self, keys, published)
         if fetched is not None:
-            found.append(ahead)
+            found.append(reading)
         return fetched
 
     monkeypatch.setattr(initial, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(InitialCopy, "_read_ahead", noted)
+    monkeypatch.setattr(ReadAhead, "take", noted)
     with db.connect() as c:
         c.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
         c.execute("INSERT INTO t SELECT 2 * n, 'old' FROM generate_series(1, 100) n")
@@ -72,9 +74,9 @@ def meanwhile(db: Database, statement: str) -> tuple[Mirror, object]:
     while not mirror.read:
         mirror.take(session.next(0.01))
     assert session._copy is not None
-    assert session._copy._ahead is not None
-    ahead = session._copy._ahead
-    ahead.thread.wait()
+    assert session._copy._ahead.wait()
+    ahead = session._copy._ahead.reading
+    assert ahead is not None
     with db.connect() as c:
         c.execute(statement.encode())
         row = c.execute("SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn").fetchone()
@@ -133,8 +135,7 @@ def test_the_stream_goes_on_while_a_chunk_is_read_ahead_and_the_end_does_not_wai
         while "I" not in ops:
             ops += [op for batch in session.next(0.01) for op in batch.data.column("_op").to_pylist()]
         assert session._copy is not None
-        assert session._copy._ahead is not None
-        assert not session._copy._ahead.thread.wait(0)
+        assert not session._copy._ahead.wait(0)
 
         begun = time.monotonic()
         session.close()
