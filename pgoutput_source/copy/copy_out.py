@@ -79,7 +79,7 @@ def _through_libpq(connection: Connection, query: str) -> Iterator[Tuples]:
             pg.consume_input()
             if not pg.is_busy():
                 break
-            select.select([pg.socket], [], [])
+            _wait(pg.socket, select.POLLIN)
     result = pg.get_result()
     if result is None or result.status != pq.ExecStatus.COPY_OUT:
         while pg.get_result() is not None:
@@ -111,7 +111,7 @@ def _through_libpq(connection: Connection, query: str) -> Iterator[Tuples]:
         if not full and not ended:
             if not some:
                 time.sleep(_NAP)
-                select.select([pg.socket], [], [])
+                _wait(pg.socket, select.POLLIN)
             with explained():
                 pg.consume_input()
     last = None
@@ -137,7 +137,7 @@ def _from_socket(connection: Connection, query: str, answer: _Answer) -> Iterato
                     answer.received(peer.recv_into(answer.room()))
                 except BlockingIOError:
                     time.sleep(_NAP)
-                    select.select([peer], [], [])
+                    _wait(peer.fileno(), select.POLLIN)
                 if answer.framed >= _PIECE:
                     yield answer.take()
     except OSError as e:
@@ -154,7 +154,14 @@ def _send(peer: socket.socket, query: bytes) -> None:
         try:
             rest = rest[peer.send(rest) :]
         except BlockingIOError:
-            select.select([], [peer], [])
+            _wait(peer.fileno(), select.POLLOUT)
+
+
+def _wait(fd: int, event: int) -> None:
+    # select() fails where more than a thousand files are open.
+    poll = select.poll()
+    poll.register(fd, event)
+    poll.poll()
 
 
 def _lost(why: str) -> ConnectionFailed:
