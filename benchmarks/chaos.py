@@ -230,7 +230,7 @@ class Chaos:
             "PGOUTPUT_MAX_BYTES": "500000",
             "MAX_AGE": "2",
             **({"PGOUTPUT_SNAPSHOT": "initial", "CHUNK_ROWS": "200"} if copy else {}),
-            **({"MODE": to, "INTO": self.target.dsn, "SPOOL": str(folder / "spool")} if to else {}),
+            **({"MODE": to, "INTO": f"postgres:{self.target.dsn}", "SPOOL": str(folder / "spool")} if to else {}),
         }
 
     def create_slots(self) -> None:
