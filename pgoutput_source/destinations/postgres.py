@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -103,40 +104,55 @@ class PostgresDestination(Destination):
         self.dsn, self.mode, self.schema = dsn, mode, schema
         self.policy = policy or SchemaPolicy()
         self._connection: Connection | None = None
+        self._asking: Connection | None = None
+        self._asking_lock = threading.Lock()
         self._standing: dict[Target, Standing | None] = {}
 
     def __repr__(self) -> str:
         return "PostgreSQL"
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connections."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        with self._asking_lock:
+            if self._asking is not None:
+                self._asking.close()
+                self._asking = None
 
     def reached(self, target: Target) -> Reached | None:
-        """How far a table is. A connection of its own: the other one's thread may be busy."""
-        with connect(self.dsn) as connection:
-            self._prepare(connection)
-            row = connection.execute(
-                self._sql(
-                    "SELECT number, commit_lsn - '0/0'::pg_lsn, seq, system, database, slot, mode"
-                    " FROM {schema}.published WHERE (namespace, name) = (%s, %s)"
-                ),
-                target,
+        """How far a table is. Over a connection of its own, as the other one's thread may be busy."""
+        with self._asking_lock:
+            if self._asking is None or self._asking.closed:
+                self._asking = connect(self.dsn)
+                self._prepare(self._asking)
+            try:
+                return self._reached(self._asking, target)
+            except ServerError:
+                self._asking.close()
+                raise
+
+    def _reached(self, connection: Connection, target: Target) -> Reached | None:
+        row = connection.execute(
+            self._sql(
+                "SELECT number, commit_lsn - '0/0'::pg_lsn, seq, system, database, slot, mode"
+                " FROM {schema}.published WHERE (namespace, name) = (%s, %s)"
+            ),
+            target,
+        ).fetchone()
+        if row is None:
+            exists = connection.execute(
+                "SELECT FROM pg_class WHERE relname = %s AND relnamespace = to_regnamespace(quote_ident(%s))",
+                (target.name, target.namespace),
             ).fetchone()
-            if row is None:
-                exists = connection.execute(
-                    "SELECT FROM pg_class WHERE relname = %s AND relnamespace = to_regnamespace(quote_ident(%s))",
-                    (target.name, target.namespace),
-                ).fetchone()
-                if exists is not None:
-                    raise Refused.at(
-                        target,
-                        f"{target} is there already, and was not made by this package",
-                        hint="drop or rename it, or choose another target",
-                    )
-                return None
+            if exists is not None:
+                raise Refused.at(
+                    target,
+                    f"{target} is there already, and was not made by this package",
+                    hint="drop or rename it, or choose another target",
+                )
+            return None
         number, lsn, seq, system, database, slot, mode = row
         if mode != self.mode:
             raise SinkError(

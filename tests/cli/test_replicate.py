@@ -15,6 +15,8 @@ import psycopg
 import pytest
 from harness.database import Database
 from harness.flow import ROOT, Flow, following, wait_for
+from harness.mirrors import differ
+from harness.public_tables import COMPOSITE, change, create
 
 from pgoutput_source.cli import main
 from pgoutput_source.embedded import Server
@@ -225,3 +227,18 @@ def test_a_wrong_key_is_one_error(text: str, tmp_path: Path, capsys: pytest.Capt
     assert WRONG[text] in said
     assert said.count("\n") <= 2
     assert "hint: " in said or "input should be" in said
+
+
+@pytest.mark.slow
+def test_tables_as_projects_have_them_equal_their_source(db: Database, target: Database, tmp_path: Path) -> None:
+    with db.connect() as source, target.connect() as there:
+        there.execute(COMPOSITE)
+        tables = create(source, 12, rows=20, seed=2)
+        to = ("--dsn", db.dsn, "--to", target.dsn, "--recovery", str(tmp_path / "recovery"), "--until", "current")
+        code, said = ended(command(*to, "--create"))
+        assert code == 0, said
+        assert differ(db, target, tables) == []
+        change(source, tables)
+        code, said = ended(command(*to))
+        assert code == 0, said
+        assert differ(db, target, tables) == []

@@ -34,13 +34,13 @@ flow = Dataflow("into_tables")
 changes = op.input("in", flow, PgOutputSource.from_env())
 into = os.environ["INTO"]
 kind, _, where = into.partition(":")
-if kind == "postgresql":
-    kind, where = "postgres", into
 by_kind: dict[str, Callable[..., TableSink]] = {
     "delta": sinks.DeltaSink,
     "duckdb": sinks.DuckDBSink,
     "postgres": sinks.PostgresSink,
 }
+if kind not in by_kind:  # libpq's own ways to write it
+    kind, where = "postgres", into
 sink = by_kind[kind](where, **options)
 apply = sink.destination.apply
 if os.environ.get("TWICE"):
