@@ -1,13 +1,13 @@
 """The assembler: it turns frames into `ChangeSet`s.
 
-Frames come in as one poll brought them, in order; out goes what they say, columnar by table. Their order is checked
-(`order`), their transactions and positions are found (`transactions`), and the rows of each version of a table are
-decoded (`columns`), all of it for many frames at once. Only what is rare (Relation, Type, Origin, Truncate, Message) is
-decoded one by one.
+It takes the frames of one poll, in order, and returns what they say, columnar by table. It checks their order
+(`order`), finds their transactions and positions (`transactions`), and decodes the rows of each version of a table
+(`columns`), for many frames at once. Only rare messages (Relation, Type, Origin, Truncate, Message) are decoded one by
+one.
 
-This is protocol 1, in which PostgreSQL sends a transaction after its commit, contiguously, with the commit's LSN known
-from Begin on. So a transaction may be cut anywhere: what was read of it is final. `in_progress` turns transactions
-that are streamed before their commit into this.
+This is protocol 1, in which PostgreSQL sends a transaction after its commit, contiguously, and Begin has the commit's
+LSN. So a transaction may be cut anywhere: what was read of it is final. `in_progress` turns transactions that are
+streamed before their commit into protocol 1.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ _RARE[list(b"RYOTM")] = True
 class Assembler:
     """Frames → change sets. One per slot; it remembers the relations and the transaction that is still open.
 
-    Positions run on over feeds, however the frames are cut. Everything at or before `position` is dropped: a server
-    re-sends transactions after a reconnect, and after its own crash even acknowledged ones.
+    Positions continue across feeds, however the frames are cut. Everything up to `position` is skipped: a server sends
+    transactions again after a reconnect, and after its own crash even acknowledged ones.
 
     Attributes:
         position: The last change that was delivered; pass it as `skip_until` to resume elsewhere.
-        end_lsn: The end of the last complete transaction, what may be acknowledged once its changes are durable.
+        end_lsn: The end of the last complete transaction, which may be acknowledged once its changes are durable.
         in_transaction: Whether a committed transaction was received and not yet delivered to its end.
-        pending: Whether `feed` has more to give without new frames: call it with none before the next poll.
+        pending: Whether `feed` would return more without new frames: call it with none before the next poll.
         parked: The tables that are parked; None if tables never are. What can't be decoded is added to them, and comes
             as a `ParkedBatch`.
     """
@@ -92,19 +92,19 @@ class Assembler:
     def in_transaction(self) -> bool:
         """Whether a committed transaction was received and not yet delivered to its end.
 
-        One that is still in progress does not count: its commit lies after every position that the server has
-        reported, so the server sends all of it again, whichever of these is acknowledged.
+        One that is still in progress does not count: its commit is after every position that the server has reported,
+        so the server sends all of it again, whichever of these is acknowledged.
         """
         return self._open is not None or self.pending
 
     @property
     def pending(self) -> bool:
-        """Whether `feed` has more to give without new frames: pieces of a streamed transaction that has committed."""
+        """Whether `feed` would return more without new frames: pieces of a streamed transaction that has committed."""
         return self._streamed is not None and self._streamed.pending
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is kept of any transaction: all that was fed was delivered, or did not count."""
+        """Whether no part of a transaction is kept: everything that was fed was delivered or skipped."""
         return self._open is None and (self._streamed is None or not self._streamed.keeping)
 
     def close(self) -> None:
@@ -120,14 +120,14 @@ class Assembler:
             self._streamed.reconnected()
 
     def feed(self, frames: Sequence[Frame]) -> ChangeSet:
-        """What these frames say; `frames` are CopyData payloads with their header, keepalives are passed over.
+        """What these frames say; `frames` are CopyData payloads with their header, and keepalives are ignored.
 
-        Changes of a table that can't be decoded concern those who take this table: they are an `UndecodedBatch`.
+        Changes of a table that can't be decoded concern only those who take this table: they are an `UndecodedBatch`.
 
         Raises:
-            ProtocolError: An illegal order of messages, or bytes that are no message. The stream can't be used further.
-                It names the frame's LSN, or where the last transaction ended if the frame has none.
-            SchemaChanged: A table is not called what it was called, and must be; or nobody knows what it is called.
+            ProtocolError: An illegal order of messages, or bytes that are not a message. The stream can't continue. The
+                error names the frame's LSN, or where the last transaction ended if the frame has none.
+            SchemaChanged: The name of a table changed and must not, or it is unknown.
             SpillError: A temporary file of a transaction in progress failed.
         """
         try:

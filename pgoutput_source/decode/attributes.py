@@ -1,13 +1,13 @@
 """Which column of a table's catalogue a column of a Relation message is: its `attnum`, as far as that can be known.
 
-The wire names columns and nothing else, so a column that was renamed, or dropped and added again, looks like another
-one, or like the same. The catalogue has numbers that never change. But it is the catalogue of now, and the changes may
-be older. Each of its rows tells the transaction that wrote it (`xmin`): if that one is older than the transaction that
-a Relation message belongs to, the row says what held then as well. The others are found by elimination, because columns
-keep their order and are only ever added at the end.
+The wire only has the names of columns, so a column that was renamed looks like another one, and one that was dropped
+and added again looks like the same. The catalogue has numbers that never change. But it describes the present, and the
+changes may be older. Each of its rows names the transaction that wrote it (`xmin`). If that transaction is older than
+the one that a Relation message belongs to, the row was valid then, too. The other columns are found by elimination,
+because columns keep their order and are only ever added at the end.
 
-What does not follow from this is not known (None). One case can't be told apart: an ALTER TABLE in a transaction that
-took its number before this one did, and altered the table after it, while the changes are read later still.
+Anything that does not follow from this is unknown (None). One case goes undetected: a transaction that got its number
+before this one, and altered the table after it, while the changes are read later still.
 
 https://www.postgresql.org/docs/current/catalog-pg-attribute.html
 """
@@ -51,13 +51,13 @@ class Attribute(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """All columns that a table has or had, as the catalogue of now describes them.
+    """All columns that a table has or had, as the catalogue describes them now.
 
     Attributes:
         never_rewritten: Whether the table still has the file that it was created with.
         file: The table's file, by its number; None if it has none of its own.
         rows: The columns.
-        known: What rows hold that are older than a column, where an earlier look at the table told.
+        known: The value of each column in rows older than it, as far as an earlier look at the table revealed it.
     """
 
     never_rewritten: bool
@@ -66,11 +66,11 @@ class Attributes:
     known: Mapping[int, Missing] = field(default_factory=dict)
 
     def following(self, earlier: Attributes) -> Attributes:
-        """The same, with what an earlier look at the table told.
+        """These attributes, with what an earlier look at the table revealed.
 
-        The catalogue of now does not say why a table has another file than at first. TRUNCATE and VACUUM FULL write
-        one, which tells nothing of a column, and so does ADD COLUMN with a default that is no constant. But a column
-        that came while the file stayed had none, and what was known of a column holds until its row is written again.
+        The catalogue does not say why a table has a new file. TRUNCATE and VACUUM FULL write one, which says nothing
+        about a column, and so does ADD COLUMN with a default that is not constant. But a column that was added while
+        the file stayed had no such default, and what was known of a column holds until its catalogue row is rewritten.
         """
         old = {a.attnum: a for a in earlier.rows}
         known: dict[int, Missing] = {}
@@ -98,7 +98,7 @@ class Attributes:
         return self._eliminated(found, certain, unsent=unsent)
 
     def _eliminated(self, found: list[int | None], certain: set[int], *, unsent: bool) -> list[int | None]:
-        """Give numbers to columns that have none: between two known ones all that are possible must be needed."""
+        """Number the remaining columns, where as many lie between two known ones as there are possible numbers."""
         possible = [a.attnum for a in self.rows if a.attnum not in certain and not a.generated]
         dropped = {a.attnum for a in self.rows if a.dropped}
         done = list(found)
@@ -112,8 +112,8 @@ class Attributes:
             high = done[end] if end < len(done) else None
             between = [n for n in possible if n > low and (high is None or n < high)]
             if high is None and not unsent and dropped.isdisjoint(between[: end - at]):
-                # Whatever was added later has a higher number than all that were there; what was dropped may or may not
-                # have been there.
+                # Columns that were added later have higher numbers than all that were there. Those that were dropped
+                # may or may not have been there.
                 between = between[: end - at]
             if len(between) == end - at:
                 done[at:end] = between
@@ -121,11 +121,11 @@ class Attributes:
         return done
 
     def missing(self, attnum: int) -> Missing | None:
-        """What rows hold that are older than the column; None if that can't be known."""
+        """The value of the column in rows that are older than it; None if it is unknown."""
         row = next(a for a in self.rows if a.attnum == attnum)
         if row.has_missing:
             return Missing(row.missing)
-        # A default that is no constant has the table rewritten, and so does VACUUM FULL, which forgets the value.
+        # A default that is not constant rewrites the table, and so does VACUUM FULL, which forgets the value.
         return Missing(None) if self.never_rewritten else self.known.get(attnum)
 
     def _is_older(self, attribute: Attribute, xid: int) -> bool:

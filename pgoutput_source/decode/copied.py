@@ -73,7 +73,7 @@ def as_text(pg_type: PgType) -> bool:
     return pg_type.binary is None or pg_type.binary.by_value
 
 
-class Copied(NamedTuple):
+class DecodedTuples(NamedTuple):
     """The table's columns, and `_raw`: by column, the exact text of values that its Arrow type can't hold."""
 
     columns: list[pa.Array]
@@ -134,7 +134,9 @@ class Tuples:
         return len(self.start)
 
 
-def decode_copied(tuples: Tuples, columns: Sequence[CopiedColumn], table: str, *, on_misfit: str = "raw") -> Copied:
+def decode_copied(
+    tuples: Tuples, columns: Sequence[CopiedColumn], table: str, *, on_misfit: str = "raw"
+) -> DecodedTuples:
     """The columns of these tuples, as the stream would give them for the same rows.
 
     Args:
@@ -164,23 +166,23 @@ def decode_copied(tuples: Tuples, columns: Sequence[CopiedColumn], table: str, *
         check(length >= -1, "a value of negative length")
         if any_null := bool(null.any()):
             length = np.where(null, 0, length)
-        cells = _Cells(tuples.raw, pos + 4, length, null if any_null else None, one, table)
+        fields = _Fields(tuples.raw, pos + 4, length, null if any_null else None, one, table)
         pos = pos + 4 + length
         check(pos <= tuples.end, "a value that is longer than its tuple")
-        values = cells.decoded()
+        values = fields.decoded()
         if values.null_count != np.count_nonzero(null):
             for row in np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False) & ~null).tolist():
                 if on_misfit == "error":
-                    raise cells.error(row, f"a value that {one.column.arrow} can't hold")
-                misfits.setdefault(row, []).append((one.column.name, cells.text(row)))
+                    raise fields.error(row, f"a value that {one.column.arrow} can't hold")
+                misfits.setdefault(row, []).append((one.column.name, fields.text(row)))
         arrays.append(values)
     check(pos == tuples.end, "bytes after the last column")
     kind = pa.map_(pa.utf8(), pa.utf8())
     raw = pa.array(list(map(misfits.get, range(len(tuples)))), kind) if misfits else pa.nulls(len(tuples), kind)
-    return Copied(arrays, raw)
+    return DecodedTuples(arrays, raw)
 
 
-class _Cells(NamedTuple):
+class _Fields(NamedTuple):
     """One column's values: where each lies, and which are NULL (None if no value is)."""
 
     raw: bytes

@@ -1,16 +1,16 @@
 """Transactions in progress: what PostgreSQL streams of them before they commit, kept until they do.
 
-With protocol 2 and `streaming` a server does not spill a large transaction to its own disk until the commit, but sends
-it in chunks, between StreamStart and StreamStop, which interleave with the chunks of others and with whole small
-transactions. `StreamedTransactions` turns such a stream back into one of protocol 1, frame by frame: a transaction's
-chunks are kept as the bytes that they are, and at its StreamCommit they come out between a Begin and a Commit, in
-pieces. Whatever reads protocol 1 (`assembler.Assembler`) then gives the same changes at the same positions.
+With protocol 2 and `streaming`, a server does not spill a large transaction to its own disk until the commit. It sends
+the transaction in chunks, between StreamStart and StreamStop, and these interleave with the chunks of others and with
+whole small transactions. `StreamedTransactions` turns such a stream back into one of protocol 1, frame by frame. It
+keeps the bytes of a transaction's chunks, and at its StreamCommit returns them between a Begin and a Commit, in pieces.
+Whatever reads protocol 1 (`assembler.Assembler`) then finds the same changes at the same positions.
 
-Each message of a chunk names its subtransaction. A StreamAbort takes away what a subtransaction had brought, with all
-of its Relation messages; what of these is left is announced at the commit, for from then on the server counts on it.
+Each message of a chunk names its subtransaction. A StreamAbort discards all messages of a subtransaction, including its
+Relation messages. The remaining ones are announced at the commit, because from then on the server relies on them.
 
-Memory is bounded: once all that is kept exceeds a limit, the largest transaction goes to a file. It has no name, so
-it is gone when the transaction, the connection or the process ends, in whatever way that happens.
+Memory is bounded: once everything that is kept exceeds a limit, the largest transaction goes to a file. The file has no
+name, so it disappears when the transaction, the connection or the process ends, however that happens.
 
 https://www.postgresql.org/docs/current/protocol-logical-replication.html
 """
@@ -48,7 +48,7 @@ _HEAD = struct.Struct("<II")  # of a segment: the number of its frames, and thei
 
 @dataclass(slots=True, eq=False)
 class _Transaction:
-    """What came of a transaction so far: sealed segments, in memory or in its file, and the frames after them."""
+    """A transaction so far: sealed segments, in memory or in its file, and the frames after them."""
 
     xid: int
     frames: list[Frame] = field(default_factory=list)
@@ -68,16 +68,16 @@ class _Transaction:
 class StreamedTransactions:
     """Frames of protocol 2 to 4 → frames of protocol 1, in which a transaction comes as a whole once it is committed.
 
-    Feed what a poll brought with `add`, and take what may be decoded with `take` until nothing is pending.
+    `add` the frames of a poll, then `take` what can be decoded until nothing is pending.
 
     Args:
-        memory: Bytes of transactions in progress that are held in memory; what is more goes to files.
+        memory: Bytes of transactions in progress that are held in memory; the rest goes to files.
         piece: About how many bytes to deliver at a time.
         parallel: The stream was started with streaming 'parallel'.
-        on_spill: Called with the number of bytes whenever some were written to a file.
+        on_spill: Called with the number of bytes after each write to a file.
 
     Attributes:
-        spilled: Bytes that were written to files, over all.
+        spilled: Bytes written to files in total.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class StreamedTransactions:
 
     @property
     def pending(self) -> bool:
-        """Whether `take` has more to give without anything being added."""
+        """Whether `take` would return more without another `add`."""
         return bool(self._ready)
 
     @property
@@ -133,10 +133,10 @@ class StreamedTransactions:
     # -- in -------------------------------------------------------------------------------------------------------
 
     def add(self, frames: Sequence[Frame]) -> None:
-        """Take in what a poll brought; keepalives are passed over.
+        """Add the frames of a poll; keepalives are ignored.
 
         Raises:
-            ProtocolError: An illegal order of messages, or bytes that are no message.
+            ProtocolError: An illegal order of messages, or bytes that are not a message.
             SpillError: A temporary file can't be written.
         """
         if frames and min(map(len, frames)) <= _TAG:
@@ -153,7 +153,7 @@ class StreamedTransactions:
             self._spill(max(self._open.values(), key=lambda t: t.held))
 
     def _run(self, frames: Sequence[Frame], tags: bytes) -> None:
-        """Frames between two bounds: all of one chunk, or all of none."""
+        """Frames between two bounds: either all of one chunk, or all outside of chunks."""
         if not frames:
             return
         if self._chunk is None:
@@ -225,7 +225,7 @@ class StreamedTransactions:
     # -- kept -----------------------------------------------------------------------------------------------------
 
     def _seal(self, transaction: _Transaction) -> None:
-        """Join the frames after the segments into one more: in the file, if there is one."""
+        """Join the frames after the segments into another segment, in the file if there is one."""
         if not transaction.frames:
             return
         lengths = np.fromiter(map(len, transaction.frames), _LENGTHS, len(transaction.frames))
@@ -240,7 +240,7 @@ class StreamedTransactions:
             transaction.held = 0
 
     def _spill(self, transaction: _Transaction) -> None:
-        """Nothing of the transaction stays in memory."""
+        """Move all of the transaction from memory to its file."""
         if transaction.file is None:
             try:
                 transaction.file = tempfile.TemporaryFile(prefix="pgoutput-", buffering=0)  # noqa: SIM115
@@ -292,7 +292,7 @@ class StreamedTransactions:
         )
 
     def _announce(self, transaction: _Transaction) -> list[Frame]:
-        """The transaction's Relations count from its commit on, unless a newer one has come meanwhile."""
+        """The transaction's Relations count from its commit on, unless a newer one came in the meantime."""
         again: dict[int, Frame] = {}
         for serial, xid, relation_id, frame in transaction.relations:
             if xid in transaction.aborted:
@@ -369,7 +369,7 @@ def _stripped(segment: bytes, aborted: NDArray[np.uint32]) -> Joined:
         xid = np.ndarray(size - 3, ">u4", buffer=part, strides=(1,))[np.where(numbered, payload + 1, 0)]
         kept = np.flatnonzero(~(numbered & np.isin(xid.astype(np.uint32), aborted)))
         start, payload, end, tag, numbered = start[kept], payload[kept], end[kept], tag[kept], numbered[kept]
-    # Nothing is moved but the message's first byte: onto the last one of the number, which nobody reads any more.
+    # Only the message's first byte is moved: onto the last byte of the number, which is no longer needed.
     payload = payload + np.where(numbered, _XID.stop - _XID.start, 0)
     raw[payload] = tag
     return Joined([part], start, payload, end)

@@ -1,11 +1,12 @@
 """Relation messages → versioned table schemas.
 
 PostgreSQL sends a Relation message before the first change of a table on each connection, and again whenever its
-catalogue entry was invalidated: by a changed column, but by an ANALYZE or a new index as well. Only a changed
-fingerprint makes a new version. Type messages give names to the types that the type table does not know.
+catalogue entry was invalidated: by a changed column, but also by an ANALYZE or a new index. Only a changed fingerprint
+makes a new version. Type messages name the types that the type table does not have.
 
-PostgreSQL 14 and 15 do not announce tables again when their schema is renamed: they keep the old name until the next
-connection. Nobody can see that before another table takes the name; then the catalogue is asked for the first one's.
+PostgreSQL 14 and 15 do not announce tables again when their schema is renamed: they use the old name until the next
+connection. That goes unnoticed until another table takes the name. Then the catalogue is asked what the first table is
+called.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ColumnType:
-    """What decodes a column. `defined` says that the database defines the type: its catalogue may be newer than values.
+    """What decodes a column. `defined`: the database defines the type, so the catalogue may be newer than the values.
 
     >>> ColumnType(TYPES[23]).older(np.array([700], np.uint32)) is None
     True
@@ -50,9 +51,9 @@ class ColumnType:
 
 @dataclass(frozen=True, slots=True)
 class TableVersion:
-    """A version of a table, with what decodes each of its columns; `error` says why its changes can't be had.
+    """A version of a table, with what decodes each of its columns; `error` says why its changes can't be decoded.
 
-    `announced` is the Relation message that it comes from, and `xid` the transaction of this message.
+    `announced` is the Relation message that announced it, and `xid` that message's transaction.
     """
 
     schema: TableSchema
@@ -63,9 +64,9 @@ class TableVersion:
 
 
 class Beginning(NamedTuple):
-    """What begins with a Relation message: a version of a table, after the one that was valid before.
+    """What begins with a Relation message: a version of a table, which replaces the one `before`.
 
-    `version` is None for a table whose name is not known any more, `before` for one that was not announced before.
+    `version` is None for a table whose name is no longer known, `before` for one that was not announced before.
     """
 
     relation_id: int
@@ -74,7 +75,7 @@ class Beginning(NamedTuple):
 
 
 class LookUp(Protocol):
-    """What the database's catalogue is asked. It may be newer than the changes."""
+    """Queries of the database's catalogue, which may be newer than the changes."""
 
     def __call__(self, oids: Sequence[int]) -> Mapping[int, PgType]:
         """Rows for the types that the database defines itself, by OID."""
@@ -134,7 +135,7 @@ class Relations:
 
         Raises:
             ProtocolError: No Relation message announced it.
-            SchemaChanged: Another table has its name now, and nobody knows its own.
+            SchemaChanged: Another table has its name now, and its own is unknown.
         """
         try:
             return self._current[relation_id]
@@ -144,7 +145,7 @@ class Relations:
             raise ProtocolError(f"a change of relation {relation_id}, which no Relation message announced") from None
 
     def find(self, relation_id: int) -> TableSchema | None:
-        """The schema that is valid now, None if no Relation message announced it."""
+        """The schema that is valid now; None if no Relation message announced it."""
         version = self._current.get(relation_id)
         return None if version is None else version.schema
 
@@ -167,12 +168,11 @@ class Relations:
     def announce(self, relation: messages.Relation, xid: int | None = None, message: bytes = b"") -> list[Beginning]:
         """Take note of a Relation message in transaction `xid`; the versions that begin with it, if anything changed.
 
-        `message` are its bytes, which the version keeps.
-
-        A version that is not what is known of the table, and must be, has the error: who takes the table gets it.
+        `message` is its bytes, which the version keeps. If the table must stay as it is, a version that differs has the
+        error, and those who take the table get it.
 
         Raises:
-            SchemaChanged: It has another name than it had, and must not: whoever takes it would not notice.
+            SchemaChanged: The table must stay as it is and has another name: those who take it would not notice.
         """
         self._unreadable = None
         self._learn([column.type_oid for column in relation.columns])
@@ -207,7 +207,7 @@ class Relations:
         return begun
 
     def _rename(self, relation_id: int, taken: TableName) -> list[Beginning]:
-        """Another relation has the name `taken` now, so this one, if it is still called so, is not."""
+        """Another relation has the name `taken` now, so this one needs another if it was still called that."""
         known = self._current.get(relation_id)
         if known is None or known.schema.full_name != taken or self._look_up is None:
             return []
@@ -274,7 +274,7 @@ def nameless(schema: TableSchema, lsn: int | None = None) -> SchemaChanged:
 
 
 def _changed(known: dict[str, list[str]], schema: TableSchema) -> SchemaChanged | None:
-    """The error for a table that is not what it was; it is raised if the table is not called what it was called."""
+    """The error for a table that is not what it was; it is raised if the table's name has changed."""
     now = [schema.table, f"replica identity {schema.replica_identity!r}"]
     for c in schema.columns:
         typmod = "" if c.typmod < 0 else f"({c.typmod})"

@@ -15,6 +15,7 @@ import pytest
 from bytewax.dataflow import Dataflow
 from bytewax.testing import TestingSink, TestingSource
 from harness.database import Database
+from harness.mirror import catch_up
 from harness.one_table import run_flow
 from harness.waiting import until
 
@@ -59,12 +60,7 @@ def delivered(db: Database, monkeypatch: pytest.MonkeyPatch) -> list[ChangeBatch
     stopped.set()
     for writer in writers:
         writer.join()
-    with db.connect() as c:
-        c.execute("CREATE TABLE other (x int)")
-        row = c.execute("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
-    assert row is not None
-    while session.safe_lsn < row[0] or session.in_transaction:
-        found += session.next(0.1)
+    catch_up(session, db, found.extend)
     session.close()
     ops = Counter(o for batch in found for o in batch.data.column("_op").to_pylist())
     assert ops["R"] > 3000

@@ -14,7 +14,7 @@ from typing import Any, Self
 import psycopg
 import pytest
 from harness.database import Database
-from harness.mirror import Mirror, finish
+from harness.mirror import Mirror, catch_up, finish
 from prometheus_client import Gauge
 
 from pgoutput_source import metrics
@@ -210,14 +210,7 @@ def follow(db: Database, kind: Kind, seed: int, **options: Any) -> Mirror:
                 state, mirror = copying.deepcopy(durable)
                 session = SlotSession(db.dsn, settings, state)
         writers.stopped.set()
-    with db.connect() as c:
-        c.execute("CREATE TABLE IF NOT EXISTS other (x int)")  # flushes what was committed asynchronously
-        row = c.execute("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
-    assert row is not None
-    deadline = time.monotonic() + 30
-    while session.safe_lsn < row[0] or session.copying or session.in_transaction:
-        assert time.monotonic() < deadline, (session.safe_lsn, row, session.snapshot())
-        mirror.take(session.next(0.1))
+    finish(session, db, mirror)
     session.close()
     return mirror
 
@@ -236,17 +229,14 @@ def test_a_busy_table_is_copied_exactly(db: Database, name: str, monkeypatch: py
 
 def drained(session: SlotSession, db: Database) -> list[tuple[str, str, int]]:
     """What comes until all that is written now was delivered and no table is being copied: table, op, count."""
-    with db.connect() as c:
-        c.execute("CREATE TABLE IF NOT EXISTS other (x int)")
-        row = c.execute("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
-    assert row is not None
     found: list[tuple[str, str, int]] = []
-    deadline = time.monotonic() + 30
-    while session.safe_lsn < row[0] or session.copying or session.in_transaction:
-        assert time.monotonic() < deadline, session.snapshot()
-        for batch in session.next(0.1):
+
+    def take(changes: ChangeSet) -> None:
+        for batch in changes:
             ops = batch.data.column("_op").to_pylist()
-            found += [(batch.table, op, ops.count(op)) for op in dict.fromkeys(ops)]
+            found.extend((batch.table, op, ops.count(op)) for op in dict.fromkeys(ops))
+
+    catch_up(session, db, take)
     return found
 
 

@@ -17,7 +17,7 @@ from harness.type_cases import PINNED
 from psycopg import sql
 
 from pgoutput_source.changes.schema import Column
-from pgoutput_source.decode.copied import TEXT_OF, Copied, CopiedColumn, Tuples, as_text, decode_copied
+from pgoutput_source.decode.copied import TEXT_OF, CopiedColumn, DecodedTuples, Tuples, as_text, decode_copied
 from pgoutput_source.embedded import Server
 from pgoutput_source.errors import DecodeError, PgOutputError, ProtocolError
 from pgoutput_source.types import TYPES
@@ -34,7 +34,7 @@ def copied(connection: psycopg.Connection[Any], columns: Sequence[CopiedColumn],
         return [bytes(frame) for frame in copy]
 
 
-def decode(frames: Sequence[bytes], columns: Sequence[CopiedColumn], **options: Any) -> Copied:
+def decode(frames: Sequence[bytes], columns: Sequence[CopiedColumn], **options: Any) -> DecodedTuples:
     return decode_copied(Tuples(frames, list(map(len, frames)), first=True), columns, "public.t", **options)
 
 

@@ -125,7 +125,7 @@ def test_kill_9_while_parts_are_spooled_and_committed(
                 time.sleep(rng.uniform(0, 1.0))
                 process.send_signal(signal.SIGKILL)
         workload.stop()
-        flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
+        flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current", PGOUTPUT_MAX_FRAMES="5000")
     assert wrong(db, tmp_path, scratch, keyed(workload)) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from harness.database import Database
+from harness.waiting import PATIENCE
 from pgoutput_source.changes.batches import ChangeSet
 from pgoutput_source.changes.schema import Column
 from pgoutput_source.changes.values import to_python
@@ -100,13 +102,18 @@ class Mirror:
             rows[key] = new
 
 
-def finish(session: SlotSession, db: Database, mirror: Mirror) -> None:
+def catch_up(session: SlotSession, db: Database, take: Callable[[ChangeSet], object]) -> None:
     """Take what comes until all that is written now was delivered and no table is being copied."""
     with db.connect() as c:
-        c.execute("CREATE TABLE IF NOT EXISTS other (x int)")
+        c.execute("CREATE TABLE IF NOT EXISTS other (x int)")  # flushes what was committed asynchronously
         row = c.execute("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn").fetchone()
     assert row is not None
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while session.safe_lsn < row[0] or session.copying or session.in_transaction:
-        assert time.monotonic() < deadline, session.snapshot()
-        mirror.take(session.next(0.1))
+        assert time.monotonic() < deadline, (session.safe_lsn, row, session.snapshot())
+        take(session.next(0.1))
+
+
+def finish(session: SlotSession, db: Database, mirror: Mirror) -> None:
+    """Catch up, into a mirror."""
+    catch_up(session, db, mirror.take)

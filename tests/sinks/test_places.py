@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -109,25 +110,36 @@ def test_a_soft_limit_of_open_files_is_raised_and_a_hard_one_named(tmp_path: Pat
     assert "ulimit" in said(60)
 
 
+@dataclass
+class Clock:
+    """What time it is: by `time.monotonic`, and by `time.time`, which may be set."""
+
+    now: float = 1000.0
+    wall: float = time.time()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("time.time", lambda: clock.wall)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    return clock
+
+
 @pytest.mark.parametrize("step", [-86_400, 86_400])
-def test_a_row_waits_for_max_age_whatever_the_clock_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    now, wall = [1000.0], [time.time()]
-    monkeypatch.setattr("time.time", lambda: wall[0])
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
+def test_a_row_waits_for_max_age_whatever_the_clock_says(tmp_path: Path, clock: Clock, step: int) -> None:
     gate.source_opened("slot")
     sink = ParquetSink(tmp_path, max_age=timedelta(seconds=60))
     part = sink.build_part("f.out", "parquet", None)
     part.write_batch([ROW])
     state = part.snapshot()
     gate.opened("slot")
-    wall[0] += step
-    now[0] += 59
+    clock.wall += step
+    clock.now += 59
     part.snapshot()
     gate.opened("slot")
     assert not list(tmp_path.glob("*.parquet"))
-    now[0] += 2
+    clock.now += 2
     part.snapshot()
     gate.opened("slot")
     assert len(list(tmp_path.glob("*.parquet"))) == 1
@@ -136,11 +148,8 @@ def test_a_row_waits_for_max_age_whatever_the_clock_says(
 
 
 def test_what_was_staged_before_the_clock_was_set_back_waits_no_longer_than_max_age(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: Clock
 ) -> None:
-    now, wall = [1000.0], [time.time()]
-    monkeypatch.setattr("time.time", lambda: wall[0])
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
     gate.source_opened("slot")
     sink = ParquetSink(tmp_path, max_age=timedelta(seconds=60))
     part = sink.build_part("f.out", "parquet", None)
@@ -149,10 +158,10 @@ def test_what_was_staged_before_the_clock_was_set_back_waits_no_longer_than_max_
     gate.opened("slot")
     gate.source_closed("slot")
     part.close()
-    wall[0] -= 86_400
+    clock.wall -= 86_400
     gate.source_opened("slot")
     part = sink.build_part("f.out", "parquet", state)
-    now[0] += 61
+    clock.now += 61
     part.snapshot()
     gate.opened("slot")
     assert len(list(tmp_path.glob("*.parquet"))) == 1
