@@ -48,7 +48,8 @@ def test_kill_9_loses_and_repeats_nothing(db: Database, tmp_path: Path) -> None:
     flow = Flow(db, tmp_path)
     publish(db)
     with Busy(db.dsn, seed=9, tables=6, largest=2_000) as workload:
-        for _ in range(12):
+        for turn in range(12):
+            until(lambda turn=turn: workload.changes >= 1_000 * turn)  # type: ignore[misc]
             process = flow.start("-s", rng.choice(["1", "1", "0"]), *flow.recovery())
             with following(process) as lines:
                 if rng.random() < 0.8:
