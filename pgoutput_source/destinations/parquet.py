@@ -25,7 +25,7 @@ from pgoutput_source.destinations.base import Destination, Job, Mode, Reached, R
 from pgoutput_source.destinations.spool import Point
 from pgoutput_source.destinations.targets import Target
 from pgoutput_source.errors import ConfigurationError, SinkError
-from pgoutput_source.files import explained, sync
+from pgoutput_source.files import explained, folder_name, sync
 from pgoutput_source.parquet.folder import (
     INDEX,
     STAGING,
@@ -198,6 +198,13 @@ class ParquetDestination(Destination):
 
     def _files(self, job: Job, ahead: Mapping[str, int]) -> list[tuple[str, pa.Table]]:
         """The changes of each partition, without those that are there."""
+        begin = None if self.partition_by is None else f"{folder_name(self.partition_by)}="
+        if other := [partition for partition in ahead if begin is None or not partition.startswith(begin)]:
+            raise SinkError(
+                f"{job.target} has partition {other[0]} of a commit that was cut off, and partition_by is "
+                f"{self.partition_by!r}",
+                hint="start once with the partition_by of the run before, and change it then",
+            )
         if self.partition_by is None:
             return [("", job.changes)]
         try:
