@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _NUMBER, _LSN, _SEQ, _RELATION = "pgoutput/number", "pgoutput/lsn", "pgoutput/seq", "pgoutput/relation"
 _STORE: Final = re.compile(r"(s3a?|gs|az|adl|abfss?|azure)://")
+_COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m|\u21b3")  # in the library's messages
 _HANDLES: Final = 64  # tables whose state stays in memory
 _TRIES: Final = 20
 _SMALL: Final = 32 << 20  # bytes; smaller files are worth to be compacted
@@ -120,9 +121,10 @@ class DeltaDestination(Destination):
     def _load(self, target: Target) -> Any:
         """A new handle of a table; None if there is no table."""
         uri = _uri(target)
-        if not self._delta.DeltaTable.is_deltatable(uri, storage_options=self.options):
-            return None
-        table = self._delta.DeltaTable(uri, storage_options=self.options)
+        try:
+            table = self._delta.DeltaTable(uri, storage_options=self.options)
+        except self._delta.exceptions.TableNotFoundError:
+            return None  # is_deltatable() would keep Python's lock while the store answers
         features = table.protocol()
         if "deletionVectors" in (features.reader_features or ()):
             raise Refused.at(
@@ -358,7 +360,7 @@ class DeltaDestination(Destination):
             # A panic of the library is no Exception.
             if isinstance(e, SinkError) or not (isinstance(e, Exception) or type(e).__name__ == "PanicException"):
                 raise
-            what = str(e).splitlines()[0] if str(e) else type(e).__name__
+            what = " ".join(_COLOURS.sub("", str(e)).split())[:600] or type(e).__name__
             if isinstance(e, (self._delta.exceptions.SchemaMismatchError, pa.ArrowException, NotImplementedError)):
                 raise Refused.at(
                     target, f"{self}: {target}: {what}", hint="Delta Lake can't take it: exclude the table, or alter it"

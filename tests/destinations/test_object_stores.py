@@ -21,6 +21,7 @@ from pgoutput_source.destinations.base import Job, Mode
 from pgoutput_source.destinations.delta import DeltaDestination, DeltaTargets
 from pgoutput_source.destinations.targets import Target
 from pgoutput_source.embedded import Server
+from pgoutput_source.errors import SinkError
 from pgoutput_source.testing import batch
 
 PLACE = "s3://lake/{schema}/{table}"
@@ -68,6 +69,12 @@ def test_what_came_of_a_commit_is_read_back_when_its_answer_is_lost(store: Objec
         assert sorted(zip(*rows.select(["id", "note"]).to_pydict().values(), strict=True)) == sorted(there.items())
     else:
         assert sorted(rows.column("_commit_lsn").to_pylist()) == [10 * n + i for n in range(1, 11) for i in range(6)]
+
+
+def test_a_bucket_that_is_not_there_is_named(store: ObjectStore) -> None:
+    store.fail(0)
+    with pytest.raises(SinkError, match=r"s3://nowhere/t: .*NoSuchBucket"):
+        DeltaDestination(mode="mirror", storage_options=store.environ).reached(Target("", "s3://nowhere/t"))
 
 
 @pytest.mark.slow

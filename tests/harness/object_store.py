@@ -1,6 +1,6 @@
 """An S3 server, moto's, in a process of its own, that can be told to fail.
 
-The client's library holds Python's lock while it asks whether a table is there, so the server can't be a thread.
+The client's library may hold Python's lock while it waits for an answer, so the server can't be a thread.
 Faults are random: an answer that says 503, one that is late, and one that gets lost although the request was carried
 out. `lost` tells how many requests that wrote a log entry were answered by nothing.
 """
