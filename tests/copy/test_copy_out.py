@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from harness.database import Database
 
+from pgoutput_source.copy import chunks
 from pgoutput_source.copy import copy_out as module
 from pgoutput_source.copy.copy_out import copy_out
+from pgoutput_source.copy.initial import InitialCopy
+from pgoutput_source.decode.copied import Tuples
+from pgoutput_source.embedded import Server
 from pgoutput_source.errors import ConnectionFailed, ServerError
 from pgoutput_source.postgres.connection import Connection, connect
+from pgoutput_source.settings import SourceSettings
 
 # What looks like the beginning of a row of two columns, of its end, of the end of a COPY, or of an error.
 HOSTILE = [
@@ -121,3 +127,31 @@ def test_a_connection_that_is_lost_in_the_midst(connection: Connection, db: Data
 def test_an_answer_that_is_not_one_to_a_copy_is_an_error(connection: Connection, query: str) -> None:
     with pytest.raises(ConnectionFailed, match="not an answer to COPY"):
         rows(connection, query, encrypted=False)
+
+
+@pytest.mark.parametrize("sslmode", ["require", "disable"])
+def test_a_table_is_copied_with_and_without_tls(tls: Server, sslmode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[bool] = []
+
+    def noted(*arguments: Any, encrypted: bool, buffer: bytearray) -> Iterator[Tuples]:
+        ways.append(encrypted)
+        return copy_out(*arguments, encrypted=encrypted, buffer=buffer)
+
+    monkeypatch.setattr(chunks, "copy_out", noted)
+    db = Database(tls)
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        c.execute("INSERT INTO t SELECT generate_series(1, 1000)")
+        c.execute("CREATE PUBLICATION p FOR TABLE t")
+    settings = SourceSettings(dsn=db.dsn, slot="s", publication=("p",))
+    copy = InitialCopy(f"{db.dsn} sslmode={sslmode}", settings, everything=True)
+    found: list[int] = []
+    while copy.pending:
+        for batch in copy.step(1 << 40).batches:
+            found += batch.data.column("id").to_pylist()
+        copy.passed(1 << 40)
+    copy.close()
+    db.drop()
+
+    assert found == list(range(1, 1001))
+    assert set(ways) == {sslmode == "require"}
