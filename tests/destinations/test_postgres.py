@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from harness.database import Database
 from harness.flow import Busy, Flow, failure, following, publish, wait_for
-from harness.mirrors import differ, keyed, unkeyed
+from harness.mirrors import differ, of_keys, with_keys
 from harness.waiting import until
 from harness.workload import Workload
 
@@ -39,11 +39,11 @@ def target(pg: Server) -> Any:
 def test_a_mirror_equals_its_source(db: Database, target: Database, tmp_path: Path) -> None:
     with Workload(db.dsn, seed=3, tables=8, largest=300) as workload:
         publish(db)
-        flow = into(db, target, tmp_path, EXCLUDE=unkeyed(workload), PGOUTPUT_UNTIL="current")
+        flow = into(db, target, tmp_path, PGOUTPUT_UNTIL="current", **of_keys(workload))
         for _ in range(3):
             workload.run(700)
             flow.run("-s", "0", *flow.recovery())
-            assert differ(db, target, keyed(workload)) == []
+            assert differ(db, target, with_keys(workload)) == []
 
 
 def test_a_mirror_of_tables_that_were_there_before(db: Database, target: Database, tmp_path: Path) -> None:
@@ -51,11 +51,11 @@ def test_a_mirror_of_tables_that_were_there_before(db: Database, target: Databas
         workload.run(1_000)
         publish(db)
         workload.run(500)
-        flow = into(db, target, tmp_path, EXCLUDE=unkeyed(workload), PGOUTPUT_SNAPSHOT="initial")
+        flow = into(db, target, tmp_path, **of_keys(workload), PGOUTPUT_SNAPSHOT="initial")
         flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
         workload.run(500)
         flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
-        assert differ(db, target, keyed(workload)) == []
+        assert differ(db, target, with_keys(workload)) == []
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_kill_9_while_parts_are_spooled_and_applied(
     rng = random.Random(max_age)
     with Busy(db.dsn, seed=5, tables=6, largest=200) as workload:
         publish(db)
-        flow = into(db, target, tmp_path, EXCLUDE=unkeyed(workload), MAX_AGE=max_age, **CUT)
+        flow = into(db, target, tmp_path, **of_keys(workload), MAX_AGE=max_age, **CUT)
         for _ in range(5):
             process = flow.start("-s", rng.choice(["0", "1"]), *flow.recovery())
             with following(process) as lines:
@@ -75,7 +75,7 @@ def test_kill_9_while_parts_are_spooled_and_applied(
                 process.send_signal(signal.SIGKILL)
         workload.stop()
         flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current", PGOUTPUT_MAX_FRAMES="5000")
-    assert differ(db, target, keyed(workload)) == []
+    assert differ(db, target, with_keys(workload)) == []
 
 
 CUT = {"PGOUTPUT_MAX_FRAMES": "7"}  # and an epoch for each poll

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -95,6 +96,19 @@ def unkeyed(workload: Workload) -> str:
 
 def keyed(workload: Workload) -> list[tuple[str, str]]:
     return [(t.name.namespace, t.name.name) for t in workload.tables if t.keyed]
+
+
+def of_keys(workload: Workload) -> dict[str, str]:
+    """What a mirror with deferrable keys, too, must be told."""
+    return {
+        "EXCLUDE": ",".join(str(t.name) for t in workload.tables if not (t.keyed or t.deferrable)),
+        "KEY": json.dumps({str(t.name): "id" for t in workload.tables if t.deferrable}),
+    }
+
+
+def with_keys(workload: Workload) -> list[tuple[str, str]]:
+    """Tables with a key, deferrable or not."""
+    return [(t.name.namespace, t.name.name) for t in workload.tables if t.keyed or t.deferrable]
 
 
 def unlike_source(

@@ -83,14 +83,16 @@ NAMES = {0: ("public", 'odd "name", really'), 4: ("a", "b.c"), 5: ("a.b", "c")}
 class Table:
     """One of the workload's tables.
 
-    Every third has no key and REPLICA IDENTITY FULL, every fourth a TOASTed column, every fifth a second column in its
-    key that has odd values.
+    Every third has no key that PostgreSQL sends, and REPLICA IDENTITY FULL. Half of these have a deferrable key: their
+    rows trade keys within a statement, or take each other's for a while. Every fourth table has a TOASTed column, and
+    so have those; every fifth a second column in its key that has odd values.
     """
 
     def __init__(self, number: int, rng: random.Random) -> None:
         self.name = TableName(*NAMES.get(number, ("public", f"t{number}")))
         self.keyed = number % 3 != 2
-        self.toasted = number % 4 == 1
+        self.deferrable = number % 6 == 2 and number % 5 != 3
+        self.toasted = number % 4 == 1 or self.deferrable
         self.columns = {f"c{i}": kind for i, kind in enumerate(rng.sample(sorted(TYPES), rng.randint(2, 7)))}
         self.odd = rng.choice(sorted(ODD)) if number % 5 == 3 else None
         self.filter: str | None = None
@@ -127,6 +129,8 @@ class Table:
             columns.append(sql.SQL("doc text"))
         if self.keyed:
             columns.append(sql.SQL(f"PRIMARY KEY ({', '.join(self.key)})"))
+        if self.deferrable:
+            columns.append(sql.SQL("UNIQUE (id) DEFERRABLE INITIALLY DEFERRED"))
         yield sql.SQL("CREATE TABLE {} ({})").format(self.identifier, sql.SQL(", ").join(columns))
         if not self.keyed:
             yield sql.SQL("ALTER TABLE {} REPLICA IDENTITY FULL").format(self.identifier)
@@ -212,6 +216,8 @@ class Workload:
         elif dice < 0.8 and table.keyed:
             some = self._some(table, min(size, 200))
             self._do(sql.SQL("UPDATE {} SET id = nextval('moved') WHERE {}").format(table.identifier, some))
+        elif dice < 0.78 and table.deferrable:
+            self._visit(table)
         elif dice < 0.8:
             self._do(self._rotate(table, min(size, 200)))
         elif dice < 0.96:
@@ -307,12 +313,13 @@ class Workload:
             if table.keyed:
                 values[0] = sql.SQL("i / 4")  # several rows, told apart by the second column of the key
             values.append(self._odd(table))
-        return sql.SQL("INSERT INTO {} ({}) SELECT {} FROM generate_series({}, {}) i ON CONFLICT DO NOTHING").format(
+        return sql.SQL("INSERT INTO {} ({}) SELECT {} FROM generate_series({}, {}) i{}").format(
             table.identifier,
             sql.SQL(", ").join(names),
             sql.SQL(", ").join(values),
             sql.Literal(first),
             sql.Literal(first + size - 1),
+            sql.SQL("" if table.deferrable else " ON CONFLICT DO NOTHING"),
         )
 
     def _update(self, table: Table, size: int) -> sql.Composed:
@@ -322,12 +329,30 @@ class Workload:
         )
 
     def _rotate(self, table: Table, size: int) -> sql.Composed:
-        # Each row gets the id of the next one: within the statement, two rows have the same.
+        # Each row gets the id of the next one, or of its mirror image: within the statement, two rows have the same.
+        other = self.rng.choice(["s.r % s.n + 1", "s.n + 1 - s.r"])
         return sql.SQL(
-            "UPDATE {} t SET id = s.next FROM ("
-            " SELECT id, coalesce(lead(id) OVER w, min(id) OVER ()) AS next FROM {} WHERE {} WINDOW w AS (ORDER BY id)"
-            ") s WHERE t.id = s.id"
-        ).format(table.identifier, table.identifier, self._some(table, size))
+            "WITH s AS (SELECT id, row_number() OVER (ORDER BY id) AS r, count(*) OVER () AS n FROM {} WHERE {})"
+            f" UPDATE {{}} t SET id = o.id FROM s JOIN s AS o ON o.r = {other} WHERE t.id = s.id"
+        ).format(table.identifier, self._some(table, size), table.identifier)
+
+    def _visit(self, table: Table) -> None:
+        """A row takes the key of another one, and later its own again, or a new one."""
+        row = self.connection.execute(
+            sql.SQL("SELECT ctid, id FROM {} ORDER BY random() LIMIT 2").format(table.identifier)
+        ).fetchall()
+        if len(row) < 2:
+            return
+        (place, own), (_, others) = row
+        move = sql.SQL("UPDATE {} SET id = {} WHERE ctid = {} RETURNING ctid")
+        moved = self.connection.execute(
+            move.format(table.identifier, sql.Literal(others), sql.Literal(str(place)))
+        ).fetchone()
+        assert moved is not None
+        self._do(self._insert(self.rng.choice([t for t in self.tables if t is not table]), 20))
+        back = own if self.rng.random() < 0.5 else self._ids(1)
+        self._do(move.format(table.identifier, sql.Literal(back), sql.Literal(str(moved[0]))))
+        self.changes += 1
 
 
 class Held(dict[str, Counter[Row]]):
