@@ -153,6 +153,7 @@ class Delivery:
         yield from self._grouped(some)
 
     def _grouped(self, parts: Iterable[Part]) -> list[Job]:
+        """A job for each version, in order, so that what a table was before it was renamed comes first."""
         found: dict[Target, list[list[Part]]] = {}
         for part, changes in parts:
             groups = found.setdefault(self._target(part), [])
@@ -161,7 +162,8 @@ class Delivery:
                 groups[-1].append((part, changes))
             else:
                 groups.append([(part, changes)])
-        return [Job.of(target, group) for target, versions in found.items() for group in versions]
+        jobs = [(group[0][0].first, target, group) for target, versions in found.items() for group in versions]
+        return [Job.of(target, group) for _, target, group in sorted(jobs, key=lambda job: job[0])]
 
     def _key(self, part: Portion, target: Target, schema: pa.Schema) -> tuple[str, ...]:
         if self.destination.mode != "mirror":

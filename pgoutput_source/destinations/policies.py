@@ -17,7 +17,7 @@ class SchemaPolicy:
         on_add: A new column: "add" it.
         on_drop: A dropped column: "keep" it, without new values; or "drop" it.
         on_rename: A renamed column: "rename" it, with its values; or "add" the new name as another column, and treat
-            the old one as dropped. Columns of the key are always renamed.
+            the old one as dropped. Columns of the key are always renamed, and so is a table; "fail" is for both.
         on_retype: A column of another type: "cast" its values, and keep the old ones aside if that is impossible; or
             "add" a column of the new type, and keep the old one aside.
         on_recreate: A table that was dropped and created again: "empty" the mirror. A history keeps its rows.

@@ -50,6 +50,9 @@ _BY_ARROW: Final[tuple[tuple[Any, str], ...]] = (
 )
 """Types for columns whose own type the destination does not have: a domain, an enum, an extension's."""
 
+_NOWHERE: Final = 0
+"""In `published`, the relation of a name that its table has no more."""
+
 _OF_THE_STORE: Final = ("08", "25", "28", "3D", "58")
 """What no table can help: the connection, its rights, a database that is read-only, its disk.
 
@@ -220,8 +223,10 @@ class PostgresDestination(Destination):
                 return
             job = job._replace(changes=changes, parts=())
         try:
+            if self.mode == "mirror" and relation and (known is None or known.relation != relation):
+                known = self._moved(connection, job, known, relation)
             columns = self._columns(connection, job.changes.schema)
-            if known is None:
+            if known is None or known.relation == _NOWHERE:
                 self._create(connection, job, columns)
             else:
                 self._follow_prefix(connection, job, known.prefix)
@@ -307,6 +312,70 @@ class PostgresDestination(Destination):
             parts.append(sql.SQL("PRIMARY KEY ({})").format(_names(job.key)))
         connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(job.target.namespace)))
         connection.execute(sql.SQL("CREATE TABLE {} ({})").format(_table(job.target), sql.SQL(", ").join(parts)))
+
+    # -- a table that changes its name ------------------------------------------------------------------------------
+
+    def _moved(self, connection: Connection, job: Job, known: _Table | None, relation: int) -> _Table | None:
+        """What is known of the table after it has taken the rows along that it has under its earlier name.
+
+        The earlier name's row in `published` stays, with its number: its parts may come again after a crash. What had
+        the new name before is set aside, until its own changes say what it is called now.
+        """
+        row = connection.execute(
+            self._sql(
+                "SELECT namespace, name, number FROM {schema}.published WHERE relation = %s AND mode = %s"
+                " AND (system, database, slot) = (%s, %s, %s) FOR UPDATE"
+            ),
+            (relation, self.mode, *job.origin),
+        ).fetchone()
+        if row is None:
+            return known
+        earlier, target = Target(row[0], row[1]), job.target
+        self._say(job, f"was {earlier}", refused=self.policy.on_rename == "fail")
+        number = 0
+        if known is not None:
+            number = known.number
+            if known.relation != _NOWHERE:
+                aside = Target(target.namespace, f"{target.name[:40]} (relation {known.relation})")
+                self._give_name(connection, target, aside)
+                self._copy_row(connection, target, aside, 0)
+        self._give_name(connection, earlier, target)
+        self._copy_row(connection, earlier, target, number)
+        if row[2]:
+            connection.execute(
+                self._sql(
+                    "UPDATE {schema}.published SET relation = %s, key = '{{}}', columns = '[]'"
+                    " WHERE (namespace, name) = (%s, %s)"
+                ),
+                (_NOWHERE, *earlier),
+            )
+        else:  # it was set aside
+            connection.execute(self._sql("DELETE FROM {schema}.published WHERE (namespace, name) = (%s, %s)"), earlier)
+        self._standing[target] = self._standing.pop(earlier, None)
+        return self._lock(connection, target)
+
+    def _give_name(self, connection: Connection, target: Target, to: Target) -> None:
+        moving = Target(target.namespace, "pgoutput moving")
+        rename = sql.SQL("ALTER TABLE {} RENAME TO {}")
+        connection.execute(rename.format(_table(target), sql.Identifier(moving.name)))
+        if to.namespace != target.namespace:
+            connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(to.namespace)))
+            connection.execute(
+                sql.SQL("ALTER TABLE {} SET SCHEMA {}").format(_table(moving), sql.Identifier(to.namespace))
+            )
+            moving = Target(to.namespace, moving.name)
+        connection.execute(rename.format(_table(moving), sql.Identifier(to.name)))
+
+    def _copy_row(self, connection: Connection, target: Target, to: Target, number: int) -> None:
+        connection.execute(
+            self._sql(
+                "INSERT INTO {schema}.published SELECT %s, %s, %s, commit_lsn, seq, system, database, slot, mode,"
+                " relation, key, columns, prefix FROM {schema}.published WHERE (namespace, name) = (%s, %s)"
+                " ON CONFLICT (namespace, name) DO UPDATE SET relation = excluded.relation, key = excluded.key,"
+                " columns = excluded.columns, prefix = excluded.prefix"
+            ),
+            (*to, number, *target),
+        )
 
     # -- a table that changes its shape -----------------------------------------------------------------------------
 

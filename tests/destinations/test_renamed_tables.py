@@ -1,0 +1,85 @@
+"""A mirror of tables that change their names: the source's tables are the oracle."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.database import Database
+from harness.flow import Flow, publish
+from harness.mirrors import differ
+
+from pgoutput_source.embedded import Server
+
+STEPS = [
+    ("INSERT INTO t VALUES (1, 'a'), (2, 'b')", ["t"]),
+    ("ALTER TABLE t RENAME TO u; UPDATE u SET v = 'c' WHERE id = 2", ["u"]),
+    ("ALTER TABLE u SET SCHEMA x; ALTER TABLE x.u RENAME v TO w; INSERT INTO x.u VALUES (3, 'd')", ["x.u"]),
+    (
+        "ALTER TABLE x.u RENAME TO t; ALTER TABLE x.t SET SCHEMA public; INSERT INTO t VALUES (4, 'e');"
+        " CREATE TABLE u (id int PRIMARY KEY, q int); INSERT INTO u VALUES (1, 1)",
+        ["t", "u"],
+    ),
+    ("ALTER TABLE t RENAME TO h; ALTER TABLE u RENAME TO t; ALTER TABLE h RENAME TO u; DELETE FROM t", ["t"]),
+    ("INSERT INTO u VALUES (5, 'f')", ["t", "u"]),
+    (
+        "CREATE TABLE n (LIKE u INCLUDING ALL); INSERT INTO n SELECT * FROM u; ALTER TABLE u RENAME TO o;"
+        " ALTER TABLE n RENAME TO u; INSERT INTO u VALUES (6, 'g')",
+        ["t", "u"],
+    ),
+    ("DROP TABLE o; INSERT INTO t VALUES (7, 7); INSERT INTO u VALUES (7, 'h')", ["t", "u"]),
+    ("DROP TABLE t; CREATE TABLE t (id text PRIMARY KEY); INSERT INTO t VALUES ('x')", ["t", "u"]),
+]
+
+
+@pytest.fixture
+def target(pg: Server) -> Iterator[Database]:
+    made = Database(pg)
+    yield made
+    made.drop()
+
+
+def into(db: Database, target: Database, folder: Path, **environ: str) -> Flow:
+    settings = {"MODE": "mirror", "SPOOL": str(folder / "spool"), "INTO": target.dsn} | environ
+    return Flow(db, folder, module="harness.into_tables", **settings)
+
+
+def pairs(names: list[str]) -> list[tuple[str, str]]:
+    return [("x", name[2:]) if name.startswith("x.") else ("public", name) for name in names]
+
+
+def test_a_renamed_table_takes_its_rows_along(db: Database, target: Database, tmp_path: Path) -> None:
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY, v text); CREATE SCHEMA x")
+        publish(db)
+        flow = into(db, target, tmp_path, PGOUTPUT_UNTIL="current")
+        for step, names in STEPS:
+            c.execute(step.encode())
+            flow.run("-s", "0", *flow.recovery())
+            assert differ(db, target, pairs(names)) == [], step
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_all_renames_at_once_and_again_after_a_crash(
+    db: Database, target: Database, tmp_path: Path, count: int
+) -> None:
+    """The spool has epochs of all steps, and keeps most of them when the process dies after they were applied."""
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY, v text); CREATE SCHEMA x")
+        publish(db)
+        for step, _ in STEPS[:-1]:
+            for statement in step.split(";"):
+                c.execute(statement.encode())
+        flow = into(db, target, tmp_path, MAX_AGE="1", PGOUTPUT_MAX_FRAMES="3")
+        process = flow.start("-s", "0", *flow.recovery(), KILL_AT=f"an applied epoch is dropped:{count}")
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        for statement in STEPS[-1][0].split(";"):
+            c.execute(statement.encode())
+        flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
+        assert differ(db, target, pairs(["t", "u"])) == []
+        c.execute("INSERT INTO u VALUES (8, 'i'); INSERT INTO t VALUES ('y')")
+        flow.run("-s", "0", *flow.recovery(), PGOUTPUT_UNTIL="current")
+        assert differ(db, target, pairs(["t", "u"])) == []
