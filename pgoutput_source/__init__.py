@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pgoutput_source.sinks.base import TwoPhaseSink
     from pgoutput_source.sinks.delta import DeltaSink
     from pgoutput_source.sinks.duckdb import DuckDBSink
+    from pgoutput_source.sinks.iceberg import IcebergSink
     from pgoutput_source.sinks.ipc import IpcSink
     from pgoutput_source.sinks.jsonl import JsonLinesSink
     from pgoutput_source.sinks.parquet import ParquetSink
@@ -38,6 +39,7 @@ _HOME: Final = {
     "ChangeSet": "changes",
     "DeltaSink": "sinks.delta",
     "DuckDBSink": "sinks.duckdb",
+    "IcebergSink": "sinks.iceberg",
     "IpcSink": "sinks.ipc",
     "JsonLinesSink": "sinks.jsonl",
     "LogicalReplicationReader": "pypgoutput",
@@ -65,6 +67,7 @@ __all__ = [
     "ChangeSet",
     "DeltaSink",
     "DuckDBSink",
+    "IcebergSink",
     "IpcSink",
     "JsonLinesSink",
     "LogicalReplicationReader",

@@ -28,7 +28,8 @@ from pgoutput_source.compute.net_rows import net_rows
 from pgoutput_source.destinations.alterations import StoredColumn, alterations, aside
 from pgoutput_source.destinations.base import Destination, Job, Mode, Reached, Refused
 from pgoutput_source.destinations.duckdb_file import DuckDBFile
-from pgoutput_source.destinations.duckdb_types import METADATA, TEXTS, held, literal, old_rows, quoted, type_for
+from pgoutput_source.destinations.duckdb_types import METADATA, TEXTS, held, literal, quoted, type_for
+from pgoutput_source.destinations.old_rows import old_rows
 from pgoutput_source.destinations.targets import Target
 from pgoutput_source.errors import SinkError
 from pgoutput_source.files import local_path

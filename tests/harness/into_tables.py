@@ -23,7 +23,7 @@ options: dict[str, Any] = {
     "mode": os.environ["MODE"],
     "spool": os.environ["SPOOL"],
     "max_age": timedelta(seconds=float(os.environ.get("MAX_AGE", "0"))),
-    "key": json.loads(os.environ.get("KEY", "null")),
+    **({"key": json.loads(os.environ["KEY"])} if "KEY" in os.environ else {}),
     "on_table_error": os.environ.get("ON_TABLE_ERROR", "stop"),
     "exclude": tuple(filter(None, os.environ.get("EXCLUDE", "").split(","))),
     **json.loads(os.environ.get("OPTIONS", "{}")),
@@ -37,6 +37,7 @@ kind, _, where = into.partition(":")
 by_kind: dict[str, Callable[..., TableSink]] = {
     "delta": sinks.DeltaSink,
     "duckdb": sinks.DuckDBSink,
+    "iceberg": sinks.IcebergSink,
     "postgres": sinks.PostgresSink,
 }
 if kind not in by_kind:  # libpq's own ways to write it

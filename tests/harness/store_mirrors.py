@@ -58,7 +58,8 @@ def _load(source: psycopg.Connection[Any], table: pa.Table, schema: str, name: s
 
 def text_of(table: pa.Table, name: str, kind: str) -> pa.Array:
     """A store's column as PostgreSQL's text, from `_raw` where the cell can't hold the value."""
-    text = written(_one(table, name), kind)
+    column = _one(table, name)
+    text = written(column.cast(pa.uint64()) if kind == "pg_lsn" else column, kind)
     raw = _one(table, "_raw")
     if raw.null_count < len(raw) and text.null_count:
         text = pc.coalesce(text, pc.map_lookup(raw, pa.scalar(name), "first").cast(text.type))
