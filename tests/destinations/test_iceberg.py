@@ -178,9 +178,9 @@ def test_a_history_follows_alter_table(db: Database, tmp_path: Path) -> None:
 def test_kill_9_while_parts_are_spooled_and_applied(db: Database, tmp_path: Path) -> None:
     """Half of the deaths come from outside, half within a commit or shortly after."""
     rng = random.Random(os.environ.get("SEED", "1"))
+    publish(db)
+    keep_everything(db)  # before the first change: both slots have the same ones
     with Busy(db.dsn, seed=rng.randrange(1000), tables=3, largest=100) as workload:
-        publish(db)
-        keep_everything(db)
         flow = into(db, tmp_path)
         for death in range(int(os.environ.get("DEATHS", "6"))):
             environ = CUT | {"MAX_AGE": rng.choice(["0", "0.5"])}
