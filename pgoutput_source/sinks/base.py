@@ -252,7 +252,8 @@ class _TwoPhasePartition(StatefulSinkPartition[Item, State]):
         raise SinkError(
             f"step {self.step_id!r}: {token} is in the resume state, but neither staged nor published in {self.sink}",
             hint="the staged items were removed, and will not be delivered again. Put them back; or start afresh with "
-            "a new destination, recovery folder and slot",
+            "a new destination, recovery folder and slot. If the recovery folder was used with another destination, "
+            "give this one a recovery folder of its own, and a slot",
         )
 
     # -- Bytewax calls these ------------------------------------------------------------------------------------
