@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, Self, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, Self, TypeAlias
 
 import pyarrow as pa
 
@@ -95,9 +95,11 @@ class Destination(ABC):
 
     Attributes:
         mode: "history" appends every change; "mirror" keeps the table as it is after each transaction.
+        follows_renames: Whether a table of a mirror takes its rows along when its source is renamed.
     """
 
     mode: Mode
+    follows_renames: ClassVar[bool] = False
 
     @abstractmethod
     def reached(self, target: Target) -> Reached | None:

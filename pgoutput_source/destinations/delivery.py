@@ -23,6 +23,7 @@ from pgoutput_source import metrics
 from pgoutput_source.changes.schema import TableName
 from pgoutput_source.destinations.base import Destination, Job, Refused
 from pgoutput_source.destinations.parked import ParkedParts
+from pgoutput_source.destinations.relations import Relations
 from pgoutput_source.destinations.spool import Portion, Spool
 from pgoutput_source.destinations.targets import Target, Targets
 from pgoutput_source.errors import ServerError, SinkError
@@ -70,6 +71,8 @@ class Delivery:
         self.refused: set[Target] = set()  # what comes of these is parked
         self.doubt: set[Target] = set()  # these may not be ours
         self._tried = False
+        mirror = destination.mode == "mirror" and not destination.follows_renames
+        self._relations = Relations(spool.folder) if mirror else None
         for part in spool.waiting():
             if (target := targets.of(part.table)) is not None:
                 self.doubt.add(target)
@@ -94,6 +97,8 @@ class Delivery:
                 self._refuse(e)
         if self.refused:
             self._park(tokens)
+        if self._relations is not None:
+            self._relations.save()
         for token in tokens:
             self.spool.drop(token)
         logger.debug("%s: %d epochs applied", self.destination, len(tokens))
@@ -162,8 +167,15 @@ class Delivery:
                 groups[-1].append((part, changes))
             else:
                 groups.append([(part, changes)])
-        jobs = [(group[0][0].first, target, group) for target, versions in found.items() for group in versions]
-        return [Job.of(target, group) for _, target, group in sorted(jobs, key=lambda job: job[0])]
+        inorder = sorted(
+            ((group[0][0].first, target, group) for target, versions in found.items() for group in versions),
+            key=lambda version: version[0],
+        )
+        jobs = [Job.of(target, group) for _, target, group in inorder]
+        if self._relations is not None:
+            for job in jobs:
+                self._relations.check(job)
+        return jobs
 
     def _key(self, part: Portion, target: Target, schema: pa.Schema) -> tuple[str, ...]:
         if self.destination.mode != "mirror":
@@ -216,6 +228,8 @@ class Delivery:
             except Refused as e:
                 self._refuse(e)
                 continue
+            if self._relations is not None:
+                self._relations.save()
             rows = self.parked.rows(table)
             self.parked.drop(table)
             logger.info("%s: %d parked changes of table %s are applied", self.destination, rows, table)

@@ -103,6 +103,8 @@ class _Table(NamedTuple):
 class PostgresDestination(Destination):
     """Tables in a PostgreSQL database; see `PostgresSink`."""
 
+    follows_renames = True
+
     def __init__(self, dsn: str, *, mode: Mode, schema: str = "pgoutput", policy: SchemaPolicy | None = None) -> None:
         self.dsn, self.mode, self.schema = dsn, mode, schema
         self.policy = policy or SchemaPolicy()

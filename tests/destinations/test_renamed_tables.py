@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import pytest
 from harness.database import Database
-from harness.flow import Flow, publish
+from harness.flow import Flow, failure, publish
 from harness.mirrors import differ
 
+from pgoutput_source.cli import main
 from pgoutput_source.embedded import Server
 
 STEPS = [
@@ -44,6 +47,39 @@ def target(pg: Server) -> Iterator[Database]:
 def into(db: Database, target: Database, folder: Path, **environ: str) -> Flow:
     settings = {"MODE": "mirror", "SPOOL": str(folder / "spool"), "INTO": target.dsn} | environ
     return Flow(db, folder, module="harness.into_tables", **settings)
+
+
+def mirrored(path: Path, name: str) -> list[tuple[Any, ...]]:
+    with duckdb.connect(str(path), read_only=True) as connection:
+        return connection.execute(f"SELECT id, v FROM public.{name} ORDER BY id").fetchall()
+
+
+def test_a_store_that_can_not_move_rows_refuses_a_renamed_table_until_it_is_copied_again(
+    db: Database, tmp_path: Path
+) -> None:
+    file = tmp_path / "shop.duckdb"
+    settings = {"MODE": "mirror", "SPOOL": str(tmp_path / "spool"), "INTO": f"duckdb:{file}"}
+    flow = Flow(db, tmp_path, module="harness.into_tables", PGOUTPUT_UNTIL="current", **settings)
+    run = ("-s", "0", *flow.recovery())
+    with db.connect() as c:
+        c.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+        publish(db)
+        c.execute("INSERT INTO t VALUES (1, 'a'), (2, 'b')")
+        flow.run(*run)
+        c.execute("ALTER TABLE t RENAME TO u; INSERT INTO u VALUES (3, 'c')")
+        assert "public.u was public.t before it was renamed" in failure(flow, *run[2:])[0]
+        assert "table public.u is parked" in flow.run(*run, ON_TABLE_ERROR="park")
+        # Under its old name it lacks what came under the new one.
+        c.execute("ALTER TABLE u RENAME TO t; INSERT INTO t VALUES (4, 'd')")
+        assert "public.t was public.u before it was renamed" in failure(flow, *run[2:])[0]
+        assert mirrored(file, "t") == [(1, "a"), (2, "b")]
+        asked = ["--dsn", db.dsn, "--slot", "cdc", "--publication", "cdc", "--table", "public.t"]
+        assert main(["snapshot", *asked]) == 0
+        for _ in range(2):
+            flow.run(*run, ON_TABLE_ERROR="park")
+        c.execute("UPDATE t SET v = 'e' WHERE id = 1")
+        flow.run(*run, EXCLUDE="public.u")
+        assert mirrored(file, "t") == c.execute("SELECT * FROM t ORDER BY id").fetchall()
 
 
 def pairs(names: list[str]) -> list[tuple[str, str]]:
