@@ -81,7 +81,7 @@ class DuckDBDestination(Destination):
 
     def reached(self, target: Target) -> Reached | None:
         """How far a table is."""
-        with self.file.opened() as connection:
+        with self.file.opened() as connection, _transaction(connection):  # one snapshot: `apply` may go on meanwhile
             if not _names_in(connection, Target("pgoutput", "published")):
                 row = None
             else:

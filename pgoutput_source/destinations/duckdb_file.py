@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -52,6 +53,8 @@ class DuckDBFile:
         self.path = local_path(path).absolute()
         self.patience = patience.total_seconds()
         self._duckdb = _library()
+        # DuckDB refuses a file that another thread of this process is just letting go of.
+        self._door = threading.Lock()
 
     def __str__(self) -> str:
         return str(self.path)
@@ -74,7 +77,8 @@ class DuckDBFile:
                 connection.execute("SET TimeZone = 'UTC'")
                 yield connection
             finally:
-                connection.close()
+                with self._door:
+                    connection.close()
         except self._duckdb.Error as e:
             said = str(e).strip().splitlines()[0]
             hint = next((hint for words, hint in _HINTS if words in str(e)), _HINT)
@@ -112,7 +116,8 @@ class DuckDBFile:
         deadline = time.monotonic() + self.patience
         while True:
             try:
-                connection: DuckDBPyConnection = self._duckdb.connect(str(self.path))
+                with self._door:
+                    connection: DuckDBPyConnection = self._duckdb.connect(str(self.path))
                 return connection
             except self._duckdb.IOException as e:
                 if _LOCKED not in str(e) or time.monotonic() > deadline:

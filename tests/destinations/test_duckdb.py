@@ -314,6 +314,29 @@ def test_control_applied_twice_without_numbers_a_mirror_is_wrong(tmp_path: Path)
     assert applied([1, 2, 3]) != [(2, note, None)]
 
 
+def test_asking_how_far_a_table_is_while_it_is_applied(tmp_path: Path) -> None:
+    destination, done = to(tmp_path / "shop.duckdb"), threading.Event()
+    errors: list[SinkError] = []
+
+    def ask() -> None:
+        while not done.is_set():
+            try:
+                destination.reached(Target("public", "t"))
+            except SinkError as e:
+                errors.append(e)
+                return
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(1, 30):
+        destination.apply([made("public.t", [("I", {"id": number})], number)])
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
 def test_a_failing_table_leaves_all_tables_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "shop.duckdb"
     to(path).apply([made("a.t", [("I", {"id": 1})])])
